@@ -1,0 +1,74 @@
+"""Entry of the collector: `python -m collector_proc --run-dir DIR`. The one file where import order is law.
+
+A simulator such as IsaacLab must start before torch is imported, so nothing here or above the call of
+`build_simulator` may import it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+from collector_proc.simulators.registry import build_simulator
+from shared.compose import load_settings
+from shared.config import geometry, num_envs
+from shared.errors import SimulatorError, TransportError
+from shared.handover import Disconnected, connect
+from shared.logs import configure
+from shared.run_folder import read_run
+from shared.supervision import Progress, die_with_parent, enable_stack_dumps, install_stop_flag
+
+
+def main() -> int:
+    """Exit codes: 0 asked to stop or the learner is gone, 1 anything else."""
+    parser = argparse.ArgumentParser(prog="python -m collector_proc", description=__doc__)
+    parser.add_argument("--run-dir", type=Path, required=True, help="run folder made by launch.py")
+    parser.add_argument("--device", default="cpu", help="device of the simulator and the acting policy")
+    parser.add_argument("--incarnation", type=int, default=0, help="how many collectors of this run came before")
+    arguments = parser.parse_args()
+    assert "torch" not in sys.modules, "torch was imported before the simulator started"
+
+    settings, run = load_settings(arguments.run_dir / "config.yaml"), read_run(arguments.run_dir)
+    log = configure(arguments.run_dir, "collector")
+    progress = Progress.create(arguments.run_dir / "collector.progress")
+    enable_stack_dumps(arguments.run_dir / "crash", "collector")
+    stop = install_stop_flag()
+    die_with_parent()
+    sizes = geometry(settings, num_envs(settings))
+    simulator = None
+    try:
+        progress.phase("simulator")
+        simulator = build_simulator(settings, seed=settings.env.seed + 1000 * arguments.incarnation, device=arguments.device)
+        stop.install()  # simulators may have taken the handlers
+        progress.phase("hello")
+        channel = connect(run.socket_dir, deadline_s=settings.deadlines.start_s, alive=progress.advance)
+
+        import torch
+
+        from collector_proc.collect import Collector
+
+        torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
+        collector = Collector(
+            settings, sizes, simulator, channel, socket_dir=run.socket_dir, run_id=run.run_id,
+            incarnation=arguments.incarnation, device=torch.device(arguments.device), progress=progress, stop=stop,
+        )  # fmt: skip
+        log.info("collecting", incarnation=arguments.incarnation, spec=simulator.spec.to_dict())
+        collector.run()
+        log.info("ended", agent_steps=collector.agent_steps, asked=stop.requested)
+        return 0
+    except Disconnected:
+        log.info("learner gone")
+        return 0
+    except (SimulatorError, TransportError) as error:
+        log.error("failed", error=str(error))
+        return 1
+    finally:
+        progress.phase("stopping")
+        if simulator is not None:
+            simulator.close()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,168 @@
+"""The collector's loop: act, tick, gather rows, commit chunks. It owns nothing that must survive."""
+
+from __future__ import annotations
+
+import os
+import struct
+import time
+from collections import deque
+from typing import TYPE_CHECKING
+
+import torch
+
+from collector_proc.actor import Actor, WeightsReceiver
+from collector_proc.simulators.base import Simulator
+from collector_proc.writer import ChunkWriter, EpisodeTracker
+from shared.config import Geometry, Settings
+from shared.errors import TransportError
+from shared.handover import Channel, Disconnected, import_cuda_slab, map_memfd_slab, pin_slab
+from shared.messages import MAX_EPISODES, PROTOCOL, Commit, Grant, Hello, Refusal, SelfTest, Welcome
+from shared.stream import plan_layout, ring_views
+
+if TYPE_CHECKING:
+    from shared.supervision import Progress, StopFlag
+
+
+class Collector:
+    """One incarnation: connected to the learner, with the replay mapped and a simulator running."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        geometry: Geometry,
+        simulator: Simulator,
+        channel: Channel,
+        *,
+        socket_dir: str,
+        run_id: str,
+        incarnation: int,
+        device: torch.device,
+        progress: Progress,
+        stop: StopFlag,
+    ) -> None:
+        self._settings, self._geometry, self._simulator = settings, geometry, simulator
+        self._channel, self._device, self._progress, self._stop = channel, device, progress, stop
+        self._run_id, self._incarnation = run_id, incarnation
+        self._grants: deque[Grant] = deque()
+        welcome = self._hello()
+        self.agent_steps = welcome.agent_steps
+        seed = settings.env.seed + 7919 * (incarnation + 1)
+        random_ticks = -(-welcome.random_frames // geometry.num_envs)
+        self._actor = Actor(
+            simulator.spec, settings.networks, settings.collector, device=device, seed=seed, random_ticks=random_ticks
+        )
+        self._weights = WeightsReceiver(self._actor.policy, socket_dir=socket_dir, run_id=run_id)
+        self._self_test(welcome)
+
+    def run(self) -> None:
+        """Stream chunks until asked to stop or until the learner is gone."""
+        self._progress.phase("collecting")
+        arrival = self._simulator.reset()
+        tracker = EpisodeTracker(
+            self._simulator.spec,
+            ticks=self._geometry.ticks_per_chunk,
+            evaluation=self._actor.evaluation,
+            resets_inside=arrival.acting_obs is not None,
+        )
+        action = torch.zeros(self._geometry.num_envs, self._simulator.spec.action_dim, device=self._device)
+        version = 0
+        try:
+            while not self._stop.requested:
+                first = arrival.is_first.to(self._device)
+                action = torch.where(first[:, None], 0.0, action)
+                self._writer.add(arrival, action, version)
+                tracker.add(arrival, random=version == 0)
+                if self._writer.full and not self._commit(tracker):
+                    return
+                self._weights.adopt()
+                version = 0 if self._actor.random_ticks > 0 else self._weights.version
+                action = self._actor.act(arrival, action, version=version)
+                arrival = self._simulator.step(action.to(self._simulator.device))
+                self._progress.advance()
+        except Disconnected:
+            return  # the learner ended; launch decides what comes next
+        finally:
+            self._weights.close()
+            self._channel.close()
+
+    def _hello(self) -> Welcome:
+        self._progress.phase("hello")
+        spec = self._simulator.spec
+        self._channel.send(Hello(PROTOCOL, self._run_id, self._incarnation, os.getpid(), spec.to_dict()))
+        answer, fds = self._channel.receive_within(
+            self._settings.deadlines.start_s, waiting_for="the learner's welcome", alive=self._progress.advance
+        )
+        if isinstance(answer, Refusal):
+            raise TransportError(f"the learner refused this collector: {answer.reason}")
+        if not isinstance(answer, Welcome):
+            raise TransportError(f"the learner answered the hello with {type(answer).__name__}, wanted Welcome")
+        layout = plan_layout(spec, answer.capacity)
+        if layout.num_bytes != answer.num_bytes:
+            raise TransportError(f"the replay has {answer.num_bytes} bytes, this stream needs {layout.num_bytes}")
+        if answer.transport == "memfd":
+            slab = map_memfd_slab(fds[0], answer.num_bytes)
+            os.close(fds[0])
+            if self._device.type == "cuda":
+                pin_slab(slab)
+        else:
+            slab = import_cuda_slab(answer.uuid, answer.handle, answer.num_bytes)
+        ticks = self._geometry.ticks_per_chunk
+        self._writer = ChunkWriter(ring_views(slab, layout), layout, ticks=ticks, device=self._device)
+        return answer
+
+    def _self_test(self, welcome: Welcome) -> None:
+        """Write a pattern the way chunks are written; the learner grants rows only after it found the pattern whole."""
+        expected, num_bytes, seconds = self._writer.write_pattern(welcome.test_row)
+        self._channel.send(SelfTest(expected, num_bytes, seconds))
+
+    def _wait_for_grant(self) -> Grant | None:
+        """The next grant; None when asked to stop. Raises: Disconnected; TransportError on a refusal."""
+        while not self._stop.requested:
+            while (received := self._channel.receive()) is not None:
+                message, _ = received
+                if isinstance(message, Refusal):
+                    raise TransportError(f"the learner refused this collector: {message.reason}")
+                if isinstance(message, Grant):
+                    self._grants.append(message)
+            if self._grants:
+                return self._grants.popleft()
+            self._progress.advance()
+            self._channel.wait(0.05)
+        return None
+
+    def _commit(self, tracker: EpisodeTracker) -> bool:
+        """Write the gathered chunk into granted rows and tell the learner; False when asked to stop."""
+        grant = self._wait_for_grant()
+        if grant is None:
+            return False
+        chunk_sum = self._writer.checksum() if self._settings.replay_buffer.checksum else 0
+        self._writer.write(grant.row)
+        returns, lengths, kinds, steps = tracker.take(MAX_EPISODES)
+        count = len(returns)
+        commit = Commit(
+            seq=grant.seq,
+            row=grant.row,
+            agent_steps=steps,
+            env_frames=steps * self._simulator.frames_per_step,
+            policy_version=self._weights.version,
+            checksum=chunk_sum,
+            returns=struct.pack(f"<{count}f", *returns),
+            lengths=struct.pack(f"<{count}i", *lengths),
+            kinds=bytes(kinds),
+            num_diverged=getattr(self._simulator, "num_diverged", 0),
+        )
+        self._channel.send(commit, deadline_s=self._settings.deadlines.compile_s, alive=self._progress.advance)
+        self._report(steps, returns)
+        return True
+
+    def _report(self, steps: int, returns: list[float]) -> None:
+        now = time.monotonic()
+        self.agent_steps += steps
+        started = getattr(self, "_started", None)
+        if started is None:
+            self._started = now, self.agent_steps
+            return
+        fps = (self.agent_steps - started[1]) / max(now - started[0], 1e-9)
+        self._progress.status({"agent_steps": self.agent_steps, "fps": fps, "policy_version": self._weights.version})
+        if now - started[0] > 5.0:
+            self._started = now, self.agent_steps

@@ -1,0 +1,1 @@
+"""One contract (base.py) and one file per simulator backend."""

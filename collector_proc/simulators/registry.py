@@ -1,0 +1,149 @@
+"""Which simulators there are: check the settings that choose one, count its environments, build it. Torch-free."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import os
+import subprocess
+import sys
+from typing import TYPE_CHECKING
+
+from collector_proc.simulators.suite import NO_RENDERER
+from shared.errors import SettingError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from collector_proc.simulators.base import Simulator
+    from shared.config import EnvSettings, Settings
+
+LIST_TASKS = "import json; from dm_control import suite; print(json.dumps(suite.ALL_TASKS))"
+LIST_TASKS_S = 60.0
+RENDERERS = ("egl", "osmesa", "glfw")
+
+
+def check_env(settings: Settings) -> None:
+    """Refuse environment settings that cannot work, before anything is started; needs no torch and no renderer.
+
+    Raises: SettingError.
+    """
+    env = settings.env
+    if env.grayscale and not env.from_pixels:
+        raise SettingError(
+            "env.grayscale=true has no image to act on: env.from_pixels=false; "
+            "wanted both or neither; set env.from_pixels=true"
+        )
+    if env.backend == "dm_control":
+        _check_dm_control(env)
+    elif env.backend == "pendulum":
+        _check_pendulum(env)
+    else:
+        raise SettingError(
+            f"env.backend={env.backend} cannot run yet: its simulator is not part of this version; "
+            "wanted dm_control or pendulum; for many environments in one batch use env.backend=pendulum "
+            "env.name=pendulum env.task=swingup env.num_envs=64"
+        )
+
+
+def num_envs(settings: Settings) -> int:
+    """E: env.num_envs of a batched simulator, else workers (0 counts as 1) times environments of each.
+
+    Raises: SettingError if a batched simulator has no env.num_envs.
+    """
+    if settings.env.backend == "dm_control":
+        return max(1, settings.collector.num_collectors) * settings.env.n_parallel_envs
+    if settings.env.num_envs is None:
+        raise SettingError(
+            f"env.num_envs=null leaves env.backend={settings.env.backend} without a number of environments; "
+            "wanted at least 1; set env.num_envs=8 "
+            "(env.n_parallel_envs and collector.num_collectors are for dm_control)"
+        )
+    return settings.env.num_envs
+
+
+def build_simulator(settings: Settings, *, seed: int, device: str) -> Simulator:
+    """The simulator the settings choose. dm_control lives on the CPU whatever `device` says: ask the result's `device`.
+
+    Raises: SettingError for settings that `check_env` refuses, SimulatorError if the simulator does not start.
+    """
+    if settings.env.backend == "dm_control":
+        from collector_proc.simulators.dm_control import DmControlSimulator
+
+        return DmControlSimulator(settings, seed=seed)
+    check_env(settings)
+    from collector_proc.simulators.pendulum import PendulumSimulator
+
+    return PendulumSimulator(settings, seed=seed, device=device)
+
+
+def _check_pendulum(env: EnvSettings) -> None:
+    if (env.name, env.task) != ("pendulum", "swingup"):
+        raise SettingError(
+            f"env.backend=pendulum has one task: met env.name={env.name} env.task={env.task}, "
+            "wanted pendulum and swingup; set env.name=pendulum env.task=swingup"
+        )
+    if env.from_pixels:
+        raise SettingError(
+            "env.backend=pendulum has no images: met env.from_pixels=true, wanted false; set env.from_pixels=false"
+        )
+    if env.num_envs is None:
+        raise SettingError(
+            "env.backend=pendulum steps one batch: met env.num_envs=null, wanted at least 1; set env.num_envs=8 "
+            "(env.n_parallel_envs and collector.num_collectors are for dm_control)"
+        )
+
+
+def _check_dm_control(env: EnvSettings) -> None:
+    if env.num_envs is not None:
+        raise SettingError(
+            f"env.num_envs={env.num_envs} is for batched simulators: env.backend=dm_control wanted null, it has "
+            "collector.num_collectors x env.n_parallel_envs environments; set env.num_envs=null and those two"
+        )
+    _check_renderer(env)
+    tasks = _suite_tasks()
+    domains = sorted({domain for domain, _ in tasks})
+    if env.name not in domains:
+        raise SettingError(
+            f"env.name={env.name} is no domain of dm_control; "
+            f"wanted one of {_nearest(env.name, domains)}; set env.name to it"
+        )
+    in_domain = [task for domain, task in tasks if domain == env.name]
+    if env.task not in in_domain:
+        raise SettingError(
+            f"env.task={env.task} is no task of {env.name}; "
+            f"wanted one of {_nearest(env.task, in_domain)}; set env.task to it"
+        )
+
+
+def _check_renderer(env: EnvSettings) -> None:
+    chosen = os.environ.get("MUJOCO_GL")
+    allowed = RENDERERS if env.from_pixels else (*RENDERERS, *NO_RENDERER)
+    if chosen and chosen not in allowed:
+        wanted = ", ".join(RENDERERS)
+        raise SettingError(
+            f"MUJOCO_GL={chosen} does not serve env.from_pixels={str(env.from_pixels).lower()}; "
+            f"wanted one of {wanted}; set MUJOCO_GL=egl or unset it"
+        )
+
+
+def _suite_tasks() -> list[tuple[str, str]]:
+    """Every (domain, task), asked of a child process: an import here would fix this process's renderer for good."""
+    variables = {**os.environ, "MUJOCO_GL": "disabled"}
+    command = [sys.executable, "-c", LIST_TASKS]
+    try:
+        done = subprocess.run(command, env=variables, capture_output=True, text=True, timeout=LIST_TASKS_S, check=True)
+    except (subprocess.CalledProcessError, subprocess.TimeoutExpired) as error:
+        stderr = error.stderr.decode() if isinstance(error.stderr, bytes) else error.stderr
+        last_words = (stderr or str(error)).strip().splitlines()[-1]
+        raise SettingError(
+            f"env.backend=dm_control does not import: {last_words}; wanted dm_control and a mujoco that fits it; "
+            "install the pair pinned in pyproject.toml or choose env.backend=pendulum"
+        ) from error
+    return [(domain, task) for domain, task in json.loads(done.stdout.splitlines()[-1])]
+
+
+def _nearest(word: str, valid: Iterable[str]) -> str:
+    """The valid words, the nearest to `word` first, at most eight."""
+    ordered = sorted(valid, key=lambda candidate: -difflib.SequenceMatcher(None, word, candidate).ratio())
+    return ", ".join(ordered[:8])

@@ -1,0 +1,55 @@
+"""Entry of the learner: `python -m learner_proc --run-dir DIR [--device cuda:0] [--resume]`."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+import torch
+
+from learner_proc.learn import Learner
+from shared.compose import load_settings
+from shared.config import geometry, num_envs
+from shared.errors import SettingError, TransportError
+from shared.logs import configure
+from shared.run_folder import read_run
+from shared.supervision import Progress, die_with_parent, enable_stack_dumps, install_stop_flag
+
+
+def main() -> int:
+    """Exit codes: 0 finished or asked to stop, 2 a checkpoint or setting that does not fit, 1 anything else."""
+    parser = argparse.ArgumentParser(prog="python -m learner_proc", description=__doc__)
+    parser.add_argument("--run-dir", type=Path, required=True, help="run folder made by launch.py")
+    parser.add_argument("--device", default="cpu", help="device of networks and replay")
+    parser.add_argument("--resume", action="store_true", help="continue from the newest checkpoint of the run folder")
+    arguments = parser.parse_args()
+    settings, run = load_settings(arguments.run_dir / "config.yaml"), read_run(arguments.run_dir)
+    log = configure(arguments.run_dir, "learner")
+    progress = Progress.create(arguments.run_dir / "learner.progress")
+    enable_stack_dumps(arguments.run_dir / "crash", "learner")
+    stop = install_stop_flag()
+    die_with_parent()
+    if "OMP_NUM_THREADS" in os.environ:
+        torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+    if arguments.device.startswith("cuda"):
+        torch.backends.cuda.matmul.allow_tf32 = True
+        torch.backends.cudnn.allow_tf32 = True
+    try:
+        learner = Learner(
+            settings, geometry(settings, num_envs(settings)), run, run_dir=arguments.run_dir,
+            device=torch.device(arguments.device), progress=progress, stop=stop, log=log, resume=arguments.resume,
+        )  # fmt: skip
+        learner.run()
+        return 0
+    except SettingError as error:
+        log.error("refused", error=str(error))
+        return 2
+    except (TransportError, FloatingPointError) as error:
+        log.error("failed", error=str(error))
+        return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,249 @@
+"""One update of world model, actor and critic: three losses from the same parameters, then three Adam steps.
+
+Nothing here waits for the device: bad steps are skipped, loss scales move and metrics are gathered on it. The only home
+of torch.compile: the cells and heads are compiled, Python unrolls time around them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, TypeVar, cast
+
+import torch
+from torch import Tensor, nn
+
+from learner_proc.behavior import Behavior
+from learner_proc.heads import CRITIC_LAYERS, ScalarHead
+from learner_proc.imagination import Dreamer, Imagined, frozen_twin
+from learner_proc.world_model import ModelLoss, WorldModel
+from shared.model.policy import Policy
+from shared.model.rssm import Belief
+
+if TYPE_CHECKING:
+    from tensordict import TensorDict
+
+    from shared.config import CompileSettings, Settings
+    from shared.stream import StreamSpec
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+AUTOCAST_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "false": torch.float32}
+INITIAL_LOSS_SCALE = 2.0**16
+LOSS_SCALE_INTERVAL = 2000  # finite steps between two doublings
+
+
+class LossScale:
+    """The factor that keeps float16 gradients in range; moves on the device, one number per optimiser."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.scale = torch.full((), INITIAL_LOSS_SCALE, device=device)
+        self.num_finite = torch.zeros((), device=device)
+
+    def update(self, bad: Tensor) -> None:
+        """Halve after a bad step, double after `LOSS_SCALE_INTERVAL` good ones in a row. Shapes: bad () bool."""
+        num_finite = (self.num_finite + 1).masked_fill(bad, 0.0)
+        grow = num_finite >= LOSS_SCALE_INTERVAL
+        self.scale.mul_(torch.where(bad, 0.5, torch.where(grow, 2.0, 1.0)))
+        self.num_finite.copy_(num_finite.masked_fill(grow, 0.0))
+
+
+class Updater:
+    """One Adam over a fixed list of parameters: clips the global norm, skips non-finite gradients on the device."""
+
+    def __init__(self, params: Sequence[nn.Parameter], *, lr: float, eps: float, clip: float, scaled: bool) -> None:
+        self.params, self.clip = list(params), clip
+        device = self.params[0].device
+        self.optimizer = torch.optim.Adam(self.params, lr=lr, eps=eps, fused=True, capturable=device.type == "cuda")
+        self.loss_scale = LossScale(device) if scaled else None
+        # what Adam would make lazily exists from the start, so that its addresses never change
+        for param in self.params:
+            self.optimizer.state[param] = {
+                "step": torch.zeros((), device=device),
+                "exp_avg": torch.zeros_like(param),
+                "exp_avg_sq": torch.zeros_like(param),
+            }
+
+    def gradients(self, loss: Tensor) -> list[Tensor]:
+        """The gradients of the unscaled loss; the graph is freed."""
+        if self.loss_scale is None:
+            return list(torch.autograd.grad(loss, self.params))
+        grads = list(torch.autograd.grad(loss * self.loss_scale.scale, self.params))
+        torch._foreach_div_(grads, self.loss_scale.scale)  # pyright: ignore[reportPrivateImportUsage]
+        return grads
+
+    def apply(self, grads: list[Tensor]) -> tuple[Tensor, Tensor]:
+        """Clip and step in place; returns the norm before clipping and whether the step was skipped, () bool."""
+        norm = torch.nn.utils.get_total_norm(grads)
+        bad = ~torch.isfinite(norm)
+        for param, grad in zip(self.params, grads, strict=True):
+            param.grad = grad
+        torch.nn.utils.clip_grads_with_norm_(self.params, self.clip, norm)
+        # read by the fused kernels: a set flag leaves parameters, moments and step count as they are
+        self.optimizer.found_inf = bad.float()  # type: ignore[attr-defined]
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        if self.loss_scale is not None:
+            self.loss_scale.update(bad)
+        return norm, bad
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Everything that moves with the updates but the parameters themselves, by name."""
+        moving = {
+            f"{index}.{key}": value
+            for index, param in enumerate(self.params)
+            for key, value in self.optimizer.state[param].items()
+        }
+        if self.loss_scale is not None:
+            moving |= {"scale": self.loss_scale.scale, "num_finite": self.loss_scale.num_finite}
+        return moving
+
+
+class GradientStep:
+    """The learner's algorithm: owns every network and optimiser, turns one batch into one update."""
+
+    metric_names: tuple[str, ...] = (
+        *("loss_model", "loss_obs", "loss_reward", "loss_cont", "kl", "loss_actor", "loss_value"),
+        *("imagined_return", "imagined_reward", "value_mean", "actor_std"),
+        *("grad_norm_model", "grad_norm_actor", "grad_norm_value", "skipped"),
+    )
+    policy: Policy
+
+    def __init__(self, spec: StreamSpec, settings: Settings, *, device: torch.device) -> None:
+        """Builds networks and optimisers on `device` from torch's global generator.
+
+        Raises: ValueError if an observation entry is neither a 64x64 image nor a vector.
+        """
+        networks, optimization = settings.networks, settings.optimization
+        self.policy = Policy(spec, networks).to(device)
+        self.world_model = WorldModel(spec, settings, self.policy).to(device)
+        self.critic = ScalarHead(self.policy.rssm.feat_dim, CRITIC_LAYERS, networks).to(device)
+        self._dreamer = Dreamer(frozen_twin(self.policy.rssm), self.policy.actor)
+        self._behavior = Behavior(self.world_model.reward, self.world_model.cont, self.critic, optimization)
+        self._horizon, self._action_dim = optimization.imagination_horizon, spec.action_dim
+        self._obs_names = sorted(spec.obs)
+        self._device, self._dtype = device, AUTOCAST_DTYPES[optimization.autocast]
+        self._updaters = {
+            "model": self._updater(self.world_model, optimization.world_model_lr, settings),
+            "actor": self._updater(self.policy.actor, optimization.actor_lr, settings),
+            "value": self._updater(self.critic, optimization.value_lr, settings),
+        }
+        compiled = compiler(optimization.compile)
+        self._posterior_step = compiled(self.policy.rssm.posterior_step)
+        self._imagined_step = compiled(self._dreamer.step)
+        self._model_loss = compiled(self.world_model.loss)
+        self._actor_loss = compiled(self._behavior.actor_loss)
+        self._critic_loss = compiled(self._behavior.critic_loss)
+
+    @staticmethod
+    def _updater(module: nn.Module, lr: float, settings: Settings) -> Updater:
+        optimization = settings.optimization
+        scaled = optimization.autocast == "float16"
+        params = list(module.parameters())
+        return Updater(params, lr=lr, eps=optimization.adam_eps, clip=optimization.grad_clip, scaled=scaled)
+
+    def __call__(self, batch: TensorDict) -> Tensor:
+        """One update of all three; the metrics of `metric_names` in order, detached float32 on the device.
+
+        Shapes: batch [B, L] in the arrival layout of `shared.stream`. Does not synchronise.
+        """
+        with torch.autocast(self._device.type, self._dtype, enabled=self._dtype != torch.float32, cache_enabled=False):
+            model, start = self._learn_model(batch)
+            imagined = self._imagine(start)
+            actor = self._actor_loss(imagined.feat, batch["is_terminal"].reshape(-1))
+            loss_value = self._critic_loss(imagined.feat.detach(), actor.target, actor.weight)
+        losses = {"model": model.total, "actor": actor.total, "value": loss_value}
+        # all gradients before any update: the three losses belong to the same parameters
+        grads = {name: self._updaters[name].gradients(loss) for name, loss in losses.items()}
+        applied = {name: self._updaters[name].apply(grads[name]) for name in losses}
+        norms = [norm for norm, _ in applied.values()]
+        skipped = torch.stack([bad for _, bad in applied.values()]).any()
+        return torch.stack([
+            *(model.total.detach(), model.obs, model.reward, model.cont, model.kl),
+            *(actor.total.detach(), loss_value.detach()),
+            *(actor.target.mean(), actor.reward_mean, actor.value_mean, imagined.actor_std),
+            *(*norms, skipped.float()),
+        ])  # fmt: skip
+
+    def _learn_model(self, batch: TensorDict) -> tuple[ModelLoss, Belief]:
+        """The world model's loss, and its posterior beliefs (N, ...), detached, as starts of imagination."""
+        num_sequences, length = batch["reward"].shape
+        obs = self.policy.normaliser({name: batch["obs", name] for name in self._obs_names})
+        noise = torch.randn(length, num_sequences, self.policy.rssm.stoch_dim, device=self._device)
+        posterior = self.world_model.observe(
+            obs, batch["action"], batch["is_first"], noise, posterior_step=self._posterior_step
+        )
+        loss = self._model_loss(obs, posterior, batch["reward"], batch["is_terminal"])
+        return loss, Belief(*(part.detach().flatten(0, 1) for part in posterior.belief))
+
+    def _imagine(self, start: Belief) -> Imagined:
+        lead = (self._horizon, start.deter.shape[0])
+        action_noise = torch.randn(*lead, self._action_dim, device=self._device)
+        noise = torch.randn(*lead, self.policy.rssm.stoch_dim, device=self._device)
+        return self._dreamer.imagine(start, action_noise, noise, step=self._imagined_step)
+
+    def observe_statistics(self, obs: dict[str, Tensor]) -> None:
+        """Take newly committed rows (K, E, *shape) into the normaliser, once each; nothing without vectors."""
+        self.policy.normaliser.update(obs)
+
+    def _tensors(self) -> dict[str, dict[str, Tensor]]:
+        """Every tensor that makes up the learner's state, the live ones, in named groups."""
+        modules = {
+            "normaliser": self.policy.normaliser,
+            "world_model": self.world_model,
+            "actor": self.policy.actor,
+            "critic": self.critic,
+        }
+        groups = {name: dict(module.state_dict()) for name, module in modules.items()}
+        return groups | {f"adam_{name}": updater.tensors() for name, updater in self._updaters.items()}
+
+    def state_dict(self) -> dict[str, dict[str, Tensor]]:
+        """A snapshot of parameters, normaliser, optimisers and loss scales; later steps do not change it."""
+        return {group: {k: v.clone() for k, v in tensors.items()} for group, tensors in self._tensors().items()}
+
+    @torch.no_grad()
+    def load_state_dict(self, state: dict[str, dict[str, Tensor]]) -> None:
+        """Copy a snapshot into place; every address stays, so compiled code and graphs stay valid.
+
+        Raises: ValueError if names or shapes differ from this learner's; nothing is copied then.
+        """
+        live = self._tensors()
+        expected = {(group, k): tuple(v.shape) for group, tensors in live.items() for k, v in tensors.items()}
+        found = {(group, k): tuple(v.shape) for group, tensors in state.items() for k, v in tensors.items()}
+        if expected != found:
+            group, name = min(key for key in expected.keys() | found.keys() if expected.get(key) != found.get(key))
+            raise ValueError(
+                f"the saved learner does not fit: {group}/{name} has shape {found.get((group, name))}, "
+                f"wanted {expected.get((group, name))}; resume with the settings the checkpoint was made with"
+            )
+        for group, tensors in live.items():
+            for name, tensor in tensors.items():
+                tensor.copy_(state[group][name])
+
+    def parameter_counts(self) -> dict[str, int]:
+        """Number of parameters of every part; `model` is the sum of the world model's parts."""
+        world_model = self.world_model
+        parts: dict[str, nn.Module] = {
+            "encoder": world_model.encoder,
+            "decoder": world_model.decoder,
+            "rssm": world_model.rssm,
+            "reward": world_model.reward,
+        }
+        if world_model.cont is not None:
+            parts["cont"] = world_model.cont
+        parts |= {"model": world_model, "actor": self.policy.actor, "critic": self.critic}
+        return {name: sum(p.numel() for p in part.parameters()) for name, part in parts.items()}
+
+
+def compiler(settings: CompileSettings) -> Callable[[Function], Function]:
+    """What every cell and head passes through: torch.compile as set, or nothing."""
+    if not settings.enabled:
+        return lambda function: function
+    if settings.backend == "inductor":
+        import torch._inductor.config as inductor
+
+        inductor.compile_threads = 1  # a pool of compile workers would outlive the compilation
+
+    def compiled(function: Function) -> Function:
+        return cast(Function, torch.compile(function, fullgraph=True, dynamic=False, backend=settings.backend))
+
+    return compiled

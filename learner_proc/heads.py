@@ -1,0 +1,90 @@
+"""What is read off a feature: observations, reward, continuation, value."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from shared.model.distributions import unit_gaussian_nll
+from shared.model.encoder import VECTOR_LAYERS, centred
+from shared.model.layers import dense, glorot, mlp
+
+if TYPE_CHECKING:
+    from shared.config import NetworkSettings
+    from shared.stream import StreamSpec
+
+REWARD_LAYERS = 2
+CONT_LAYERS = 3
+CRITIC_LAYERS = 3
+
+
+class ScalarHead(nn.Module):
+    """One float32 number per feature: (..., F) to (...)."""
+
+    def __init__(self, feat_dim: int, num_layers: int, networks: NetworkSettings) -> None:
+        super().__init__()
+        self.layers = mlp(feat_dim, networks.hidden_dim, num_layers, networks.activation, 1)
+
+    def forward(self, feat: Tensor) -> Tensor:
+        return self.layers(feat).float().squeeze(-1)
+
+
+class ImageDecoder(nn.Module):
+    """Features to the mean of a unit Gaussian over centred pixels.
+
+    Source: arXiv 1912.01603, appendix A: a dense layer without activation, then four transposed convolutions.
+    """
+
+    def __init__(self, feat_dim: int, num_colours: int, channels: int) -> None:
+        super().__init__()
+        self.input = dense(feat_dim, 32 * channels)
+        sizes = [32 * channels, 4 * channels, 2 * channels, channels, num_colours]
+        layers: list[nn.Module] = []
+        for num_in, num_out, kernel in zip(sizes[:-1], sizes[1:], (5, 5, 6, 6), strict=True):
+            conv = nn.ConvTranspose2d(num_in, num_out, kernel, stride=2)
+            glorot(conv)
+            layers += [conv, nn.ReLU()]
+        self.layers = nn.Sequential(*layers[:-1])
+
+    def forward(self, feat: Tensor) -> Tensor:
+        """Shapes: (..., F) to (..., 64, 64, C) float32."""
+        image = self.layers(self.input(feat).reshape(-1, self.input.out_features, 1, 1))
+        return image.permute(0, 2, 3, 1).float().view(*feat.shape[:-1], *image.shape[2:], image.shape[1])
+
+
+class VectorDecoder(nn.Module):
+    """Features to the mean of a unit Gaussian over a normalised vector, (..., F) to (..., size) float32."""
+
+    def __init__(self, feat_dim: int, size: int, networks: NetworkSettings) -> None:
+        super().__init__()
+        self.layers = mlp(feat_dim, networks.hidden_dim, VECTOR_LAYERS, networks.activation, size)
+
+    def forward(self, feat: Tensor) -> Tensor:
+        return self.layers(feat).float()
+
+
+class Decoder(nn.Module):
+    """One decoder per observation entry."""
+
+    def __init__(self, feat_dim: int, spec: StreamSpec, networks: NetworkSettings) -> None:
+        super().__init__()
+        entries: dict[str, nn.Module] = {}
+        for name, entry in sorted(spec.obs.items()):
+            if entry.is_image:
+                entries[name] = ImageDecoder(feat_dim, entry.shape[2], networks.encoder_channels)
+            else:
+                entries[name] = VectorDecoder(feat_dim, entry.shape[0], networks)
+        self.entries = nn.ModuleDict(entries)
+
+    def nll(self, feat: Tensor, obs: dict[str, Tensor]) -> Tensor:
+        """-log p(obs | feat) in nats, summed over dimensions and entries: (...).
+
+        Shapes: feat (..., F), obs entries (..., *shape): images uint8, vectors normalised.
+        """
+        losses = []
+        for name, decoder in self.entries.items():
+            target = centred(obs[name]) if obs[name].dtype == torch.uint8 else obs[name]
+            losses.append(unit_gaussian_nll(target, decoder(feat), event_dims=target.dim() - feat.dim() + 1))
+        return torch.stack(losses).sum(0)

@@ -1,0 +1,82 @@
+"""Imagination: the prior rolled on under the actor, from every replayed belief."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import NamedTuple, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from shared.model.policy import Actor
+from shared.model.rssm import RSSM, Belief, feat
+
+Module = TypeVar("Module", bound=nn.Module)
+
+
+class Imagined(NamedTuple):
+    """Features of the imagined steps (N, H, F), the start not among them, and the actor's mean std (a scalar)."""
+
+    feat: Tensor
+    actor_std: Tensor
+
+
+class ImaginedStep(NamedTuple):
+    belief: Belief
+    actor_std: Tensor
+
+
+def frozen_twin(module: Module) -> Module:
+    """A copy that shares the original's storage and takes no gradient of its own.
+
+    Updates in place of the original show in the twin; gradients flow through it to what came before. Make it after the
+    original reached its device.
+    """
+    twin = copy.deepcopy(module)
+    for mine, original in zip(twin.parameters(), module.parameters(), strict=True):
+        mine.requires_grad_(False)
+        mine.data = original.data
+    return twin
+
+
+class Dreamer(nn.Module):
+    """The actor acting in the frozen RSSM."""
+
+    def __init__(self, rssm: RSSM, actor: Actor) -> None:
+        """`rssm` is a frozen twin, `actor` the original."""
+        super().__init__()
+        self.rssm, self.actor = rssm, actor
+
+    def step(self, belief: Belief, action_noise: Tensor, noise: Tensor) -> ImaginedStep:
+        """One sampled action and the belief after it. Shapes: action_noise (N, A), noise (N, S).
+
+        The policy's input is detached: the actor learns through its actions and the states they lead to.
+        """
+        mean, std = self.actor(feat(belief).detach())
+        action = torch.tanh(mean + std * action_noise)
+        return ImaginedStep(self.rssm.prior_step(belief, action, noise), std.detach().mean())
+
+    def imagine(
+        self,
+        start: Belief,
+        action_noise: Tensor,
+        noise: Tensor,
+        *,
+        step: Callable[..., ImaginedStep] | None = None,
+    ) -> Imagined:
+        """Roll H steps from detached starts; `step` is this module's own or a compiled form of it.
+
+        Shapes: start (N, ...), action_noise (H, N, A), noise (H, N, S).
+        """
+        num_starts = start.deter.shape[0]
+        assert action_noise.shape[:2] == noise.shape[:2] == (noise.shape[0], num_starts), action_noise.shape
+        step = step or self.step
+        # asks for a gradient like the later beliefs, so that one compiled graph serves every step
+        belief = Belief(*(part.detach().requires_grad_(torch.is_grad_enabled()) for part in start))
+        steps: list[ImaginedStep] = []
+        for step_action_noise, step_noise in zip(action_noise.unbind(0), noise.unbind(0), strict=True):
+            steps.append(step(belief, step_action_noise, step_noise))
+            belief = steps[-1].belief
+        deter, stoch = (torch.stack(parts, 1) for parts in zip(*(s.belief for s in steps), strict=True))
+        return Imagined(feat(Belief(deter, stoch)), torch.stack([s.actor_std for s in steps]).mean())

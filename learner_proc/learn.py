@@ -1,0 +1,327 @@
+"""The learner's loop: messages, grants, gradient step, publish, log, save. One Python thread, and it never waits for the GPU
+except to stay at most two steps ahead of it."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from tensordict import TensorDict
+
+from learner_proc import checkpoint
+from learner_proc.gradient_step import GradientStep
+from learner_proc.link import CollectorLink
+from learner_proc.pacing import Pacing
+from learner_proc.publisher import Publisher
+from learner_proc.replay import Replay
+from learner_proc.report import Counters, Report
+from shared.checksum import checksum
+from shared.config import Geometry, Settings
+from shared.errors import TransportError
+from shared.handover import create_memfd_slab, pin_slab
+from shared.messages import Commit
+from shared.stream import StreamSpec, plan_layout
+
+if TYPE_CHECKING:
+    from shared.run_folder import Run
+    from shared.supervision import Progress, StopFlag
+
+IDLE_S = 0.01  # longest sleep while neither a step nor a message is due
+STATUS_S = 0.5  # seconds between two live statuses
+STEPS_AHEAD = 2
+
+
+class Learner:
+    """Owner of the replay, the networks and everything else that must survive.
+
+    Life: `__init__` opens the sockets; `run` waits for the first hello, builds and compiles while the collector fills the
+    replay, then trains to `optimization.total_optim_steps` or until asked to stop, and leaves a checkpoint.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        geometry: Geometry,
+        run: Run,
+        *,
+        run_dir: Path,
+        device: torch.device,
+        progress: Progress,
+        stop: StopFlag,
+        log,
+        resume: bool,
+    ) -> None:
+        self._settings, self._geometry, self._run_dir = settings, geometry, run_dir
+        self._device, self._progress, self._stop, self._log = device, progress, stop, log
+        self._run = run
+        self._folder = checkpoint.newest(run_dir / "checkpoints") if resume else None
+        self._saved = checkpoint.load_state(self._folder, device) if self._folder else None
+        self.counters = Counters()
+        if self._saved is not None:
+            vars(self.counters).update(self._saved["counters"])
+        self._pacing = Pacing(
+            geometry.frames_per_chunk,
+            geometry.frames_per_step,
+            settings.optimization.replay_ratio,
+            geometry.prefill_frames,
+        )
+        self._link = CollectorLink(
+            run.socket_dir,
+            run_id=run.run_id,
+            allocate=self._allocate,
+            random_frames=self._random_frames,
+            agent_steps=lambda: self.counters.agent_steps,
+            log=log,
+        )
+        self._unseen: deque[int] = deque()  # committed chunks the normaliser has not seen
+        self._early: list[Commit] = []  # commits that arrived before there was a report
+        self._events: deque[torch.cuda.Event] = deque()
+        self._step: GradientStep | None = None
+        self._saved_at = self._status_at = time.monotonic()
+
+    def run(self) -> None:
+        """Raises: TransportError if no collector says hello in time; FloatingPointError if training diverged for good."""
+        self._progress.phase("hello")
+        self._wait_for(lambda: self._link.streaming, "a collector's hello and self-test")
+        if self._stop.requested:
+            return
+        self._build()
+        self._progress.phase("prefill")
+        while not self._finished() and not self._pacing.may_step():
+            self._serve()
+            self._progress.advance()
+            self._link.wait(IDLE_S)
+        self._progress.phase("training")
+        while not self._finished():
+            self._serve()
+            if self._pacing.may_step():
+                self._train()
+            else:
+                self._progress.advance()
+                self._link.wait(IDLE_S)
+            self._show_status()
+        self._end()
+
+    # ---- start-up -------------------------------------------------------------------------------------------------
+
+    def _allocate(self, spec: StreamSpec) -> tuple[Replay, int | None]:
+        """The slab before anything else, so that its CUDA segment holds nothing but itself."""
+        layout = plan_layout(spec, self._geometry.capacity)
+        on_gpu = self._device.type == "cuda" and self._settings.replay_buffer.gpu_storage
+        fd = None
+        if on_gpu:
+            slab = torch.zeros(layout.num_bytes, dtype=torch.uint8, device=self._device)
+        else:
+            slab, fd = create_memfd_slab(layout.num_bytes)
+            if self._device.type == "cuda":
+                pin_slab(slab)
+        ticks, seed = self._geometry.ticks_per_chunk, self._settings.env.seed
+        replay = Replay(slab, layout, ticks_per_chunk=ticks, seed=seed, device=self._device)
+        if self._folder is not None:
+            rows = checkpoint.load_replay(self._folder, replay, spec_digest=spec.digest())
+            self._pacing.prefill = max(0, self._pacing.prefill - rows * spec.num_envs)
+            self._log.info("replay restored", rows=rows, checkpoint=str(self._folder))
+        self._log.info("replay allocated", num_bytes=layout.num_bytes, device=str(slab.device), capacity=layout.capacity)
+        return replay, fd
+
+    def _random_frames(self) -> int:
+        """Uniform random rows still wanted: the rest of the prefill, none once weights have been trained."""
+        if self.counters.gradient_steps > 0:
+            return 0
+        return max(0, self._geometry.prefill_frames - self._pacing.collected)
+
+    def _build(self) -> None:
+        """Networks, compiled while the collector fills the replay, then restored: warming up must leave no trace."""
+        self._progress.phase("compiling")
+        assert self._link.spec is not None and self._link.replay is not None
+        self._serve()  # the grants of the whole prefill go out before the long silence
+        began = time.monotonic()
+        torch.manual_seed(self._settings.env.seed)
+        self._step = GradientStep(self._link.spec, self._settings, device=self._device)
+        random_state = checkpoint.random_state(self._link.replay, self._device)
+        if self._settings.optimization.compile.enabled:
+            snapshot = _cloned(self._step.state_dict())
+            self._step(self._blank_batch())
+            self._step.load_state_dict(snapshot)
+        if self._saved is not None:
+            self._step.load_state_dict(self._saved["gradient_step"])
+            random_state = self._saved["random_state"]
+        checkpoint.restore_random_state(random_state, self._link.replay, self._device)
+        self._saved = None
+        seconds = time.monotonic() - began
+        self._log.info("networks ready", seconds=round(seconds, 2), parameters=self._step.parameter_counts())
+        self._report = Report(
+            self._run_dir / "metrics.jsonl",
+            self._step.metric_names,
+            self._device,
+            self.counters,
+            streaming_since=began,
+            constants={
+                "replay_ratio_target": self._settings.optimization.replay_ratio,
+                "transport": "cuda_ipc" if self._link.replay.slab.is_cuda else "memfd",
+                "transport_bytes_per_s": round(self._link.bandwidth),
+                "startup_s": round(seconds, 3),
+            },
+        )
+        for commit in self._early:
+            self._report.add_commit(commit, newest_version=0)
+        self._early.clear()
+        self._publisher = Publisher(
+            self._step.policy,
+            socket_dir=self._run.socket_dir,
+            run_id=self._run.run_id,
+            version=self.counters.policy_version,
+        )
+        self._publish()
+
+    def _blank_batch(self) -> TensorDict:
+        """A batch of the shapes to come; its values do not matter."""
+        assert self._link.spec is not None
+        lead = (self._geometry.num_sequences, self._geometry.sequence_length)
+        batch = TensorDict({"obs": TensorDict({}, lead)}, lead, device=self._device)
+        for entry in self._link.spec.fields():
+            dtype = getattr(torch, entry.dtype)
+            batch[tuple(entry.name.split("."))] = torch.zeros(*lead, *entry.shape, dtype=dtype, device=self._device)
+        return batch
+
+    # ---- the steady loop ------------------------------------------------------------------------------------------
+
+    def _serve(self) -> None:
+        """Take what the collector said, give it room, send what is ready. Never blocks."""
+        was_streaming = self._link.streaming
+        for commit in self._link.poll():
+            self._commit(commit)
+        self._link.flush()
+        replay = self._link.replay
+        if replay is not None:
+            while self._link.streaming and self._pacing.may_grant(replay.num_granted):
+                self._link.grant()
+        if self._step is not None:
+            self._publisher.flush()
+            if self._link.streaming and not was_streaming:
+                self._publisher.republish()
+
+    def _commit(self, commit: Commit) -> None:
+        replay = self._link.replay
+        assert replay is not None
+        chunk = replay.commit(commit.row)
+        if self._settings.replay_buffer.checksum:
+            found = checksum(chunk[tuple(entry.name.split("."))] for entry in replay.layout.fields)
+            if found != commit.checksum:
+                raise TransportError(
+                    f"chunk {commit.seq} at ring row {commit.row} has checksum {found}, its commit says {commit.checksum}; "
+                    "wanted equal sums; the link between the GPUs corrupts data: run both processes on one GPU"
+                )
+        self._pacing.collected += self._geometry.frames_per_chunk
+        self.counters.rows += self._geometry.frames_per_chunk
+        if self._step is None:
+            self._unseen.append(commit.row)
+            self._early.append(commit)
+            return
+        while self._unseen:
+            self._step.observe_statistics(dict(replay.chunk(self._unseen.popleft())["obs"].items()))
+        self._step.observe_statistics(dict(chunk["obs"].items()))
+        self._report.add_commit(commit, newest_version=self._publisher.version)
+        if commit.policy_version == 0:  # it may have subscribed after the last publication
+            self._publisher.republish()
+
+    def _train(self) -> None:
+        assert self._step is not None and self._link.replay is not None
+        if len(self._events) >= STEPS_AHEAD:
+            self._events.popleft().synchronize()  # blocking event: no spin, the GIL is released
+        batch = self._link.replay.sample(self._geometry.num_sequences, self._geometry.sequence_length)
+        metrics = self._step(batch)
+        self._report.add_step(metrics)
+        if self._device.type == "cuda":
+            self._events.append(torch.cuda.Event(blocking=True))
+            self._events[-1].record()
+        self.counters.gradient_steps += 1
+        self._pacing.replayed += self._geometry.frames_per_step
+        self._progress.advance()
+        steps, options = self.counters.gradient_steps, self._settings.optimization
+        if steps % options.publish_every == 0:
+            self._publish()
+        if steps % options.log_every == 0:
+            self._report.request_row(replay_ratio=self._replay_ratio())
+        self._report.poll()
+        if self._report.all_skipped:
+            raise FloatingPointError(
+                f"every gradient of the last {options.log_every} steps up to {steps} was not finite; wanted finite losses; "
+                "resume from a checkpoint with a lower learning rate, or with optimization.autocast=false"
+            )
+        if time.monotonic() - self._saved_at > self._settings.checkpoint.every_s:
+            self._save()
+
+    def _publish(self) -> None:
+        self._publisher.publish()
+        self.counters.policy_version = self._publisher.version
+
+    def _replay_ratio(self) -> float:
+        return self._pacing.replayed / max(self._pacing.collected, 1)
+
+    def _show_status(self) -> None:
+        if time.monotonic() - self._status_at > STATUS_S:
+            self._status_at = time.monotonic()
+            options = self._settings.optimization
+            extra = {"replay_ratio": self._replay_ratio(), "replay_ratio_target": options.replay_ratio}
+            self._progress.status(self._report.live() | extra | {"total_optim_steps": options.total_optim_steps})
+
+    def _finished(self) -> bool:
+        return self._stop.requested or self.counters.gradient_steps >= self._settings.optimization.total_optim_steps
+
+    def _wait_for(self, condition, what: str) -> None:
+        end = time.monotonic() + self._settings.deadlines.start_s
+        while not condition() and not self._stop.requested:
+            if time.monotonic() > end:
+                raise TransportError(f"waited {self._settings.deadlines.start_s:.0f} s for {what}; look at logs/collector.out")
+            self._serve()
+            self._progress.advance()
+            self._link.wait(IDLE_S)
+
+    # ---- the end --------------------------------------------------------------------------------------------------
+
+    def _save(self) -> None:
+        assert self._step is not None and self._link.replay is not None
+        self._progress.phase("saving")
+        began, replay = time.perf_counter(), self._link.replay
+        state = {
+            "gradient_step": self._step.state_dict(),
+            "counters": dict(vars(self.counters)),
+            "random_state": checkpoint.random_state(replay, self._device),
+        }
+        folder = checkpoint.save(
+            self._run_dir / "checkpoints",
+            self.counters.gradient_steps,
+            state,
+            replay if self._settings.checkpoint.replay else None,
+            spec_digest=self._link.spec.digest() if self._link.spec else "",
+            keep=self._settings.checkpoint.keep,
+        )
+        self._saved_at = time.monotonic()
+        self._log.info("checkpoint", folder=str(folder), seconds=round(time.perf_counter() - began, 2))
+        self._progress.phase("training")
+
+    def _end(self) -> None:
+        """The last row, the last weights, the last checkpoint."""
+        self._report.request_row(replay_ratio=self._replay_ratio())
+        self._report.poll(wait=True)
+        self._save()
+        self._progress.phase("stopping")
+        self._report.close()
+        self._publisher.close()
+        self._link.close()
+        self._log.info("ended", gradient_steps=self.counters.gradient_steps, asked=self._stop.requested)
+
+
+def _cloned(value):
+    """A deep copy of a state dict whose tensors no longer share storage."""
+    if isinstance(value, torch.Tensor):
+        return value.clone()
+    if isinstance(value, dict):
+        return {key: _cloned(entry) for key, entry in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_cloned(entry) for entry in value]
+    return value

@@ -1,0 +1,159 @@
+"""What the learner says of itself: one row of metrics.jsonl every `log_every` gradient steps, and the live status."""
+
+from __future__ import annotations
+
+import json
+import math
+import struct
+import time
+from collections import deque
+from pathlib import Path
+from typing import IO
+
+import torch
+from torch import Tensor
+
+from shared.messages import EPISODE_KINDS, Commit
+
+TRAIN_WINDOW, EVAL_WINDOW = 100, 20  # finished episodes a mean return is taken over
+
+
+class Counters:
+    """Totals since the run began (they survive a resume)."""
+
+    def __init__(self) -> None:
+        self.gradient_steps = self.agent_steps = self.env_frames = self.rows = self.episodes = 0
+        self.nan_skips = self.policy_version = 0
+        self.wall_s = 0.0
+
+
+class Report:
+    """Collects sums on the device and numbers from commits; never waits for the GPU.
+
+    `request_row` starts an asynchronous copy of the summed metrics; `poll` writes the row once that copy has arrived.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        metric_names: tuple[str, ...],
+        device: torch.device,
+        counters: Counters,
+        *,
+        constants: dict,
+        streaming_since: float,
+    ) -> None:
+        """constants: columns of every row; streaming_since: time.monotonic() when the collector began."""
+        self._file: IO[str] = path.open("a", buffering=1)
+        self._names, self._counters, self._constants = metric_names, counters, constants
+        self._sum = torch.zeros(len(metric_names), device=device)
+        self._count = self._num_rows = 0
+        self._pinned = torch.zeros(len(metric_names), pin_memory=device.type == "cuda")
+        self._pending: tuple[dict, int, torch.cuda.Event | None] | None = None
+        self._returns = {kind: deque(maxlen=EVAL_WINDOW if kind == "eval" else TRAIN_WINDOW) for kind in EPISODE_KINDS}
+        self._lengths: deque[int] = deque(maxlen=TRAIN_WINDOW)
+        self._lags: deque[int] = deque(maxlen=TRAIN_WINDOW)
+        self._began = time.monotonic() - counters.wall_s
+        self._window = (time.monotonic(), counters.gradient_steps, counters.agent_steps)
+        self._first_step: tuple[float, int] | None = None  # of this process; means count from here
+        self._streaming_since, self._first_agent_steps = streaming_since, counters.agent_steps
+        self.all_skipped = False  # every step of the last row's window was not finite
+
+    def add_commit(self, commit: Commit, *, newest_version: int) -> None:
+        """Count a commit; newest_version: the version published last when it arrived."""
+        totals = self._counters
+        totals.agent_steps += commit.agent_steps
+        totals.env_frames += commit.env_frames
+        count = len(commit.kinds)
+        totals.episodes += count
+        returns = struct.unpack(f"<{count}f", commit.returns)
+        for value, length, kind in zip(returns, struct.unpack(f"<{count}i", commit.lengths), commit.kinds, strict=True):
+            self._returns[EPISODE_KINDS[min(kind, 2)]].append(value)
+            self._lengths.append(length)
+        if commit.policy_version > 0:
+            self._lags.append(newest_version - commit.policy_version)
+
+    def add_step(self, metrics: Tensor) -> None:
+        """metrics: (len(metric_names),) on the device."""
+        self._sum += metrics
+        self._count += 1
+        if self._first_step is None:
+            self._first_step = (time.monotonic(), self._counters.gradient_steps)
+
+    def request_row(self, **numbers: float | None) -> None:
+        """Ask for a row of the present window, unless nothing happened since the last one; numbers: further columns."""
+        self.poll(wait=True)
+        if self._count == 0 and self._num_rows > 0:
+            return
+        self._num_rows += 1
+        row = self._numbers() | numbers
+        event = None
+        self._pinned.copy_(self._sum, non_blocking=True)
+        if self._sum.is_cuda:
+            event = torch.cuda.Event()
+            event.record()
+        self._pending = (row, self._count, event)
+        self._sum.zero_()
+        self._count = 0
+        self.poll()
+
+    def poll(self, *, wait: bool = False) -> dict | None:
+        """Write the requested row if its metrics have arrived; returns it then. `wait` is for the end of the run."""
+        if self._pending is None:
+            return None
+        row, count, event = self._pending
+        if event is not None and not wait and not event.query():
+            return None
+        if event is not None:
+            event.synchronize()
+        self._pending = None
+        sums = dict(zip(self._names, self._pinned.tolist(), strict=True))
+        skipped = round(sums.get("skipped", 0.0))
+        self._counters.nan_skips += skipped
+        self.all_skipped = count > 0 and skipped == count
+        row |= {name: value / count if count else None for name, value in sums.items()}
+        row |= {"nan_skips": self._counters.nan_skips} | self._constants
+        self._file.write(json.dumps({k: _json(v) for k, v in row.items()}) + "\n")
+        return row
+
+    def live(self) -> dict:
+        """Numbers for the progress line, without the device's metrics."""
+        return self._numbers(window=False)
+
+    def close(self) -> None:
+        self._file.close()
+
+    def _numbers(self, *, window: bool = True) -> dict:
+        totals, now = self._counters, time.monotonic()
+        totals.wall_s = now - self._began
+        began, steps, agent_steps = self._window
+        first_step = self._first_step or (now, totals.gradient_steps)
+        if window:
+            self._window = (now, totals.gradient_steps, totals.agent_steps)
+        return {
+            "time": time.time(),
+            "wall_s": totals.wall_s,
+            "gradient_steps": totals.gradient_steps,
+            "agent_steps": totals.agent_steps,
+            "env_frames": totals.env_frames,
+            "episodes": totals.episodes,
+            "collect_fps": (totals.agent_steps - agent_steps) / max(now - began, 1e-9),
+            "updates_per_s": (totals.gradient_steps - steps) / max(now - began, 1e-9),
+            "collect_fps_mean": (totals.agent_steps - self._first_agent_steps) / max(now - self._streaming_since, 1e-9),
+            "updates_per_s_mean": (totals.gradient_steps - first_step[1]) / max(now - first_step[0], 1e-9),
+            "episode_return_mean": _mean(self._returns["train"]),
+            "eval_return_mean": _mean(self._returns["eval"]),
+            "random_return_mean": _mean(self._returns["random"]),
+            "episode_length_mean": _mean(self._lengths),
+            "policy_version": totals.policy_version,
+            "policy_lag_mean": _mean(self._lags),
+        }
+
+
+def _mean(values: deque) -> float | None:
+    return sum(values) / len(values) if values else None
+
+
+def _json(value: object) -> object:
+    """JSON has no NaN: a number that is not finite becomes null."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value

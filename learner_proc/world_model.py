@@ -1,0 +1,117 @@
+"""The world model: it scans replayed windows into posterior beliefs and is trained to explain what was met there."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from learner_proc.heads import CONT_LAYERS, REWARD_LAYERS, Decoder, ScalarHead
+from shared.model.distributions import bernoulli_nll, gaussian_kl, unit_gaussian_nll
+from shared.model.rssm import Belief, Posterior, feat
+
+if TYPE_CHECKING:
+    from shared.config import Settings
+    from shared.model.policy import Policy
+    from shared.stream import StreamSpec
+
+IMAGE_FREE_NATS = 3.0
+VECTOR_FREE_NATS = 1.0  # a few dimensions may be worth less than 3 nats, and then nothing would train the prior
+
+
+class ModelLoss(NamedTuple):
+    """`total` carries the gradient; the parts are detached batch means in nats, `kl` before the free nats."""
+
+    total: Tensor
+    obs: Tensor
+    reward: Tensor
+    cont: Tensor
+    kl: Tensor
+
+
+class WorldModel(nn.Module):
+    """Encoder and RSSM of the policy (shared, not copied) with the decoder, reward and continue heads around them."""
+
+    def __init__(self, spec: StreamSpec, settings: Settings, policy: Policy) -> None:
+        super().__init__()
+        networks, self.optimization = settings.networks, settings.optimization
+        self.encoder, self.rssm = policy.encoder, policy.rssm
+        self.decoder = Decoder(self.rssm.feat_dim, spec, networks)
+        self.reward = ScalarHead(self.rssm.feat_dim, REWARD_LAYERS, networks)
+        self.cont = ScalarHead(self.rssm.feat_dim, CONT_LAYERS, networks) if networks.continue_head else None
+        has_images = any(entry.is_image for entry in spec.obs.values())
+        default = IMAGE_FREE_NATS if has_images else VECTOR_FREE_NATS
+        self.free_nats = default if self.optimization.free_nats is None else self.optimization.free_nats
+
+    def observe(
+        self,
+        obs: dict[str, Tensor],
+        action: Tensor,
+        is_first: Tensor,
+        noise: Tensor,
+        *,
+        posterior_step: Callable[..., Posterior] | None = None,
+    ) -> Posterior:
+        """Posterior beliefs along windows that start from a blank belief and are blanked again at every `is_first`.
+
+        `posterior_step` is the RSSM's own or a compiled form of it.
+        Shapes: obs entries (B, L, *shape) with vectors normalised, action (B, L, A), is_first (B, L) bool,
+        noise (L, B, S); result (B, L, ...).
+        """
+        step = posterior_step or self.rssm.posterior_step
+        num_sequences, length = is_first.shape
+        assert action.shape[:2] == is_first.shape, action.shape
+        assert noise.shape == (length, num_sequences, self.rssm.stoch_dim), noise.shape
+        share = self.rssm.embed_share(self.encoder(obs))  # (B, L, D)
+        blank = self.rssm.initial(num_sequences)
+        # the first belief asks for a gradient like all later ones, so that one compiled graph serves every step
+        belief = Belief(*(part.requires_grad_(torch.is_grad_enabled()) for part in blank))
+        steps: list[Posterior] = []
+        # unbind, not indexing: the gradient of an index is a full tensor of zeros at every step
+        inputs = zip(action.unbind(1), share.unbind(1), is_first[..., None].unbind(1), noise.unbind(0), strict=True)
+        for prev_action, step_share, first, step_noise in inputs:
+            steps.append(step(belief, prev_action, step_share, first, step_noise))
+            belief = steps[-1].belief
+        deter, stoch = (torch.stack(parts, 1) for parts in zip(*(s.belief for s in steps), strict=True))
+        mean, std = torch.stack([s.mean for s in steps], 1), torch.stack([s.std for s in steps], 1)
+        return Posterior(Belief(deter, stoch), mean, std)
+
+    def loss(self, obs: dict[str, Tensor], posterior: Posterior, reward: Tensor, is_terminal: Tensor) -> ModelLoss:
+        """Negative log-likelihoods plus the KL, averaged over windows and steps.
+
+        The reward target is scaled by `reward_scale`; the continue target is gamma, 0 where the task ended, so that
+        time-outs change nothing. Shapes: obs as in `observe`, reward and is_terminal (B, L); scalars come back.
+        Source: arXiv 1912.01603, eq. 10, as in its TensorFlow 2 code: the mean KL is clipped, not each step's.
+        """
+        settings = self.optimization
+        assert reward.shape == is_terminal.shape == posterior.mean.shape[:2], reward.shape
+        features = feat(posterior.belief)  # (B, L, F)
+        loss_obs = self.decoder.nll(features, obs).mean()
+        loss_reward = unit_gaussian_nll(reward * settings.reward_scale, self.reward(features), event_dims=0).mean()
+        kl, loss_kl = self.kl(posterior)
+        total = settings.kl_scale * loss_kl + loss_obs + loss_reward
+        loss_cont = torch.zeros_like(loss_obs)
+        if self.cont is not None:
+            target = settings.gamma * (~is_terminal).float()
+            loss_cont = bernoulli_nll(self.cont(features), target).mean()
+            total = total + settings.continue_scale * loss_cont
+        return ModelLoss(total, loss_obs.detach(), loss_reward.detach(), loss_cont.detach(), kl.detach())
+
+    def kl(self, posterior: Posterior) -> tuple[Tensor, Tensor]:
+        """The batch mean of KL(posterior || prior) in nats, and the loss made of it.
+
+        Below `free_nats` the loss is that constant and has no gradient. With `kl_balance` b, b of the gradient moves the
+        prior to the posterior and 1 - b the posterior to the prior; the value is the same.
+        """
+        mean, std = posterior.mean, posterior.std
+        prior_mean, prior_std = self.rssm.prior(posterior.belief.deter)
+        balance = self.optimization.kl_balance
+        if balance is None:
+            kl = gaussian_kl(mean, std, prior_mean, prior_std).mean()
+            return kl, kl.clamp_min(self.free_nats)
+        to_prior = gaussian_kl(mean.detach(), std.detach(), prior_mean, prior_std).mean()
+        to_posterior = gaussian_kl(mean, std, prior_mean.detach(), prior_std.detach()).mean()
+        loss = balance * to_prior.clamp_min(self.free_nats) + (1 - balance) * to_posterior.clamp_min(self.free_nats)
+        return to_prior, loss

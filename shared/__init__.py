@@ -1,0 +1,1 @@
+"""What both processes agree on. Every file directly in this package is torch-free at import."""

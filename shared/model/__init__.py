@@ -1,0 +1,5 @@
+"""The part of the model both processes run; the only package of `shared` that imports torch.
+
+Legend of shapes: B sequences, L steps of a sequence, H imagined steps, E environments, A action size,
+S stochastic size (`stoch`), D deterministic size (`deter`), F = S + D (`feat` = [stoch, deter]), N = B * L starts.
+"""

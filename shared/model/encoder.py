@@ -1,0 +1,93 @@
+"""Observations to one embedding: a convolutional stack per image, a dense stack per vector, joined in name order."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from shared.model.layers import glorot, mlp
+
+if TYPE_CHECKING:
+    from shared.config import NetworkSettings
+    from shared.stream import ObsSpec, StreamSpec
+
+IMAGE_SIZE = 64
+VECTOR_LAYERS = 3
+
+
+def check_entry(name: str, entry: ObsSpec) -> None:
+    """Raises: ValueError if no encoder exists for an entry of this shape."""
+    if entry.is_image and (entry.shape[:2] != (IMAGE_SIZE, IMAGE_SIZE) or entry.shape[2:] not in ((1,), (3,))):
+        raise ValueError(
+            f"observation {name!r} is an image of shape {entry.shape}, wanted (64, 64, 1) or (64, 64, 3): "
+            "render it at 64x64, grey or RGB"
+        )
+    if not entry.is_image and len(entry.shape) != 1:
+        raise ValueError(
+            f"observation {name!r} is a float entry of shape {entry.shape}, wanted a vector (size,): "
+            "flatten it in the simulator"
+        )
+
+
+def centred(image: Tensor) -> Tensor:
+    """Bytes as floats in [-0.5, 0.5]; (..., 64, 64, C) uint8 to float32."""
+    return image.float() / 255 - 0.5
+
+
+class ImageEncoder(nn.Module):
+    """64x64 images to 32 * channels features: four unpadded stride-2 convolutions, ReLU, no dense layer.
+
+    Source: arXiv 1912.01603, appendix A; 1024 features at 32 channels.
+    """
+
+    def __init__(self, num_colours: int, channels: int) -> None:
+        super().__init__()
+        sizes = [num_colours, channels, 2 * channels, 4 * channels, 8 * channels]
+        layers: list[nn.Module] = []
+        for num_in, num_out in zip(sizes[:-1], sizes[1:], strict=True):
+            conv = nn.Conv2d(num_in, num_out, kernel_size=4, stride=2)
+            glorot(conv)
+            layers += [conv, nn.ReLU()]
+        self.layers = nn.Sequential(*layers, nn.Flatten())
+        self.embed_dim = 32 * channels
+
+    def forward(self, image: Tensor) -> Tensor:
+        """Shapes: (..., 64, 64, C) uint8 to (..., embed_dim)."""
+        lead = image.shape[:-3]
+        pixels = centred(image).reshape(-1, *image.shape[-3:]).permute(0, 3, 1, 2)  # channels_last, no copy
+        return self.layers(pixels).view(*lead, self.embed_dim)
+
+
+class VectorEncoder(nn.Module):
+    """A normalised vector to its last activation, (..., size) to (..., hidden_dim)."""
+
+    def __init__(self, size: int, hidden_dim: int, activation: str) -> None:
+        super().__init__()
+        self.layers = mlp(size, hidden_dim, VECTOR_LAYERS, activation)
+        self.embed_dim = hidden_dim
+
+    def forward(self, vector: Tensor) -> Tensor:
+        return self.layers(vector)
+
+
+class Encoder(nn.Module):
+    """One encoder per observation entry; their embeddings joined in sorted name order."""
+
+    def __init__(self, spec: StreamSpec, networks: NetworkSettings) -> None:
+        """Raises: ValueError if an entry is neither a 64x64 image nor a vector."""
+        super().__init__()
+        entries: dict[str, ImageEncoder | VectorEncoder] = {}
+        for name, entry in sorted(spec.obs.items()):
+            check_entry(name, entry)
+            if entry.is_image:
+                entries[name] = ImageEncoder(entry.shape[2], networks.encoder_channels)
+            else:
+                entries[name] = VectorEncoder(entry.shape[0], networks.hidden_dim, networks.activation)
+        self.entries = nn.ModuleDict(entries)
+        self.embed_dim = sum(encoder.embed_dim for encoder in entries.values())
+
+    def forward(self, obs: dict[str, Tensor]) -> Tensor:
+        """Shapes: entries (..., *shape), vectors normalised; result (..., embed_dim)."""
+        return torch.cat([encoder(obs[name]) for name, encoder in self.entries.items()], -1)

@@ -1,0 +1,119 @@
+"""The layers every network is built from: dense stacks, the GRU written out, the running normaliser."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from shared.stream import StreamSpec
+
+ACTIVATIONS: dict[str, type[nn.Module]] = {"elu": nn.ELU, "relu": nn.ReLU, "silu": nn.SiLU}
+NORMALISED_LIMIT = 10.0  # standard deviations; what lies further out is clipped
+MIN_STD = 1e-3  # a dimension that never moves must not be blown up by its rounding noise
+
+
+def glorot(layer: nn.Linear | nn.Conv2d | nn.ConvTranspose2d) -> None:
+    """Glorot-uniform weight and zero bias, in place."""
+    nn.init.xavier_uniform_(layer.weight)
+    if layer.bias is not None:
+        nn.init.zeros_(layer.bias)
+
+
+def dense(num_in: int, num_out: int) -> nn.Linear:
+    """A linear layer, initialised the way the original agent initialises its own."""
+    layer = nn.Linear(num_in, num_out)
+    glorot(layer)
+    return layer
+
+
+def mlp(num_in: int, num_hidden: int, num_layers: int, activation: str, num_out: int | None = None) -> nn.Sequential:
+    """`num_layers` activated dense layers, then a linear one to `num_out`; None ends on the last activation.
+
+    Shapes: (..., num_in) to (..., num_out or num_hidden).
+    """
+    layers: list[nn.Module] = []
+    for index in range(num_layers):
+        layers += [dense(num_in if index == 0 else num_hidden, num_hidden), ACTIVATIONS[activation]()]
+    if num_out is not None:
+        layers.append(dense(num_hidden, num_out))
+    return nn.Sequential(*layers)
+
+
+class GRU(nn.Module):
+    """A GRU cell as two linear layers; gates and state stay float32 under autocast on every device.
+
+    `nn.GRUCell` has the same mathematics but turns bfloat16 under CUDA autocast and does not under the CPU's.
+    Source: Keras GRUCell with reset_after=True, which is `nn.GRUCell` (gate order: reset, update, candidate).
+    """
+
+    def __init__(self, num_in: int, num_units: int) -> None:
+        super().__init__()
+        self.num_units = num_units
+        self.input = dense(num_in, 3 * num_units)
+        self.recurrent = dense(num_units, 3 * num_units)
+        nn.init.orthogonal_(self.recurrent.weight)
+
+    def forward(self, x: Tensor, state: Tensor) -> Tensor:
+        """Shapes: x (N, num_in), state (N, num_units) float32; result like state."""
+        sizes = [2 * self.num_units, self.num_units]
+        gates_x, candidate_x = self.input(x).float().split(sizes, -1)
+        gates_h, candidate_h = self.recurrent(state).float().split(sizes, -1)
+        reset, update = torch.sigmoid(gates_x + gates_h).chunk(2, -1)
+        candidate = torch.tanh(candidate_x + reset * candidate_h)
+        return torch.lerp(candidate, state, update)
+
+
+class RunningNorm(nn.Module):
+    """Mean and variance of every dimension over all rows seen; the identity until the first update."""
+
+    mean: Tensor
+    var: Tensor
+    count: Tensor
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(size))
+        self.register_buffer("var", torch.ones(size))
+        self.register_buffer("count", torch.zeros(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Units: standard deviations from the mean, within +-10. Shapes: (..., size) to the same."""
+        scale = self.var.clamp_min(MIN_STD**2).rsqrt()
+        return ((x - self.mean) * scale).clamp(-NORMALISED_LIMIT, NORMALISED_LIMIT)
+
+    @torch.no_grad()
+    def update(self, rows: Tensor) -> None:
+        """Merge the statistics of rows (..., size), in place and without a host synchronisation.
+
+        Source: Chan, Golub, LeVeque 1979, pairwise merge of counts, means and squared deviations.
+        """
+        rows = rows.reshape(-1, rows.shape[-1])
+        var, mean = torch.var_mean(rows, 0, correction=0)
+        total = self.count + rows.shape[0]
+        share = rows.shape[0] / total
+        delta = mean - self.mean
+        self.var.copy_(self.var + share * (var - self.var) + delta.square() * share * (1 - share))
+        self.mean.add_(delta * share)
+        self.count.copy_(total)
+
+
+class Normaliser(nn.Module):
+    """A running normalisation of every vector entry of the observations; images pass untouched."""
+
+    def __init__(self, spec: StreamSpec, *, enabled: bool) -> None:
+        super().__init__()
+        vectors = sorted(name for name, entry in spec.obs.items() if enabled and not entry.is_image)
+        self.entries = nn.ModuleDict({name: RunningNorm(spec.obs[name].shape[0]) for name in vectors})
+
+    def forward(self, obs: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The same entries with vectors in standard deviations; encoder input and decoder target alike."""
+        return {name: self.entries[name](x) if name in self.entries else x for name, x in obs.items()}
+
+    def update(self, obs: dict[str, Tensor]) -> None:
+        """Take new rows (..., *shape) into the statistics; each row should be seen once."""
+        for name, norm in self.entries.items():
+            assert isinstance(norm, RunningNorm)
+            norm.update(obs[name])

@@ -1,0 +1,85 @@
+"""What acting needs, and nothing else: normaliser, encoder, RSSM and actor in one module that can be published."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from shared.model.distributions import tanh_normal_mode
+from shared.model.encoder import Encoder
+from shared.model.layers import Normaliser, mlp
+from shared.model.rssm import RSSM, Belief, feat
+
+if TYPE_CHECKING:
+    from shared.config import NetworkSettings
+    from shared.stream import StreamSpec
+
+ACTOR_LAYERS = 4
+MEAN_SCALE = 5.0
+MIN_STD = 1e-4
+
+
+class Actor(nn.Module):
+    """A tanh-Normal over actions. Source: arXiv 1912.01603, its code's `tanh_normal` head."""
+
+    def __init__(self, feat_dim: int, action_dim: int, networks: NetworkSettings) -> None:
+        super().__init__()
+        self.layers = mlp(feat_dim, networks.hidden_dim, ACTOR_LAYERS, networks.activation, 2 * action_dim)
+        # the inverse of softplus at init_std, in the form that does not overflow
+        self.raw_init_std = networks.init_std + math.log(-math.expm1(-networks.init_std))
+
+    def forward(self, feat: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and std before the tanh, float32: (..., F) to two of (..., A)."""
+        mean, raw_std = self.layers(feat).float().chunk(2, -1)
+        return MEAN_SCALE * torch.tanh(mean / MEAN_SCALE), F.softplus(raw_std + self.raw_init_std) + MIN_STD
+
+
+class Policy(nn.Module):
+    """The acting half of the agent: a flat set of parameters and buffers, the same in both processes."""
+
+    def __init__(self, spec: StreamSpec, networks: NetworkSettings) -> None:
+        """Raises: ValueError if an observation entry is neither a 64x64 image nor a vector."""
+        super().__init__()
+        self.normaliser = Normaliser(spec, enabled=networks.normalize_obs)
+        self.encoder = Encoder(spec, networks)
+        self.rssm = RSSM(self.encoder.embed_dim, spec.action_dim, networks)
+        self.actor = Actor(self.rssm.feat_dim, spec.action_dim, networks)
+
+    def initial_belief(self, num_envs: int) -> Belief:
+        """Blank beliefs (E, ...), on the parameters' device."""
+        return self.rssm.initial(num_envs)
+
+    @torch.no_grad()
+    def act(
+        self,
+        obs: dict[str, Tensor],
+        belief: Belief,
+        prev_action: Tensor,
+        reset: Tensor,
+        *,
+        noise_std: float,
+        deterministic: Tensor,
+        eval_action: str,
+    ) -> tuple[Tensor, Belief]:
+        """The actions to execute, (E, A) float32 in [-1, 1], and the beliefs they were chosen in.
+
+        Where `reset` is set, belief and previous action are blanked before the ordinary step. Rows marked
+        `deterministic` take the mode (`eval_action` "mode": most likely of 100 samples; "mean": tanh of the mean)
+        without noise; the others a sample plus N(0, noise_std), clipped. Feed the returned action back as `prev_action`:
+        it is the executed one.
+        Shapes: obs entries (E, *shape) raw, prev_action (E, A), reset and deterministic (E,) bool.
+        """
+        num_envs = reset.shape[0]
+        assert prev_action.shape[0] == belief.deter.shape[0] == num_envs, (prev_action.shape, belief.deter.shape)
+        embed_share = self.rssm.embed_share(self.encoder(self.normaliser(obs)))
+        noise = torch.randn_like(belief.stoch)
+        belief = self.rssm.posterior_step(belief, prev_action, embed_share, reset[:, None], noise).belief
+        mean, std = self.actor(feat(belief))
+        best = tanh_normal_mode(mean, std) if eval_action == "mode" else torch.tanh(mean)
+        sample = torch.tanh(mean + std * torch.randn_like(mean))
+        noisy = (sample + noise_std * torch.randn_like(mean)).clamp(-1.0, 1.0)
+        return torch.where(deterministic[:, None], best, noisy), belief

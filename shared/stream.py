@@ -1,0 +1,136 @@
+"""The row layout both processes share: fields, shapes, dtypes, and where each lies in the one slab of replay memory.
+
+The replay is a time-major ring of `capacity` rows for each of E environments, one contiguous block per field:
+
+    slab (uint8)   | obs.policy [T_cap, E, 48] f32 | action [T_cap, E, 12] f32 | reward [T_cap, E] f32 | is_first ... |
+                     ^ 256-byte aligned              ^                           ^
+
+A chunk of K ticks is K consecutive rows of every block, so it is written with one contiguous copy per field. Row t holds
+what was met on arrival: the observation, the action that led to it (exactly as executed; 0 at `is_first`), the reward
+for arriving, and the flags. Example: T_cap = 4, E = 2, an episode of environment 0 that ends at row 1:
+
+    row        0        1        2        3
+    is_first   1        0        1        0       row 2 is the reset: action 0, reward 0
+    is_last    0        1        0        0       `is_terminal` is set too unless the end was a time-out
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from tensordict import TensorDict
+    from torch import Tensor
+
+ALIGNMENT = 256
+SLAB_UNIT = 2 * 1024 * 1024  # whole CUDA segments, so that the exported segment holds nothing but the slab
+DTYPE_BYTES = {"float32": 4, "int64": 8, "uint8": 1, "bool": 1}
+
+
+@dataclass(frozen=True)
+class Field:
+    """One entry of a row: `shape` excludes time and, where `per_env`, the environment."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    per_env: bool = True
+
+
+@dataclass(frozen=True)
+class ObsSpec:
+    """One observation entry: images are uint8 (height, width, channels), vectors float32 (size,)."""
+
+    shape: tuple[int, ...]
+    dtype: str
+
+    @property
+    def is_image(self) -> bool:
+        return self.dtype == "uint8"
+
+
+@dataclass(frozen=True)
+class StreamSpec:
+    """What a simulator streams: E environments, named observations, A continuous actions in [-1, 1]."""
+
+    num_envs: int
+    obs: dict[str, ObsSpec]
+    action_dim: int
+
+    def fields(self) -> list[Field]:
+        """Every field of a row, in slab order."""
+        obs = [Field(f"obs.{name}", spec.shape, spec.dtype) for name, spec in sorted(self.obs.items())]
+        return obs + [
+            Field("action", (self.action_dim,), "float32"),
+            Field("reward", (), "float32"),
+            Field("is_first", (), "bool"),
+            Field("is_last", (), "bool"),
+            Field("is_terminal", (), "bool"),
+            Field("policy_version", (), "int64", per_env=False),
+        ]
+
+    def to_dict(self) -> dict:
+        obs = {name: {"shape": list(spec.shape), "dtype": spec.dtype} for name, spec in sorted(self.obs.items())}
+        return {"num_envs": self.num_envs, "obs": obs, "action_dim": self.action_dim}
+
+    @staticmethod
+    def from_dict(raw: dict) -> StreamSpec:
+        """Raises: ValueError on anything but a well-formed, bounded spec (it comes from a socket)."""
+        try:
+            obs = {str(k): ObsSpec(tuple(int(n) for n in v["shape"]), str(v["dtype"])) for k, v in raw["obs"].items()}
+            spec = StreamSpec(int(raw["num_envs"]), obs, int(raw["action_dim"]))
+        except (KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"malformed stream spec {raw!r:.200}: {error!r}") from error
+        sizes = [spec.num_envs, spec.action_dim, *(n for o in obs.values() for n in o.shape)]
+        if not obs or any(n < 1 or n > 1 << 24 for n in sizes) or any(o.dtype not in ("uint8", "float32") for o in obs.values()):
+            raise ValueError(f"stream spec out of bounds: {raw!r:.200}; wanted sizes in 1..2^24 and uint8 or float32 entries")
+        return spec
+
+    def digest(self) -> str:
+        return hashlib.sha256(repr(self.to_dict()).encode()).hexdigest()[:16]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Byte offset of every field's block in the slab."""
+
+    capacity: int
+    num_envs: int
+    fields: tuple[Field, ...]
+    offsets: tuple[int, ...]
+    num_bytes: int
+
+    def shape(self, entry: Field) -> tuple[int, ...]:
+        lead = (self.capacity, self.num_envs) if entry.per_env else (self.capacity,)
+        return (*lead, *entry.shape)
+
+
+def plan_layout(spec: StreamSpec, capacity: int) -> Layout:
+    """Lay the blocks of `capacity` rows one after the other, aligned; the slab is a whole number of 2 MiB units."""
+    fields, offsets, end = tuple(spec.fields()), [], 0
+    for entry in fields:
+        offsets.append(end)
+        count = capacity * (spec.num_envs if entry.per_env else 1) * math.prod(entry.shape)
+        end += -(-count * DTYPE_BYTES[entry.dtype] // ALIGNMENT) * ALIGNMENT
+    return Layout(capacity, spec.num_envs, fields, tuple(offsets), -(-end // SLAB_UNIT) * SLAB_UNIT)
+
+
+def ring_views(slab: Tensor, layout: Layout) -> TensorDict:
+    """The slab's fields as a TensorDict of views, batch size [T_cap]; observations are nested under "obs".
+
+    Raises: ValueError if the slab is not a uint8 vector of the layout's size.
+    """
+    import torch
+    from tensordict import TensorDict
+
+    if slab.dtype != torch.uint8 or slab.shape != (layout.num_bytes,):
+        raise ValueError(f"slab is {slab.dtype} {tuple(slab.shape)}, wanted uint8 ({layout.num_bytes},)")
+    views = TensorDict({}, batch_size=[layout.capacity], device=slab.device)
+    for entry, offset in zip(layout.fields, layout.offsets, strict=True):
+        shape, dtype = layout.shape(entry), getattr(torch, entry.dtype)
+        num_bytes = math.prod(shape) * DTYPE_BYTES[entry.dtype]
+        views[tuple(entry.name.split("."))] = slab[offset : offset + num_bytes].view(dtype).view(shape)
+    return views

@@ -1,0 +1,125 @@
+"""Laws of the settings that choose a simulator."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from collector_proc.simulators.pendulum import PendulumSimulator
+from collector_proc.simulators.registry import build_simulator, check_env, num_envs
+from shared.config import Settings
+from shared.errors import SettingError
+
+ROOT = Path(__file__).resolve().parents[3]
+TORCH_FREE = """
+import os, sys
+from collector_proc.simulators import dm_control, pendulum, registry, suite, workers
+from shared.config import Settings
+before = dict(os.environ)
+registry.check_env(Settings())
+assert dict(os.environ) == before
+heavy = [name for name in ("torch", "tensordict", "mujoco", "OpenGL", "dm_control") if name in sys.modules]
+assert not heavy, heavy
+"""
+
+
+def settings_with(**env: object) -> Settings:
+    settings = Settings()
+    for name, value in env.items():
+        assert hasattr(settings.env, name), name
+        setattr(settings.env, name, value)
+    return settings
+
+
+def pendulum_with(**env: object) -> Settings:
+    defaults = {"backend": "pendulum", "name": "pendulum", "task": "swingup", "from_pixels": False, "num_envs": 8}
+    return settings_with(**{**defaults, **env})
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        settings_with(),
+        settings_with(name="humanoid_CMU", task="stand", from_pixels=False),
+        settings_with(grayscale=True),
+        pendulum_with(),
+    ],
+)
+def test_settings_that_work_pass(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("MUJOCO_GL", raising=False)
+    check_env(settings)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (settings_with(name="cheeta"), r"env.name=cheeta is no domain.*wanted one of cheetah, .*set env.name"),
+        (
+            settings_with(name="walker", task="wlak"),
+            r"env.task=wlak is no task of walker; wanted one of walk, .*set env.task",
+        ),
+        (settings_with(num_envs=64), r"env.num_envs=64 .*wanted null.*env.n_parallel_envs.*set env.num_envs=null"),
+        (
+            settings_with(grayscale=True, from_pixels=False),
+            r"env.grayscale=true .*env.from_pixels=false; .*set env.from_pixels=true",
+        ),
+        (
+            settings_with(backend="isaaclab"),
+            r"env.backend=isaaclab cannot run yet.*wanted dm_control or pendulum; .*num_envs=64",
+        ),
+        (pendulum_with(name="cheetah"), r"env.name=cheetah .*wanted pendulum and swingup; set"),
+        (pendulum_with(task="run"), r"env.task=run, wanted pendulum and swingup; set"),
+        (pendulum_with(from_pixels=True), r"met env.from_pixels=true, wanted false; set env.from_pixels=false"),
+        (pendulum_with(num_envs=None), r"met env.num_envs=null, wanted at least 1; set env.num_envs=8"),
+    ],
+)
+def test_settings_that_cannot_work_are_refused_with_the_mend(settings: Settings, message: str) -> None:
+    with pytest.raises(SettingError, match=message):
+        check_env(settings)
+
+
+@pytest.mark.parametrize("chosen", ["disabled", "vulkan"])
+def test_a_renderer_that_cannot_serve_pixels_is_refused(chosen: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MUJOCO_GL", chosen)
+    with pytest.raises(
+        SettingError, match=rf"MUJOCO_GL={chosen} does not serve env.from_pixels=true; .*set MUJOCO_GL=egl"
+    ):
+        check_env(settings_with())
+
+
+def test_a_dm_control_that_does_not_import_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "dm_control.py").write_text("raise AttributeError('flex_vertedge')\n")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    with pytest.raises(SettingError, match="does not import: AttributeError: flex_vertedge; wanted"):
+        check_env(settings_with())
+
+
+def test_checking_needs_no_torch_no_renderer_and_leaves_the_environment_alone() -> None:
+    variables = {**os.environ, "PYTHONPATH": str(ROOT)}
+    variables.pop("MUJOCO_GL", None)
+    start = time.monotonic()
+    subprocess.run([sys.executable, "-c", TORCH_FREE], env=variables, check=True, timeout=60)
+    assert time.monotonic() - start < 10  # about one second on a quiet machine
+
+
+def test_environments_are_counted_as_the_backend_has_them() -> None:
+    settings = settings_with(n_parallel_envs=8)
+    for workers, expected in ((7, 56), (1, 8), (0, 8)):
+        settings.collector.num_collectors = workers
+        assert num_envs(settings) == expected
+    assert num_envs(pendulum_with(num_envs=64)) == 64
+    with pytest.raises(SettingError, match=r"env.num_envs=null .*wanted at least 1; set env.num_envs=8"):
+        num_envs(pendulum_with(num_envs=None))
+
+
+def test_the_settings_choose_the_simulator() -> None:
+    simulator = build_simulator(pendulum_with(), seed=0, device="cpu")
+    assert isinstance(simulator, PendulumSimulator)
+    assert simulator.spec.num_envs == 8
+    with pytest.raises(SettingError, match="isaaclab cannot run yet"):
+        build_simulator(settings_with(backend="isaaclab"), seed=0, device="cpu")

@@ -1,0 +1,131 @@
+"""Chunks and episodes: rows land where they were granted, returns are the collector's own sums."""
+
+import pytest
+import torch
+
+from collector_proc.simulators.base import Arrival
+from collector_proc.writer import ChunkWriter, EpisodeTracker
+from shared.checksum import checksum
+from shared.messages import EPISODE_KINDS
+from shared.stream import ObsSpec, StreamSpec, plan_layout, ring_views
+
+E, K = 3, 4
+SPEC = StreamSpec(E, {"policy": ObsSpec((2,), "float32"), "pixels": ObsSpec((4, 4, 1), "uint8")}, 1)
+CPU = torch.device("cpu")
+LOUD = 0xAB
+
+
+def arrival(tick: int, *, first=(), last=(), terminal=(), reward: float = 1.0, acting: bool = False) -> Arrival:
+    """Observation 1000 * environment + tick; flags where the environment is named."""
+    value = 1000.0 * torch.arange(E) + tick
+    flags = [torch.tensor([env in named for env in range(E)]) for named in (first, last, terminal)]
+    obs = {"policy": value[:, None].expand(E, 2), "pixels": torch.full((E, 4, 4, 1), tick, dtype=torch.uint8)}
+    rewards = torch.where(flags[0], 0.0, torch.full((E,), reward))
+    return Arrival(obs, rewards, *flags, acting_obs=obs if acting else None)
+
+
+def make_writer(capacity: int = 12):
+    layout = plan_layout(SPEC, capacity)
+    slab = torch.full((layout.num_bytes,), LOUD, dtype=torch.uint8)
+    ring = ring_views(slab, layout)
+    return ChunkWriter(ring, layout, ticks=K, device=CPU), ring, layout
+
+
+def test_a_chunk_lands_in_its_granted_rows_and_nowhere_else():
+    writer, ring, layout = make_writer()
+    for tick in range(K):
+        writer.add(arrival(tick, first=(0,) if tick == 0 else ()), torch.full((E, 1), 0.25), policy_version=7 + tick)
+    assert writer.full
+    writer.write(4)
+    assert ring["obs", "policy"][4:8, :, 0].tolist() == [[1000.0 * env + tick for env in range(E)] for tick in range(K)]
+    assert ring["policy_version"][4:8].tolist() == [7, 8, 9, 10]
+    assert ring["is_first"][4:8, 0].tolist() == [True, False, False, False]
+    assert ring["reward"][4].tolist() == [0.0, 1.0, 1.0] and (ring["action"][4:8] == 0.25).all()
+    assert ring["obs", "pixels"][7].unique().tolist() == [3]
+    for entry in layout.fields:
+        rows = ring[tuple(entry.name.split("."))]
+        for outside in (rows[:4], rows[8:]):
+            assert (outside.contiguous().view(-1).view(torch.uint8) == LOUD).all(), entry.name
+    assert not writer.full
+
+
+def test_the_writers_checksum_is_the_rings_and_notices_one_changed_byte():
+    writer, ring, layout = make_writer()
+    for tick in range(K):
+        writer.add(arrival(tick), torch.zeros(E, 1), policy_version=1)
+    expected = writer.checksum()
+    writer.write(8)
+    keys = [tuple(entry.name.split(".")) for entry in layout.fields]
+    assert checksum(ring[key][8:12] for key in keys) == expected
+    ring["obs", "pixels"][9, 1, 2, 2, 0] += 1
+    assert checksum(ring[key][8:12] for key in keys) != expected
+
+
+def test_the_checksum_notices_swapped_rows():
+    rows = torch.arange(12.0).view(4, 3)
+    assert checksum([rows]) != checksum([rows[[1, 0, 2, 3]]])
+
+
+def test_the_self_test_pattern_lies_in_the_ring_as_sent():
+    writer, ring, layout = make_writer()
+    expected, num_bytes, seconds = writer.write_pattern(0)
+    keys = [tuple(entry.name.split(".")) for entry in layout.fields]
+    assert checksum(ring[key][:K] for key in keys) == expected
+    assert num_bytes == sum(ring[key][:K].nbytes for key in keys) and seconds > 0
+    assert not writer.full
+
+
+def track(ticks, *, resets_inside=False, random=lambda tick: False, evaluation=(2,)):
+    mask = torch.tensor([env in evaluation for env in range(E)])
+    tracker = EpisodeTracker(SPEC, ticks=len(ticks), evaluation=mask, resets_inside=resets_inside)
+    for tick, now in enumerate(ticks):
+        tracker.add(now, random=random(tick))
+    return tracker
+
+
+EPISODE = [
+    arrival(0, first=(0, 1, 2)),
+    arrival(1, reward=2.0),
+    arrival(2, reward=3.0, last=(0, 2)),
+    arrival(3, reward=5.0, first=(0, 2)),
+    arrival(4, reward=7.0, last=(1,)),
+]
+
+
+def test_returns_lengths_and_steps_count_decisions_not_resets():
+    returns, lengths, kinds, steps = track(EPISODE).take(100)
+    assert returns == [5.0, 5.0, 17.0]  # environments 0 and 2 at tick 2; environment 1 gathered 2 + 3 + 5 + 7
+    assert lengths == [2, 2, 4]
+    assert [EPISODE_KINDS[kind] for kind in kinds] == ["train", "eval", "train"]
+    assert steps == 5 * E - 5  # five of the rows are resets
+
+
+def test_a_simulator_that_resets_inside_step_has_an_agent_step_in_every_row():
+    ticks = [
+        arrival(0, first=(0, 1, 2), acting=True),
+        arrival(1, last=(0, 1, 2), acting=True),
+        arrival(2, first=(0, 1, 2), acting=True),
+    ]
+    _, lengths, _, steps = track(ticks, resets_inside=True).take(100)
+    assert steps == 3 * E and lengths == [2, 2, 2]
+
+
+def test_an_episode_with_one_random_action_is_called_random():
+    kinds = track(EPISODE, random=lambda tick: tick == 1).take(100)[2]
+    assert [EPISODE_KINDS[kind] for kind in kinds] == ["random"] * 3
+    kinds = track(EPISODE, random=lambda tick: tick <= 0).take(100)[2]
+    assert [EPISODE_KINDS[kind] for kind in kinds] == ["train", "eval", "train"], "the reset row has no action"
+
+
+def test_episodes_beyond_a_commits_room_ride_with_the_next_one():
+    tracker = track(EPISODE)
+    first, second = tracker.take(2), tracker.take(2)
+    assert len(first[0]) == 2 and first[3] == 10
+    assert second[0] == [17.0] and second[3] == 0
+
+
+def test_writing_a_chunk_that_is_not_full_is_an_error():
+    writer, _, _ = make_writer()
+    writer.add(arrival(0), torch.zeros(E, 1), policy_version=0)
+    with pytest.raises(AssertionError):
+        writer.write(0)

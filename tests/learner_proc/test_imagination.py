@@ -1,0 +1,78 @@
+import pytest
+import torch
+
+from learner_proc.imagination import Dreamer, frozen_twin
+from shared.config import NetworkSettings
+from shared.model.policy import Actor
+from shared.model.rssm import RSSM, Belief, feat
+
+N, H, A, S, D = 4, 5, 2, 3, 6
+
+
+@pytest.fixture
+def parts() -> tuple[RSSM, Actor]:
+    torch.manual_seed(0)
+    networks = NetworkSettings(state_dim=S, rssm_hidden_dim=D, hidden_dim=8, init_std=1.0)
+    return RSSM(4, A, networks), Actor(S + D, A, networks)
+
+
+def noises() -> tuple[torch.Tensor, torch.Tensor]:
+    torch.manual_seed(1)
+    return torch.randn(H, N, A), torch.randn(H, N, S)
+
+
+def start(requires_grad: bool = False) -> Belief:
+    torch.manual_seed(2)
+    return Belief(torch.randn(N, D, requires_grad=requires_grad), torch.randn(N, S, requires_grad=requires_grad))
+
+
+def test_imagination_is_h_prior_steps_under_the_actor_without_the_start(parts):
+    rssm, actor = parts
+    action_noise, noise = noises()
+    imagined = Dreamer(frozen_twin(rssm), actor).imagine(start(), action_noise, noise)
+    belief, features, stds = start(), [], []
+    for i in range(H):
+        mean, std = actor(feat(belief))
+        belief = rssm.prior_step(belief, torch.tanh(mean + std * action_noise[i]), noise[i])
+        features.append(feat(belief))
+        stds.append(std)
+    assert imagined.feat.shape == (N, H, S + D)
+    torch.testing.assert_close(imagined.feat, torch.stack(features, 1), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(imagined.actor_std, torch.stack(stds).mean(), rtol=1e-5, atol=1e-6)
+
+
+def test_a_twin_shares_storage_and_asks_for_no_gradient(parts):
+    rssm, _ = parts
+    twin = frozen_twin(rssm)
+    for mine, original in zip(twin.parameters(), rssm.parameters(), strict=True):
+        assert mine.data_ptr() == original.data_ptr() and not mine.requires_grad and original.requires_grad
+    with torch.no_grad():
+        rssm.input.weight.fill_(3.25)
+    assert (twin.input.weight == 3.25).all()
+
+
+def test_imagination_gives_gradient_to_the_actor_alone(parts):
+    rssm, actor = parts
+    begin = start(requires_grad=True)
+    Dreamer(frozen_twin(rssm), actor).imagine(begin, *noises()).feat.square().sum().backward()
+    assert all(p.grad is not None and p.grad.any() for p in actor.parameters())
+    assert all(p.grad is None for p in [*rssm.parameters(), begin.deter, begin.stoch])
+
+
+def test_the_policys_input_is_detached(parts):
+    """With the dynamics cut off the actions, nothing but the policy's input could carry a gradient backwards."""
+    rssm, actor = parts
+    dreamer = Dreamer(frozen_twin(rssm), actor)
+    seen = []
+    actor.register_forward_pre_hook(lambda _, args: seen.append(args[0].requires_grad))
+    dreamer.imagine(start(), *noises())
+    assert seen == [False] * H
+
+
+def test_the_gradient_of_an_early_action_passes_through_the_chain_of_states(parts):
+    rssm, actor = parts
+    action_noise, noise = noises()
+    action_noise.requires_grad_()
+    features = Dreamer(frozen_twin(rssm), actor).imagine(start(), action_noise, noise).feat
+    (grad,) = torch.autograd.grad(features[:, -1].sum(), action_noise)
+    assert grad.flatten(1).any(1).all()

@@ -1,0 +1,81 @@
+"""Pacing: no state of the ledger in which neither side can move, and the ratio is kept."""
+
+import itertools
+from collections import deque
+
+import pytest
+
+from learner_proc.pacing import MAX_GRANTED, Pacing
+
+
+def dead_states(pacing: Pacing, limit: int) -> list[tuple[int, int, int]]:
+    """Every reachable (collected, granted, replayed) below `limit` rows from which nothing can happen."""
+    seen, queue, dead = set(), deque([(0, 0, 0)]), []
+    while queue:
+        state = queue.popleft()
+        if state in seen or state[0] > limit:
+            continue
+        seen.add(state)
+        pacing.collected, granted, pacing.replayed = state[0], state[1], state[2]
+        moves = []
+        if granted > 0:
+            moves.append((state[0] + pacing.chunk_frames, granted - 1, state[2]))
+        if pacing.may_grant(granted):
+            moves.append((state[0], granted + 1, state[2]))
+        if pacing.may_step():
+            moves.append((state[0], granted, state[2] + pacing.step_frames))
+        if not moves:
+            dead.append(state)
+        queue.extend(moves)
+    return dead
+
+
+SETTINGS = list(itertools.product((1, 3, 10), (1, 7, 25, 100), (0.25, 1.0, 2.5, 16.0), (1, 10, 30)))
+
+
+@pytest.mark.parametrize("chunk, step, ratio, prefill", SETTINGS)
+def test_there_is_no_state_in_which_neither_side_can_move(chunk, step, ratio, prefill):
+    pacing = Pacing(chunk, step, ratio, prefill)
+    assert dead_states(pacing, limit=prefill + 8 * max(chunk, step)) == []
+
+
+def test_the_search_finds_the_deadlock_of_the_rule_that_looks_alike():
+    class Natural(Pacing):
+        def may_step(self) -> bool:
+            assert self.ratio is not None
+            return self.prefilled and self.replayed + self.step_frames <= self.ratio * self.collected
+
+        def may_grant(self, granted: int) -> bool:
+            assert self.ratio is not None
+            return granted < 2 and self.ratio * (self.collected + granted * self.chunk_frames) <= self.replayed
+
+    assert dead_states(Natural(10, 7, 1.0, 0), limit=100) != []
+
+
+def test_no_step_runs_and_grants_are_free_before_the_prefill():
+    pacing = Pacing(10, 5, 4.0, prefill=50, collected=40)
+    assert not pacing.may_step()
+    assert pacing.may_grant(0) and not Pacing(10, 5, 4.0, prefill=50, collected=20).may_grant(3 + MAX_GRANTED)
+    pacing.collected = 50
+    assert pacing.may_step()
+
+
+@pytest.mark.parametrize("ratio", [0.5, 8.0])
+def test_the_ratio_is_kept_however_fast_either_side_is(ratio):
+    for collector_speed in (1, 50):
+        pacing, granted = Pacing(20, 32, ratio, prefill=40), 0
+        for _ in range(3000):
+            while pacing.may_grant(granted):
+                granted += 1
+            for _ in range(min(collector_speed, granted)):
+                granted, pacing.collected = granted - 1, pacing.collected + 20
+            if pacing.may_step():
+                pacing.replayed += 32
+        slack = 2 * ratio * 20 + 2 * 32 + ratio * 40
+        assert abs(pacing.replayed - ratio * pacing.collected) <= slack
+
+
+def test_free_running_grants_at_most_two_chunks_and_always_steps():
+    pacing = Pacing(10, 5, None, prefill=10, collected=10)
+    assert pacing.may_step()
+    assert [pacing.may_grant(granted) for granted in (0, 1, 2)] == [True, True, False]

@@ -1,0 +1,148 @@
+"""Composition: configs over typed defaults, overrides on top, one explained error for whatever is wrong."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from shared.compose import compose, config_names, load_settings, save_settings, setting_keys
+from shared.config import Settings, check_settings, num_envs
+from shared.errors import SettingError
+from shared.recipe_keys import RECIPE_KEYS
+
+
+def test_the_default_config_is_the_dataclass_defaults() -> None:
+    assert compose("dm_control") == Settings()
+
+
+@pytest.mark.parametrize("name", config_names())
+def test_every_config_composes_and_fits_itself(name: str) -> None:
+    settings = compose(name)
+    check_settings(settings, num_envs(settings))
+
+
+def test_isaaclab_has_the_numbers_of_the_published_table() -> None:
+    settings = compose("isaaclab")
+    replay, collector = settings.replay_buffer, settings.collector
+    assert (settings.env.num_envs, collector.frames_per_batch, collector.init_random_frames) == (4096, 204_800, 204_800)
+    assert (replay.batch_size, replay.batch_length, replay.gpu_storage) == (50_000, 50, True)
+    assert settings.networks.continue_head and not settings.env.from_pixels
+
+
+def test_overrides_are_read_as_users_type_them() -> None:
+    settings = compose(
+        "dm_control",
+        ["env.name=walker", "env.task=walk", "optimization.autocast=false", "optimization.replay_ratio=null"],
+    )
+    assert (settings.env.name, settings.env.task) == ("walker", "walk")
+    assert settings.optimization.autocast == "false"
+    assert settings.optimization.replay_ratio is None
+
+
+@pytest.mark.parametrize("spelling", ["false", "False", '"false"'])
+def test_a_choice_between_words_may_be_the_word_that_yaml_takes_for_a_boolean(spelling: str) -> None:
+    assert compose("dm_control", [f"optimization.autocast={spelling}"]).optimization.autocast == "false"
+
+
+def test_a_number_is_converted_to_its_field_and_the_last_override_wins() -> None:
+    settings = compose("quickstart", ["optimization.world_model_lr=1", "env.seed=3", "env.seed=4"])
+    assert type(settings.optimization.world_model_lr) is float
+    assert settings.env.seed == 4
+
+
+def test_saved_settings_load_as_they_were(tmp_path: Path) -> None:
+    settings = compose("quickstart", ["optimization.replay_ratio=null", "env.seed=11"])
+    save_settings(settings, tmp_path / "config.yaml")
+    assert load_settings(tmp_path / "config.yaml") == settings
+    assert load_settings(tmp_path / "config.yaml", ["env.seed=12"]).env.seed == 12
+    assert [path.name for path in tmp_path.iterdir()] == ["config.yaml"]
+
+
+WRONG = {
+    "env.nmae=walker": ["env.nmae", "env.name"],
+    "batch_size=300": ["batch_size", "replay_buffer.batch_size"],
+    "optimisation.gamma=0.9": ["optimisation.gamma", "optimization.gamma"],
+    "hydra.job.chdir=true": ["hydra.job.chdir"],
+    "env=walker": ["env is a section", "env.backend"],
+    "env.seed=1.5": ["env.seed", "1.5", "whole number", "env.seed=0"],
+    "env.seed=null": ["env.seed", "not Optional", "whole number"],
+    "env.from_pixels=maybe": ["env.from_pixels", "maybe", "true or false"],
+    "optimization.total_optim_steps=1e5": ["total_optim_steps", "100000.0", "whole number"],
+    "env.name=[walker]": ["env.name", "a word"],
+    "optimization.gamma=1.5": ["optimization.gamma=1.5", "at least 0.0 and at most 1.0", "optimization.gamma=0.99"],
+    "optimization.gamma=nan": ["optimization.gamma=nan", "finite"],
+    "optimization.grad_clip=inf": ["optimization.grad_clip=inf", "finite"],
+    "env.seed=-1": ["env.seed=-1", "at least 0"],
+    "env.backend=dm_contrl": ["env.backend=dm_contrl", "pendulum", "set env.backend=dm_control"],
+    "env.name=${env.nothing}": ["env.name", "env.nothing"],
+    "walker": ["'walker'", "key=value"],
+    "=3": ["'=3'", "has no key"],
+    "env.seed=[1": ["'env.seed=[1'", "key=value"],
+    "+env.wind=3": ["+env.wind=3", "adds, deletes or sweeps"],
+    "~env.seed": ["~env.seed", "adds, deletes or sweeps"],
+    "env.seed=1,2,3": ["env.seed=1,2,3", "one value"],
+}
+
+
+@pytest.mark.parametrize("override", WRONG)
+def test_a_wrong_override_is_one_setting_error_that_names_it(override: str, tmp_path: Path) -> None:
+    save_settings(Settings(), tmp_path / "config.yaml")
+    for attempt in (
+        lambda: compose("dm_control", [override]),
+        lambda: load_settings(tmp_path / "config.yaml", [override]),
+    ):
+        with pytest.raises(SettingError) as caught:
+            attempt()
+        for part in WRONG[override]:
+            assert part in str(caught.value)
+
+
+@pytest.mark.parametrize("key", RECIPE_KEYS)
+def test_a_key_of_the_published_recipe_is_told_what_replaces_it(key: str) -> None:
+    known = {name for name, _ in setting_keys()}
+    assert key not in known, "a key that exists needs no replacement"
+    with pytest.raises(SettingError, match="TorchRL's recipe") as caught:
+        compose("dm_control", [f"{key.rstrip('.')}{'.enabled' if key.endswith('.') else ''}=1"])
+    assert RECIPE_KEYS[key] in str(caught.value)
+
+
+def test_every_key_that_a_replacement_names_exists() -> None:
+    import re
+
+    known = {name for name, _ in setting_keys()}
+    sections = {name.split(".")[0] for name in known}
+    named = {word.rstrip(".") for text in RECIPE_KEYS.values() for word in re.findall(r"[a-z_]+\.[a-z_.]+", text)}
+    named = {word for word in named if word.split(".")[0] in sections}
+    assert len(named) >= 6
+    assert named <= known
+
+
+def test_an_unknown_config_is_answered_with_the_nearest() -> None:
+    with pytest.raises(SettingError, match=r"no config 'quickstat'.*use --config quickstart$"):
+        compose("quickstat")
+
+
+@pytest.mark.parametrize(
+    ("text", "parts"),
+    [
+        ("defaults: [settings, _self_]\nenv:\n  nmae: walker\n", ["env.nmae", "mine.yaml", "env.name"]),
+        ("defaults: [settings, _self_]\nenv:\n  seed: abc\n", ["env.seed", "abc", "whole number"]),
+        ("env:\n  seed: 1\n", ["defaults: [settings, _self_]"]),
+        ("env: [\n", ["mine.yaml", "cannot be read"]),
+        ("- env\n", ["mine.yaml", "sections"]),
+    ],
+)
+def test_a_wrong_config_file_is_one_setting_error(text: str, parts: list[str], tmp_path: Path) -> None:
+    (tmp_path / "mine.yaml").write_text(text)
+    with pytest.raises(SettingError) as caught:
+        compose("mine", config_dir=tmp_path)
+    for part in parts:
+        assert part in str(caught.value)
+
+
+def test_every_setting_has_a_doc_line_and_a_valid_default() -> None:
+    for key, entry in setting_keys():
+        assert entry.metadata["doc"], key
+        if entry.metadata["choices"]:
+            assert entry.default in entry.metadata["choices"], key

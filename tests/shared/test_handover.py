@@ -1,0 +1,149 @@
+"""The socket and the slab between real processes."""
+
+import os
+import socket
+import subprocess
+import sys
+import textwrap
+import time
+
+import pytest
+import torch
+
+from shared.errors import TransportError
+from shared.handover import Channel, Disconnected, connect, create_memfd_slab, listen, map_memfd_slab
+from shared.messages import Grant, Refusal, Welcome
+
+
+def nothing() -> None:
+    return None
+
+
+def pair(folder) -> tuple[Channel, Channel, socket.socket]:
+    listener = listen(folder)
+    client = connect(folder, deadline_s=5.0, alive=nothing)
+    sock, _ = listener.accept()
+    return client, Channel(sock), listener
+
+
+def test_the_slab_travels_as_a_descriptor_and_both_sides_see_one_memory(tmp_path):
+    client, server, _ = pair(tmp_path)
+    slab, fd = create_memfd_slab(1 << 21)
+    server.send(Welcome("memfd", 1 << 21, 8, "", [], 0, 0, 0), (fd,))
+    message, fds = client.receive_within(5.0, waiting_for="the welcome", alive=nothing)
+    assert isinstance(message, Welcome)
+    other = map_memfd_slab(fds[0], message.num_bytes)
+    other[12345] = 77
+    assert slab[12345] == 77
+    with pytest.raises(TransportError, match="welcome said"):
+        map_memfd_slab(fds[0], message.num_bytes * 2)
+
+
+def test_end_of_file_is_the_obituary_even_with_messages_before_it(tmp_path):
+    client, server, _ = pair(tmp_path)
+    client.send(Grant(1, 2))
+    client.close()
+    assert server.receive() == (Grant(1, 2), ())
+    with pytest.raises(Disconnected):
+        server.receive()
+
+
+def test_malformed_packets_are_counted_and_dropped(tmp_path):
+    client, server, _ = pair(tmp_path)
+    client._socket.send(b"\xc1garbage")
+    client.send(Grant(3, 4))
+    assert server.receive() == (Grant(3, 4), ())
+    assert server.num_malformed == 1
+
+
+def test_a_peer_that_never_reads_ends_in_an_error_not_a_hang(tmp_path):
+    client, _server, _ = pair(tmp_path)
+    with pytest.raises(TransportError, match="has not read"):
+        for _ in range(100_000):
+            client.send(Refusal("x" * 2000), deadline_s=0.2)
+
+
+def test_connecting_where_nobody_listens_names_the_socket_and_the_mend(tmp_path):
+    began = time.monotonic()
+    with pytest.raises(TransportError, match=r"no learner listens at .*replay.sock.*deadlines.start_s"):
+        connect(tmp_path, deadline_s=0.2, alive=nothing)
+    assert time.monotonic() - began < 5.0
+
+
+def test_waiting_for_an_answer_has_a_deadline_and_keeps_moving(tmp_path):
+    client, _server, _ = pair(tmp_path)
+    calls = []
+    with pytest.raises(TransportError, match="for the learner's welcome"):
+        client.receive_within(0.3, waiting_for="the learner's welcome", alive=lambda: calls.append(1))
+    assert len(calls) >= 2
+
+
+def test_nothing_is_left_in_dev_shm_by_a_killed_importer(tmp_path):
+    before = set(os.listdir("/dev/shm"))
+    listener = listen(tmp_path)
+    script = textwrap.dedent("""
+        import sys, time
+        from shared.handover import connect, map_memfd_slab
+        assert "torch" not in sys.modules
+        channel = connect(sys.argv[1], deadline_s=10, alive=lambda: None)
+        message, fds = channel.receive_within(10, waiting_for="welcome", alive=lambda: None)
+        map_memfd_slab(fds[0], message.num_bytes)[0] = 9
+        print("mapped", flush=True)
+        time.sleep(60)
+    """)
+    child = subprocess.Popen([sys.executable, "-c", script, str(tmp_path)], stdout=subprocess.PIPE, text=True)
+    end = time.monotonic() + 20
+    while True:
+        try:
+            sock, _ = listener.accept()
+            break
+        except BlockingIOError:
+            assert time.monotonic() < end
+            time.sleep(0.01)
+    slab, fd = create_memfd_slab(1 << 21)
+    server = Channel(sock)
+    server.send(Welcome("memfd", 1 << 21, 8, "", [], 0, 0, 0), (fd,))
+    assert child.stdout is not None and child.stdout.readline() == "mapped\n"
+    child.kill()
+    child.wait()
+    with pytest.raises(Disconnected):
+        server.receive_within(5.0, waiting_for="the end", alive=nothing)
+    assert int(slab[0]) == 9
+    assert set(os.listdir("/dev/shm")) == before
+
+
+@pytest.mark.gpu
+def test_a_cuda_slab_is_written_by_another_process(tmp_path):
+    from shared.handover import export_cuda_slab
+
+    slab = torch.zeros(1 << 21, dtype=torch.uint8, device="cuda")
+    uuid, handle = export_cuda_slab(slab)
+    listener = listen(tmp_path)
+    script = textwrap.dedent("""
+        import sys, torch
+        from shared.handover import connect, import_cuda_slab
+        channel = connect(sys.argv[1], deadline_s=30, alive=lambda: None)
+        message, _ = channel.receive_within(30, waiting_for="welcome", alive=lambda: None)
+        slab = import_cuda_slab(message.uuid, message.handle, message.num_bytes)
+        slab[7:10].copy_(torch.tensor([1, 2, 3], dtype=torch.uint8, device=slab.device))
+        torch.cuda.synchronize()
+        print("written", flush=True)
+        sys.stdin.read()
+    """)
+    child = subprocess.Popen(
+        [sys.executable, "-c", script, str(tmp_path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    end = time.monotonic() + 60
+    while True:
+        try:
+            sock, _ = listener.accept()
+            break
+        except BlockingIOError:
+            assert time.monotonic() < end
+            time.sleep(0.01)
+    Channel(sock).send(Welcome("cuda_ipc", 1 << 21, 8, uuid, handle, 0, 0, 0))
+    assert child.stdout is not None and child.stdout.readline() == "written\n"
+    assert slab[7:10].tolist() == [1, 2, 3]
+    child.kill()
+    child.wait()
+    assert slab[7:10].tolist() == [1, 2, 3]

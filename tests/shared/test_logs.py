@@ -1,0 +1,41 @@
+"""Logs: every event is one JSON line; only what is wrong reaches the terminal."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import structlog
+
+from shared.logs import configure
+
+
+def _lines(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_events_are_json_lines_and_only_warnings_are_said_aloud(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "logs").mkdir()
+    log = configure(tmp_path, "learner")
+    log.info("replay allocated", num_bytes=4096, folder=tmp_path)
+    structlog.get_logger().warning("chunk dropped", row=7)
+    try:
+        raise ValueError("bad\nvalue")
+    except ValueError:
+        log.exception("failed")
+    info, warning, failed = _lines(tmp_path / "logs" / "learner.jsonl")
+    assert (info["event"], info["num_bytes"], info["process"], info["level"]) == (
+        "replay allocated",
+        4096,
+        "learner",
+        "info",
+    )
+    assert info["folder"] == repr(tmp_path)
+    assert (warning["row"], warning["level"]) == (7, "warning")
+    assert "ValueError: bad\nvalue" in failed["exception"]
+    said = capsys.readouterr().err
+    assert said.startswith("learner warning: chunk dropped row=7\nlearner error: failed\nTraceback")
+    assert "replay allocated" not in said

@@ -1,0 +1,89 @@
+"""Messages: what is encoded comes back, everything else is refused."""
+
+import msgpack
+import pytest
+
+from shared.messages import (
+    MAX_EPISODES,
+    MAX_MESSAGE_BYTES,
+    Commit,
+    Grant,
+    Hello,
+    MalformedMessage,
+    Refusal,
+    SelfTest,
+    Welcome,
+    decode,
+    encode,
+)
+
+COMMIT = Commit(7, 40, 1000, 2000, 3, -5, b"\0" * 8, b"\1\0\0\0" * 2, b"\0\1", 0)
+EVERY = [
+    Hello(1, "run", 0, 4242, {"num_envs": 8, "obs": {}, "action_dim": 2}),
+    Welcome("cuda_ipc", 1 << 21, 100, "GPU-1", [b"\1" * 66, 5, 0, b"x", 1, b"y", True], 0, 10_000, 0),
+    SelfTest(-(1 << 40), 1 << 21, 0.25),
+    Grant(1, 20),
+    COMMIT,
+    Refusal("because"),
+]
+
+
+@pytest.mark.parametrize("message", EVERY, ids=lambda message: type(message).__name__)
+def test_a_message_survives_the_wire_unchanged(message):
+    assert decode(encode(message)) == message
+
+
+def test_the_largest_commit_fits_a_message():
+    count = MAX_EPISODES
+    commit = Commit(1 << 47, 1 << 47, 1 << 47, 1 << 47, 1 << 47, 1 << 62, b"\1" * 4 * count, b"\1" * 4 * count, b"\1" * count, 0)
+    assert len(encode(commit)) <= MAX_MESSAGE_BYTES
+
+
+GRANT = {"type": "Grant", "seq": 1, "row": 20}
+
+
+@pytest.mark.parametrize(
+    "raw",
+    [
+        b"",
+        b"\xc1",
+        b"not msgpack at all",
+        msgpack.packb([1, 2]),
+        msgpack.packb(GRANT)[:-1],
+        msgpack.packb(GRANT | {"type": "Pickle"}),
+        msgpack.packb(GRANT | {"row": -1}),
+        msgpack.packb(GRANT | {"row": 1 << 60}),
+        msgpack.packb(GRANT | {"row": "20"}),
+        msgpack.packb(GRANT | {"row": True}),
+        msgpack.packb(GRANT | {"extra": 1}),
+        msgpack.packb({"type": "Grant", "seq": 1}),
+        msgpack.packb({"type": ["Grant"]}),
+        msgpack.packb({"type": "Refusal", "reason": "x" * 3000}),
+        b"\0" * (MAX_MESSAGE_BYTES + 1),
+    ],
+)
+def test_bytes_that_are_no_bounded_message_are_refused(raw):
+    with pytest.raises(MalformedMessage):
+        decode(raw)
+
+
+def test_a_commit_with_uneven_episode_arrays_is_refused():
+    values = {name: getattr(COMMIT, name) for name in COMMIT.__dataclass_fields__}
+    raw = msgpack.packb({"type": "Commit", **values, "kinds": b"\0"})
+    with pytest.raises(MalformedMessage, match="differ in count"):
+        decode(raw)
+
+
+def test_random_bytes_never_escape_as_another_error():
+    import random
+
+    source = random.Random(0)
+    base = bytearray(encode(COMMIT))
+    for _ in range(5000):
+        raw = bytearray(base)
+        for _ in range(source.randint(1, 6)):
+            raw[source.randrange(len(raw))] = source.randrange(256)
+        try:
+            decode(bytes(raw[: source.randint(0, len(raw))]))
+        except MalformedMessage:
+            continue

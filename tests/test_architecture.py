@@ -1,0 +1,92 @@
+"""The laws of the tree: imports flow one way, torch comes second, packages are docstrings."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+REPO = Path(__file__).resolve().parent.parent
+# Who may import whom: launch -> {collector_proc, learner_proc} -> shared.
+MAY_IMPORT = {
+    "shared": {"shared"},
+    "collector_proc": {"collector_proc", "shared"},
+    "learner_proc": {"learner_proc", "shared"},
+    "launcher": {"launcher", "shared"},
+    "launch": {"launcher", "collector_proc", "learner_proc", "shared"},
+}
+TORCH_FREE = [
+    "launch",
+    *sorted(f"launcher.{path.stem}" for path in (REPO / "launcher").glob("*.py") if path.stem != "__init__"),
+    *sorted(f"shared.{path.stem}" for path in (REPO / "shared").glob("*.py") if path.stem != "__init__"),
+    "collector_proc.simulators.registry",
+    "collector_proc.__main__",
+]
+
+
+def _sources(owner: str) -> list[Path]:
+    return [REPO / "launch.py"] if owner == "launch" else sorted((REPO / owner).rglob("*.py"))
+
+
+def _imported(path: Path) -> set[str]:
+    """Top-level names of our own modules that a file imports anywhere, under TYPE_CHECKING too."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}:{node.lineno} imports relatively; wanted the full module name"
+            found.add((node.module or "").split(".")[0])
+    return found & set(MAY_IMPORT)
+
+
+@pytest.mark.parametrize("owner", MAY_IMPORT)
+def test_imports_flow_one_way(owner: str) -> None:
+    files = _sources(owner)
+    assert files, f"{owner} has no source files; wanted the tree that the law speaks of"
+    wrong = {str(path.relative_to(REPO)): _imported(path) - MAY_IMPORT[owner] for path in files}
+    assert not {path: names for path, names in wrong.items() if names}
+
+
+def test_nothing_that_starts_before_the_simulator_imports_torch() -> None:
+    script = (
+        "import importlib, sys\n"
+        f"for name in {TORCH_FREE!r}:\n"
+        "    importlib.import_module(name)\n"
+        "    found = sorted({'torch', 'tensordict', 'torchrl'} & set(sys.modules))\n"
+        "    assert not found, f'importing {name} brings in {found}'\n"
+        "assert len(sys.modules) > 100, 'nothing was imported'\n"
+    )
+    answer = subprocess.run([sys.executable, "-c", script], cwd=REPO, capture_output=True, text=True, timeout=120)
+    assert answer.returncode == 0, answer.stderr
+
+
+def test_packages_hold_a_docstring_and_nothing_else() -> None:
+    packages = [path for owner in MAY_IMPORT if owner != "launch" for path in (REPO / owner).rglob("__init__.py")]
+    assert len(packages) >= 6, packages
+    for path in packages:
+        body = ast.parse(path.read_text()).body
+        assert len(body) == 1 and isinstance(body[0], ast.Expr) and isinstance(body[0].value, ast.Constant), path
+
+
+def test_tests_are_no_packages() -> None:
+    assert not list((REPO / "tests").rglob("__init__.py"))
+
+
+def test_no_file_is_named_for_nothing() -> None:
+    names = {path.name for owner in MAY_IMPORT for path in _sources(owner)}
+    assert not names & {"utils.py", "common.py", "helpers.py", "misc.py"}
+
+
+def test_every_package_is_declared_for_installation() -> None:
+    import tomllib
+
+    declared = set(tomllib.loads((REPO / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"])
+    roots = [owner for owner in MAY_IMPORT if owner != "launch"]
+    found = {
+        ".".join(path.parent.relative_to(REPO).parts) for owner in roots for path in (REPO / owner).rglob("__init__.py")
+    }
+    assert declared == found

@@ -1,0 +1,293 @@
+"""launch.main with fake children: what is refused, what is left behind, how every kind of end is told."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+import launch
+from launcher.metrics import SUMMARY_KEYS
+from shared.run_folder import create_run_folder
+from tests.fakes.child import ROW
+
+FAKES = Path(__file__).resolve().parent / "fakes"
+REPO = FAKES.parent.parent
+DEADLINE_S = 40.0
+QUICK = ["--config", "quickstart", "logger.backend=none", "deadlines.stop_s=5", "deadlines.save_s=10"]
+
+
+@pytest.fixture(autouse=True)
+def _own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs land below tmp_path, and no GPU of this machine takes part."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+
+
+def _commands(learner: str, collector: str) -> dict[str, tuple[str, ...]]:
+    child = str(FAKES / "child.py")
+    return {"learner": (sys.executable, child, learner), "collector": (sys.executable, child, collector)}
+
+
+def _launch(run: Path, learner: str, collector: str, *settings: str) -> int:
+    return launch.main([*QUICK, "--run-dir", str(run), *settings], commands=_commands(learner, collector))
+
+
+def _summary(run: Path) -> dict:
+    return json.loads((run / "summary.json").read_text())
+
+
+def _events(run: Path) -> list[dict]:
+    return [json.loads(line) for line in (run / "logs" / "launch.jsonl").read_text().splitlines()]
+
+
+def _assert_nothing_is_left(run: Path) -> None:
+    """No process of the run and no socket folder."""
+    pids = [event["pid"] for event in _events(run) if event["event"] == "started"]
+    assert pids
+    for pid in pids:
+        with pytest.raises(ProcessLookupError):
+            os.kill(pid, 0)
+    assert not list(run.parent.glob("tandem-*"))
+
+
+REFUSED: dict[str, tuple[list[str], list[str]]] = {
+    "unknown key": (["env.nmae=walker"], ["env.nmae", "env.name"]),
+    "key without its section": (["batch_size=300"], ["batch_size", "replay_buffer.batch_size"]),
+    "key of the published recipe": (["replay_buffer.prefetch=16"], ["replay_buffer.prefetch", "nothing to prefetch"]),
+    "recipe section": (["profiling.enabled=true"], ["profiling.enabled", "py-spy"]),
+    "section as key": (["env=cheetah"], ["env is a section", "env.backend"]),
+    "wrong type": (["env.seed=abc"], ["env.seed", "abc", "whole number"]),
+    "float for a count": (["optimization.total_optim_steps=1e5"], ["total_optim_steps", "100000.0"]),
+    "out of bounds": (["optimization.gamma=1.5"], ["optimization.gamma=1.5", "at most 1.0"]),
+    "not a number": (["optimization.grad_clip=nan"], ["optimization.grad_clip=nan", "finite"]),
+    "wrong choice": (["logger.backend=wandbb"], ["logger.backend=wandbb", "logger.backend=wandb"]),
+    "no key=value": (["walker"], ["'walker'", "key=value"]),
+    "sweep": (["env.seed=1,2"], ["env.seed=1,2", "one value"]),
+    "added key": (["+env.wind=1"], ["+env.wind=1", "adds"]),
+    "unknown config": (["--config", "quickstrat"], ["'quickstrat'", "--config quickstart"]),
+    "unknown option": (["--sim-gpus", "1"], ["--sim-gpus", "--help"]),
+    "option without value": (["--config"], ["--config", "--help"]),
+    "GPU that is no number": (["--sim-gpu", "first"], ["--sim-gpu", "'first'"]),
+    "negative GPU": (["--train-gpu", "-1"], ["--train-gpu -1", "wanted an index"]),
+    "all columns evaluate": (["collector.eval_envs=8"], ["collector.eval_envs=8", "below 8"]),
+    "broken windows": (["replay_buffer.batch_size=500"], ["batch_size=500", "batch_size=496"]),
+    "ring too short": (["replay_buffer.buffer_size=300"], ["buffer_size=300", "at least 384"]),
+    "prefill too short": (["collector.init_random_frames=1", "replay_buffer.batch_length=32"], ["at least 256"]),
+    "prefill above the ring": (["replay_buffer.buffer_size=900"], ["init_random_frames=1000", "buffer_size=900"]),
+    "wrong task": (["env.task=swngup"], ["env.task", "swingup"]),
+    "images of nothing": (["env.grayscale=true"], ["env.grayscale=true", "env.from_pixels"]),
+    "resume of nothing": (["--resume", "nowhere"], ["nowhere", "config.yaml"]),
+    "resume into another folder": (["--resume", "nowhere", "--run-dir", "b"], ["--resume nowhere", "--run-dir"]),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_cannot_work_is_refused_before_anything_starts(
+    case: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments, parts = REFUSED[case]
+    config = [] if "--config" in arguments or "--resume" in arguments else ["--config", "quickstart"]
+    touch = ("touch", str(tmp_path / "started"))
+    assert launch.main([*config, *arguments], commands={"learner": touch, "collector": touch}) == 2
+    said = capsys.readouterr()
+    assert said.err.startswith("error: ") and said.err.count("\n") == 1 and "Traceback" not in said.err
+    for part in parts:
+        assert part in said.err
+    assert said.out == ""
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_help_lists_configs_and_exit_codes(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        launch.main(["--help"])
+    said = capsys.readouterr().out
+    assert ended.value.code == 0
+    for part in ("quickstart", "isaaclab", "key=value", "--resume", "130"):
+        assert part in said
+
+
+def test_a_finished_run_leaves_a_complete_summary_and_nothing_running(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    assert _launch(run, "finish", "serve", "optimization.total_optim_steps=40") == 0
+    summary = _summary(run)
+    assert set(SUMMARY_KEYS) <= set(summary)
+    assert {key: summary[key] for key in ROW if key in SUMMARY_KEYS and key != "wall_s"} == {
+        key: value for key, value in ROW.items() if key in SUMMARY_KEYS and key != "wall_s"
+    }
+    assert (summary["exit_reason"], summary["collector_restarts"]) == ("finished", 0)
+    assert summary["devices"] == {"sim": "cpu", "train": "cpu"} and 0 < summary["wall_s"] < DEADLINE_S
+    said = capsys.readouterr().out
+    assert f"run folder: {run}" in said.replace("\n", "")
+    assert "no GPU found: simulator and learner both run on the CPU" in said
+    assert "buffer_size=100000 becomes 99968" in said and "Ctrl-C saves" in said
+    _assert_nothing_is_left(run)
+
+
+def test_rows_reach_tensorboard(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    assert _launch(run, "finish", "serve", "logger.backend=tensorboard") == 0
+    (file,) = (run / "tb").glob("events.out.tfevents.*")
+    assert b"loss_model" in file.read_bytes()
+
+
+def test_a_learner_that_died_is_told_with_its_last_words(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = tmp_path / "run"
+    assert _launch(run, "die:3", "serve") == 1
+    assert _summary(run)["exit_reason"] == "learner died (exit code 3)"
+    said = capsys.readouterr()
+    assert "last words of the learner" in said.out and "learner died (exit code 3)" in said.err
+    _assert_nothing_is_left(run)
+
+
+def test_a_learner_that_refuses_its_settings_passes_its_exit_code_on(tmp_path: Path) -> None:
+    assert _launch(tmp_path / "run", "die:2", "serve") == 2
+
+
+def test_a_collector_that_dies_is_started_again_and_counted(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    assert _launch(run, "serve:collector-is-good", "die-until:2") == 0
+    assert (run / "collector-is-good").read_text() == "2"
+    assert _summary(run)["collector_restarts"] == 2
+    started = [event for event in _events(run) if event["event"] == "started"]
+    assert [event["role"] for event in started] == ["learner", "collector", "collector", "collector"]
+    assert [event["command"][-1] for event in started[1:]] == ["0", "1", "2"]
+
+
+def test_a_collector_beyond_its_restarts_ends_the_run_after_the_learner_saved(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    assert _launch(run, "serve", "die:9", "collector.max_restarts=1") == 1
+    summary = _summary(run)
+    assert summary["exit_reason"].startswith("collector died 2 times, the last time by exit code 9")
+    assert (summary["collector_restarts"], summary["gradient_steps"]) == (1, 40)  # the row it wrote when asked to end
+    _assert_nothing_is_left(run)
+
+
+def test_a_hung_collector_is_dumped_killed_and_replaced(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    assert _launch(run, "serve:collector-is-good", "hang-until:1", "deadlines.step_s=1") == 0
+    assert _summary(run)["collector_restarts"] == 1
+    assert "stand_still" in (run / "crash" / "collector.stacks").read_text()
+    hangs = [event for event in _events(run) if "hung in phase collecting" in event["event"]]
+    assert hangs and hangs[0]["level"] == "error"
+
+
+def test_a_hung_learner_ends_the_run(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    assert _launch(run, "hang", "serve", "deadlines.step_s=1") == 1
+    assert _summary(run)["exit_reason"].startswith("learner died (hung in phase training: no progress for 1.")
+    assert "stand_still" in (run / "crash" / "learner.stacks").read_text()
+    _assert_nothing_is_left(run)
+
+
+def test_a_collector_that_ignores_sigterm_cannot_hold_up_the_end(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    assert _launch(run, "serve:collector-serves", "stubborn", "deadlines.stop_s=1") == 0
+    stopped = [event for event in _events(run) if event["event"] == "collector stopped"]
+    assert [event["how"] for event in stopped] == ["SIGKILL"]
+
+
+def _start(run: Path, learner: str, *settings: str) -> subprocess.Popen[str]:
+    """launch in a process of its own, once both children serve."""
+    command = [
+        sys.executable,
+        str(FAKES / "launch_with.py"),
+        learner,
+        "serve",
+        *QUICK,
+        "--run-dir",
+        str(run),
+        *settings,
+    ]
+    env = os.environ | {"PYTHONPATH": str(REPO), "TMPDIR": str(run.parent)}
+    process = subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    end = time.monotonic() + DEADLINE_S
+    while not all((run / f"{role}-serves").exists() for role in ("learner", "collector")):
+        assert process.poll() is None and time.monotonic() < end, process.communicate()[0]
+        time.sleep(0.02)
+    return process
+
+
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupt_lets_the_learner_save_and_then_ends(signum: signal.Signals, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    process = _start(run, "serve")
+    process.send_signal(signum)
+    said = process.communicate(timeout=DEADLINE_S)[0]
+    assert process.returncode == 128 + signum, said
+    summary = _summary(run)
+    assert (summary["exit_reason"], summary["gradient_steps"]) == (f"interrupted by {signum.name}", 40)
+    _assert_nothing_is_left(run)
+
+
+def test_a_second_interrupt_kills_at_once(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    process = _start(run, "stubborn", "deadlines.save_s=600", "deadlines.step_s=600")
+    process.send_signal(signal.SIGINT)
+    assert process.stdout
+    while "once more kills both at once" not in (line := process.stdout.readline()):
+        assert line, "launch ended before it said that it is stopping"
+    process.send_signal(signal.SIGINT)
+    assert process.wait(timeout=DEADLINE_S) == 130
+    assert "killed by a second signal" in _summary(run)["exit_reason"]
+    _assert_nothing_is_left(run)
+
+
+def test_a_learner_that_does_not_end_when_asked_is_killed_after_its_deadline(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    process = _start(run, "stubborn", "deadlines.save_s=1")
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=DEADLINE_S)
+    assert process.returncode == 143
+    assert "did not end within deadlines.save_s=1 s" in _summary(run)["exit_reason"]
+
+
+def test_both_processes_die_with_a_killed_launch(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    process = _start(run, "serve")
+    process.kill()
+    process.communicate(timeout=DEADLINE_S)
+    pids = [event["pid"] for event in _events(run) if event["event"] == "started"]
+    assert len(pids) == 2
+    end = time.monotonic() + DEADLINE_S
+    while any(Path(f"/proc/{pid}").exists() and "\nState:\tZ" not in _status(pid) for pid in pids):
+        assert time.monotonic() < end, f"{pids} outlived launch"
+        time.sleep(0.02)
+
+
+def _status(pid: int) -> str:
+    try:
+        return Path(f"/proc/{pid}/status").read_text()
+    except OSError:
+        return "\nState:\tZ"
+
+
+def test_a_second_launch_in_a_running_folder_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    lock = create_run_folder(tmp_path / "run")
+    try:
+        assert _launch(tmp_path / "run", "finish", "serve") == 2
+        assert f"in use by the launch with pid {os.getpid()}" in capsys.readouterr().err
+    finally:
+        lock.release()
+
+
+def test_a_resumed_run_keeps_its_settings_and_tells_the_learner(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    assert _launch(run, "finish", "serve", "env.seed=7") == 0
+    (run / "checkpoints" / "latest").write_text("40")
+    commands = _commands("finish", "serve")
+    assert launch.main(["--resume", str(run), "optimization.log_every=3"], commands=commands) == 0
+    started = [event for event in _events(run) if event["event"] == "started" and event["role"] == "learner"]
+    assert ["--resume" in event["command"] for event in started] == [False, True]
+    config = (run / "config.yaml").read_text()
+    assert "seed: 7" in config and "log_every: 3" in config
+    assert json.loads((run / "run.json").read_text())["resumed"] is True
