@@ -240,8 +240,10 @@ def compiler(settings: CompileSettings) -> Callable[[Function], Function]:
         return lambda function: function
     if settings.backend == "inductor":
         import torch._inductor.config as inductor
+        from torch.hub import tqdm
 
         inductor.compile_threads = 1  # a pool of compile workers would outlive the compilation
+        tqdm.monitor_interval = 0  # and so would the thread that watches inductor's hidden progress bar
 
     def compiled(function: Function) -> Function:
         return cast(Function, torch.compile(function, fullgraph=True, dynamic=False, backend=settings.backend))

@@ -68,6 +68,8 @@ class CollectorLink:
                 while (received := self._channel.receive()) is not None:
                     self._take(received[0], commits)
             except Disconnected:
+                if commits:
+                    return commits  # they count before the obituary, which the next poll will read again
                 self._lose()
         if self._state == "greeting" and time.monotonic() - self._since > GREETING_S:
             self._lose()

@@ -184,7 +184,7 @@ def test_a_hung_collector_is_dumped_killed_and_replaced(tmp_path: Path) -> None:
 def test_a_hung_learner_ends_the_run(tmp_path: Path) -> None:
     run = tmp_path / "run"
     assert _launch(run, "hang", "serve", "deadlines.step_s=1") == 1
-    assert _summary(run)["exit_reason"].startswith("learner died (hung in phase training: no progress for 1.")
+    assert _summary(run)["exit_reason"].startswith("learner died (hung in phase training: no progress for ")
     assert "stand_still" in (run / "crash" / "learner.stacks").read_text()
     _assert_nothing_is_left(run)
 

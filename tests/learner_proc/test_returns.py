@@ -24,7 +24,9 @@ def test_golden_returns_stop_where_the_task_ends():
 def test_the_last_reward_is_not_used():
     discount = torch.full((1, 3), 0.9)
     changed = REWARD + torch.tensor([[0.0, 0.0, 1000.0]])
-    assert torch.equal(lambda_return(changed, discount, VALUE, lam=0.5), lambda_return(REWARD, discount, VALUE, lam=0.5))
+    assert torch.equal(
+        lambda_return(changed, discount, VALUE, lam=0.5), lambda_return(REWARD, discount, VALUE, lam=0.5)
+    )
 
 
 @pytest.mark.parametrize("lam", [0.0, 0.3, 0.95, 1.0])

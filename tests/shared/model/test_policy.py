@@ -13,14 +13,20 @@ SPEC = StreamSpec(E, {"policy": ObsSpec((3,), "float32")}, A)
 NONE, ALL = torch.zeros(E, dtype=torch.bool), torch.ones(E, dtype=torch.bool)
 
 
-def make_policy(**networks) -> Policy:
+def make_policy(init_std: float = 5.0) -> Policy:
     torch.manual_seed(0)
-    return Policy(SPEC, NetworkSettings(**{"state_dim": 3, "rssm_hidden_dim": 5, "hidden_dim": 7} | networks))
+    return Policy(SPEC, NetworkSettings(state_dim=3, rssm_hidden_dim=5, hidden_dim=7, init_std=init_std))
 
 
 def act(policy: Policy, obs, belief, action, reset, *, noise_std=0.3, deterministic=NONE, eval_action="mode"):
     return policy.act(
-        {"policy": obs}, belief, action, reset, noise_std=noise_std, deterministic=deterministic, eval_action=eval_action
+        {"policy": obs},
+        belief,
+        action,
+        reset,
+        noise_std=noise_std,
+        deterministic=deterministic,
+        eval_action=eval_action,
     )
 
 
@@ -40,7 +46,13 @@ def test_the_mean_before_the_tanh_stays_within_five():
 def test_mean_evaluation_takes_tanh_of_the_mean_without_noise():
     policy = make_policy()
     action, belief = act(
-        policy, torch.randn(E, 3), policy.initial_belief(E), torch.zeros(E, A), ALL, deterministic=ALL, eval_action="mean"
+        policy,
+        torch.randn(E, 3),
+        policy.initial_belief(E),
+        torch.zeros(E, A),
+        ALL,
+        deterministic=ALL,
+        eval_action="mean",
     )
     torch.testing.assert_close(action, torch.tanh(policy.actor(feat(belief))[0]), rtol=1e-6, atol=1e-6)
 

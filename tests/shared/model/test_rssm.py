@@ -39,9 +39,7 @@ def test_the_prior_agrees_with_torchrl_where_both_follow_the_paper(rssm: RSSM):
     for theirs, ours in pairs:
         theirs.load_state_dict(ours.state_dict())
     ih, hh = rssm.gru.input, rssm.gru.recurrent
-    oracle.rnn.load_state_dict(
-        {"weight_ih": ih.weight, "weight_hh": hh.weight, "bias_ih": ih.bias, "bias_hh": hh.bias}
-    )
+    oracle.rnn.load_state_dict({"weight_ih": ih.weight, "weight_hh": hh.weight, "bias_ih": ih.bias, "bias_hh": hh.bias})
     belief, action, noise = random_belief(4), torch.randn(4, A), torch.randn(4, S)
     mean, std, _, deter = oracle(belief.stoch, belief.deter, action)
     ours = rssm.prior_step(belief, action, noise)

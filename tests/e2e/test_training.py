@@ -1,0 +1,144 @@
+"""Whole runs through launch.py with real processes: they end by themselves, stop cleanly, resume, and outlive collectors."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from launcher.metrics import SUMMARY_KEYS
+from shared.supervision import read
+
+REPO = Path(__file__).parents[2]
+TINY = [
+    "networks.state_dim=4",
+    "networks.rssm_hidden_dim=16",
+    "networks.hidden_dim=16",
+    "networks.encoder_channels=4",
+    "replay_buffer.batch_size=64",
+    "replay_buffer.batch_length=8",
+    "optimization.log_every=5",
+    "optimization.autocast=false",
+    "optimization.compile.enabled=false",
+]
+PENDULUM = ["--config", "quickstart", *TINY]
+DMC = ["collector.num_collectors=1", "env.n_parallel_envs=2", "collector.frames_per_batch=40", "collector.init_random_frames=80"]
+
+
+def start(run_dir: Path, *arguments: str) -> subprocess.Popen:
+    where = ["--run-dir", str(run_dir)] if "--resume" not in arguments else []
+    command = [sys.executable, str(REPO / "launch.py"), *where, *arguments]
+    env = {key: value for key, value in os.environ.items() if key != "MUJOCO_GL"}
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=REPO, env=env)
+
+
+def finish(launch: subprocess.Popen, seconds: float = 180.0) -> str:
+    try:
+        return launch.communicate(timeout=seconds)[0]
+    except subprocess.TimeoutExpired:
+        launch.kill()
+        raise
+
+
+def wait_for_steps(run_dir: Path, steps: int, launch: subprocess.Popen) -> None:
+    end = time.monotonic() + 120
+    while time.monotonic() < end and launch.poll() is None:
+        if (run_dir / "learner.progress").exists():
+            status = read(run_dir / "learner.progress").status
+            if status.get("gradient_steps", 0) >= steps:
+                return
+        time.sleep(0.05)
+    pytest.fail(f"no {steps} gradient steps; launch said:\n{finish(launch, 5)}")
+
+
+def rows(run_dir: Path) -> list[dict]:
+    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+def summary(run_dir: Path) -> dict:
+    return json.loads((run_dir / "summary.json").read_text())
+
+
+def test_a_run_ends_by_itself_and_leaves_a_complete_folder(tmp_path):
+    run_dir = tmp_path / "run"
+    launch = start(run_dir, *PENDULUM, "optimization.total_optim_steps=40")
+    output = finish(launch)
+    assert launch.returncode == 0, output
+    assert "no GPU found" in output or torch.cuda.is_available()
+    result = summary(run_dir)
+    assert set(SUMMARY_KEYS) <= set(result)
+    assert result["exit_reason"] == "finished" and result["gradient_steps"] == 40
+    assert result["transport"] == ("memfd" if not torch.cuda.is_available() else "cuda_ipc")
+    assert result["collect_fps"] > 0 and result["updates_per_s"] > 0 and result["nan_skips"] == 0
+    assert result["env_frames"] == 2 * result["agent_steps"] > 0
+    assert [row["gradient_steps"] for row in rows(run_dir)] == list(range(5, 41, 5))
+    assert all(row["loss_model"] is not None and row["kl"] >= 0 for row in rows(run_dir))
+    assert (run_dir / "checkpoints" / "latest").read_text() == "00000040"
+    assert any((run_dir / "tb").iterdir())
+    for line in (run_dir / "logs" / "learner.jsonl").read_text().splitlines():
+        assert {"event", "level", "timestamp", "process"} <= json.loads(line).keys()
+    assert not Path(json.loads((run_dir / "run.json").read_text())["socket_dir"]).exists()
+
+
+def test_sigterm_saves_and_resume_goes_on_where_the_run_was(tmp_path):
+    run_dir = tmp_path / "run"
+    launch = start(run_dir, *PENDULUM, "optimization.total_optim_steps=100000")
+    wait_for_steps(run_dir, 20, launch)
+    launch.send_signal(signal.SIGTERM)
+    output = finish(launch)
+    assert launch.returncode == 143, output
+    first = summary(run_dir)
+    saved = int((run_dir / "checkpoints" / "latest").read_text())
+    assert first["exit_reason"] == "interrupted by SIGTERM" and first["gradient_steps"] == saved >= 20
+
+    launch = start(run_dir, "--resume", str(run_dir), f"optimization.total_optim_steps={saved + 10}")
+    output = finish(launch)
+    assert launch.returncode == 0, output
+    second = summary(run_dir)
+    assert second["gradient_steps"] == saved + 10
+    assert second["agent_steps"] > first["agent_steps"] and second["policy_version"] > first["policy_version"]
+    events = [json.loads(line) for line in (run_dir / "logs" / "learner.jsonl").read_text().splitlines()]
+    assert any(event["event"] == "replay restored" and event["rows"] > 0 for event in events)
+    steps = [row["gradient_steps"] for row in rows(run_dir)]
+    assert steps == sorted(steps), "the second part goes on behind the first"
+
+
+def test_a_killed_collector_is_replaced_while_the_learner_lives(tmp_path):
+    run_dir = tmp_path / "run"
+    launch = start(run_dir, *PENDULUM, "optimization.total_optim_steps=100000")
+    wait_for_steps(run_dir, 10, launch)
+    learner = read(run_dir / "learner.progress").pid
+    os.kill(read(run_dir / "collector.progress").pid, signal.SIGKILL)
+    before = read(run_dir / "learner.progress").status["agent_steps"]
+    end = time.monotonic() + 120
+    while read(run_dir / "learner.progress").status["agent_steps"] <= before + 2000:
+        assert time.monotonic() < end and launch.poll() is None, "the next incarnation delivers chunks"
+        time.sleep(0.1)
+    assert read(run_dir / "learner.progress").pid == learner
+    launch.send_signal(signal.SIGINT)
+    output = finish(launch)
+    assert launch.returncode == 130 and "collector died (SIGKILL)" in output, output
+    assert summary(run_dir)["collector_restarts"] == 1
+
+
+def test_dm_control_trains_from_state_and_from_pixels(tmp_path):
+    state = start(
+        tmp_path / "state", *TINY, *DMC, "env.name=walker", "env.task=walk", "env.from_pixels=false", "optimization.total_optim_steps=10"
+    )
+    output = finish(state)
+    assert state.returncode == 0, output
+    pixels = start(tmp_path / "pixels", *TINY, *DMC, "optimization.total_optim_steps=2", "collector.num_collectors=0")
+    output = finish(pixels)
+    assert pixels.returncode == 0, output
+    replay = torch.load(tmp_path / "pixels" / "checkpoints" / "00000002" / "replay.pt", weights_only=True)
+    frames = torch.cat(replay["obs.pixels"])  # (rows, 2, 64, 64, 3)
+    assert frames.dtype == torch.uint8 and frames.shape[2:] == (64, 64, 3)
+    assert frames.float().std() > 10, "an image, not a blank"
+    assert (frames[5, 0] != frames[6, 0]).any(), "that moves"

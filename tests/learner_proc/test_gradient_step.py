@@ -1,0 +1,323 @@
+import copy
+import threading
+from typing import Any
+
+import pytest
+import torch
+from tensordict import TensorDict
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from learner_proc.gradient_step import GradientStep, LossScale, Updater
+from shared.config import CompileSettings, NetworkSettings, OptimizationSettings, Settings
+from shared.stream import ObsSpec, StreamSpec
+
+B, L, A = 3, 5, 2
+VECTOR, PIXELS = {"policy": ObsSpec((4,), "float32")}, {"pixels": ObsSpec((64, 64, 3), "uint8")}
+CPU = torch.device("cpu")
+
+
+def make(obs=VECTOR, cont=False, seed: int = 0, backend=None, **optimization: Any) -> GradientStep:
+    networks = NetworkSettings(
+        state_dim=3, rssm_hidden_dim=6, hidden_dim=8, encoder_channels=2, continue_head=cont, init_std=1.0
+    )
+    compile_settings = CompileSettings(enabled=backend is not None, backend=backend or "eager")
+    defaults = {"autocast": "false", "imagination_horizon": 4, "compile": compile_settings}
+    settings = Settings(networks=networks, optimization=OptimizationSettings(**defaults | optimization))
+    torch.manual_seed(seed)
+    return GradientStep(StreamSpec(1, obs, A), settings, device=CPU)
+
+
+def make_batch(obs=VECTOR, seed=1) -> TensorDict:
+    torch.manual_seed(seed)
+    entries = {
+        name: torch.randint(0, 256, (B, L, *entry.shape), dtype=torch.uint8)
+        if entry.is_image
+        else torch.randn(B, L, *entry.shape)
+        for name, entry in obs.items()
+    }
+    flags = {name: torch.rand(B, L) < 0.3 for name in ("is_first", "is_last", "is_terminal")}
+    fields = {"action": torch.rand(B, L, A) * 2 - 1, "reward": torch.randn(B, L), **flags}
+    return TensorDict({"obs": TensorDict(entries, [B, L]), **fields}, [B, L])
+
+
+def run(step: GradientStep, num_steps: int, batch: TensorDict | None = None, seed: int = 7) -> list[torch.Tensor]:
+    torch.manual_seed(seed)
+    fixed = make_batch() if batch is None else batch
+    torch.manual_seed(seed)
+    return [step(fixed) for _ in range(num_steps)]
+
+
+def metric(step: GradientStep, metrics: torch.Tensor, name: str) -> float:
+    return metrics[step.metric_names.index(name)].item()
+
+
+def assert_same(state: dict, other: dict, groups: tuple[str, ...] | None = None) -> None:
+    for group in groups or tuple(state):
+        for name, tensor in state[group].items():
+            assert torch.equal(tensor, other[group][name]), (group, name)
+
+
+def assert_moved(state: dict, other: dict, groups: tuple[str, ...]) -> None:
+    for group in groups:
+        assert any(not torch.equal(tensor, other[group][name]) for name, tensor in state[group].items()), group
+
+
+def counts(obs: dict, action_dim: int, **networks) -> dict[str, int]:
+    settings = Settings(networks=NetworkSettings(**networks))
+    settings.optimization.compile.enabled = False
+    return GradientStep(StreamSpec(1, obs, action_dim), settings, device=CPU).parameter_counts()
+
+
+def test_parameter_counts_from_pixels_are_the_published_ones():
+    expected = {"encoder": 690_144, "decoder": 3_795_555, "rssm": 557_920, "reward": 253_201, "model": 5_296_820}
+    assert counts(PIXELS, 6) == expected | {"actor": 578_412, "critic": 413_601}
+
+
+def test_parameter_counts_from_vectors_worked_by_hand():
+    square = 400 * 400 + 400
+    encoder = 48 * 400 + 400 + 2 * square
+    decoder = 230 * 400 + 400 + 2 * square + 400 * 48 + 48
+    rssm = (30 + 12) * 200 + 200 + 241_200 + 2 * (200 * 60 + 60) + 200 * 200 + 200 + (200 + 400) * 200 + 200
+    actor = 230 * 400 + 400 + 3 * square + 400 * 24 + 24
+    parts = {"encoder": encoder, "decoder": decoder, "rssm": rssm, "reward": 253_201, "cont": 413_601}
+    found = counts({"policy": ObsSpec((48,), "float32")}, 12, continue_head=True)
+    assert found == parts | {"model": sum(parts.values()), "actor": actor, "critic": 413_601}
+    assert (encoder, decoder, rssm, actor) == (340_400, 432_448, 434_320, 583_224)
+
+
+def test_the_gru_has_its_published_size():
+    settings = Settings()
+    settings.optimization.compile.enabled = False
+    step = GradientStep(StreamSpec(1, VECTOR, A), settings, device=CPU)
+    assert sum(p.numel() for p in step.policy.rssm.gru.parameters()) == 241_200
+
+
+def test_each_parameter_belongs_to_exactly_one_optimiser():
+    step = make(cont=True)
+    owned = [id(p) for updater in step._updaters.values() for p in updater.params]
+    modules = (step.policy, step.world_model, step.critic)
+    assert len(owned) == len(set(owned))
+    assert set(owned) == {id(p) for module in modules for p in module.parameters()}
+
+
+def test_the_world_model_loss_touches_neither_actor_nor_critic():
+    step = make(cont=True)
+    loss, start = step._learn_model(make_batch())
+    loss.total.backward()
+    assert all(p.grad is not None for p in step.world_model.parameters())
+    assert all(p.grad is None for m in (step.policy.actor, step.critic) for p in m.parameters())
+    assert not start.deter.requires_grad and not start.stoch.requires_grad
+
+
+def test_the_actor_loss_touches_the_actor_alone():
+    step, batch = make(cont=True), make_batch()
+    imagined = step._imagine(step._learn_model(batch)[1])
+    step._actor_loss(imagined.feat, batch["is_terminal"].flatten()).total.backward()
+    assert all(p.grad is not None and p.grad.any() for p in step.policy.actor.parameters())
+    assert all(p.grad is None for m in (step.world_model, step.critic) for p in m.parameters())
+
+
+@pytest.mark.parametrize(("moving", "still"), [("world_model_lr", ("actor", "critic")), ("value_lr", ("actor",))])
+def test_all_three_losses_belong_to_the_parameters_before_the_step(moving, still):
+    slow, fast = (make(**settings) for settings in ({moving: 0.0}, {moving: 0.1}))
+    run(slow, 1)
+    run(fast, 1)
+    assert_same(slow.state_dict(), fast.state_dict(), still)
+    run(slow, 1, seed=8)
+    run(fast, 1, seed=8)
+    assert_moved(slow.state_dict(), fast.state_dict(), still)  # the second step does see the difference
+
+
+def test_metrics_are_one_detached_float32_vector_in_the_order_of_their_names():
+    step = make(cont=True)
+    (metrics,) = run(step, 1)
+    assert metrics.shape == (len(step.metric_names),) and metrics.dtype == torch.float32 and not metrics.requires_grad
+    assert len(set(step.metric_names)) == len(step.metric_names) and torch.isfinite(metrics).all()
+    value = {name: metric(step, metrics, name) for name in step.metric_names}
+    kl = max(value["kl"], 1.0)
+    total = value["loss_obs"] + value["loss_reward"] + 10 * value["loss_cont"] + kl
+    assert value["loss_model"] == pytest.approx(total, rel=1e-5)
+    assert 0.5 < value["actor_std"] < 1.5 and value["skipped"] == 0.0 and value["loss_cont"] > 0.0
+
+
+class NoSync(TorchDispatchMode):
+    """Fails on every operation that would make the host wait for a device."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        assert func._overloadpacket.__name__ not in {"_local_scalar_dense", "nonzero", "is_nonzero", "equal"}, func
+        return func(*args, **kwargs or {})
+
+
+@pytest.mark.parametrize("autocast", ["false", "bfloat16", "float16"])
+def test_a_step_never_asks_the_device_for_a_number(autocast):
+    step, batch = make(VECTOR | PIXELS, cont=True, autocast=autocast), make_batch(VECTOR | PIXELS)
+    with NoSync():
+        step(batch)
+        step.observe_statistics({"policy": torch.randn(3, 2, 4)})
+    with pytest.raises(AssertionError), NoSync():
+        torch.ones(()).item()
+
+
+def test_a_step_on_nan_observations_leaves_everything_bit_identical():
+    step, bad = make(cont=True), make_batch()
+    run(step, 2)
+    before = step.state_dict()
+    bad["obs", "policy"][1, 2] = torch.nan
+    (metrics,) = run(step, 1, bad)
+    assert metric(step, metrics, "skipped") == 1.0
+    assert_same(before, step.state_dict())
+    untouched = make(cont=True)
+    run(untouched, 2)
+    assert_same(before, untouched.state_dict())
+    run(step, 1)
+    run(untouched, 1)
+    assert_same(step.state_dict(), untouched.state_dict())
+
+
+def test_a_bad_model_gradient_skips_the_model_and_nothing_else():
+    step, bad = make(), make_batch()
+    before = step.state_dict()
+    bad["reward"][0, 0] = torch.inf
+    (metrics,) = run(step, 1, bad)
+    assert metric(step, metrics, "skipped") == 1.0
+    assert_same(before, step.state_dict(), ("world_model", "adam_model"))
+    assert_moved(before, step.state_dict(), ("actor", "critic", "adam_actor", "adam_value"))
+
+
+@pytest.mark.parametrize("autocast", ["false", "float16"])
+def test_steps_after_a_load_equal_steps_without_and_no_address_changes(autocast):
+    step, other = make(cont=True, autocast=autocast), make(cont=True, seed=5, autocast=autocast)
+    step.observe_statistics({"policy": torch.randn(20, 1, 4) * 3})
+    run(step, 3)
+    run(other, 1)
+    saved = step.state_dict()
+    addresses = [t.data_ptr() for tensors in other._tensors().values() for t in tensors.values()]
+    other.load_state_dict(saved)
+    assert addresses == [t.data_ptr() for tensors in other._tensors().values() for t in tensors.values()]
+    ours, theirs = run(step, 3, seed=9), run(other, 3, seed=9)
+    assert torch.equal(torch.stack(ours), torch.stack(theirs))
+    assert_same(step.state_dict(), other.state_dict())
+    assert_moved(saved, step.state_dict(), ("world_model", "actor", "critic"))  # a snapshot does not move along
+
+
+def test_frozen_twins_follow_updates_and_loads():
+    step = make(cont=True)
+    run(step, 2)
+    step.load_state_dict(make(cont=True, seed=3).state_dict())
+    run(step, 1)
+    pairs = [
+        (step._dreamer.rssm, step.policy.rssm),
+        (step._behavior.frozen_reward, step.world_model.reward),
+        (step._behavior.frozen_cont, step.world_model.cont),
+        (step._behavior.frozen_value, step.critic),
+    ]
+    for twin, original in pairs:
+        for mine, theirs in zip(twin.parameters(), original.parameters(), strict=True):
+            assert mine.data_ptr() == theirs.data_ptr() and torch.equal(mine, theirs)
+
+
+def test_a_snapshot_of_other_networks_is_refused_and_nothing_is_copied():
+    step = make()
+    before, foreign = step.state_dict(), copy.deepcopy(make(seed=4).state_dict())
+    foreign["critic"]["layers.0.weight"] = torch.zeros(8, 99)
+    with pytest.raises(ValueError, match=r"critic/layers\.0\.weight has shape \(8, 99\), wanted \(8, 9\)"):
+        step.load_state_dict(foreign)
+    assert_same(before, step.state_dict())
+
+
+@pytest.mark.parametrize("autocast", ["bfloat16", "float16"])
+@pytest.mark.parametrize("obs", [VECTOR, PIXELS], ids=["vector", "pixels"])
+def test_lower_precision_stays_close_to_float32(autocast, obs):
+    exact, rough = (
+        make(obs, cont=True, autocast=name, world_model_lr=0.0, actor_lr=0.0, value_lr=0.0)
+        for name in ("false", autocast)
+    )
+    expected, found = (run(step, 12, make_batch(obs))[-1] for step in (exact, rough))  # time for the scale to settle
+    assert metric(rough, found, "skipped") == 0.0
+    torch.testing.assert_close(found, expected, rtol=0.1, atol=0.05)
+    assert all(t.dtype == torch.float32 for tensors in rough.state_dict().values() for t in tensors.values())
+
+
+def test_a_loss_scale_halves_on_a_bad_step_and_doubles_after_many_good_ones():
+    scale = LossScale(CPU)
+    for bad, expected in ((True, 2.0**15), (True, 2.0**14), (False, 2.0**14)):
+        scale.update(torch.tensor(bad))
+        assert scale.scale.item() == expected
+    for _ in range(1998):
+        scale.update(torch.tensor(False))
+    assert scale.scale.item() == 2.0**14
+    scale.update(torch.tensor(False))
+    assert (scale.scale.item(), scale.num_finite.item()) == (2.0**15, 0.0)
+
+
+def test_a_loss_scale_leaves_the_gradient_as_it_was():
+    param = torch.nn.Parameter(torch.tensor([1.0, -2.0]))
+    updaters = [Updater([param], lr=0.1, eps=1e-5, clip=100.0, scaled=scaled) for scaled in (False, True)]
+    grads = [updater.gradients((param**2).sum())[0] for updater in updaters]
+    assert grads[0].tolist() == grads[1].tolist() == [2.0, -4.0]
+
+
+def test_gradients_are_clipped_to_the_global_norm_and_the_norm_before_is_reported():
+    params = [torch.nn.Parameter(torch.zeros(1)), torch.nn.Parameter(torch.zeros(1))]
+    updater = Updater(params, lr=0.5, eps=1e-5, clip=1.0, scaled=False)
+    norm, bad = updater.apply([torch.tensor([30.0]), torch.tensor([-40.0])])
+    assert (norm.item(), bad.item()) == (50.0, False)
+    moments = [updater.optimizer.state[p]["exp_avg"].item() for p in params]
+    assert moments == pytest.approx([0.1 * 0.6, 0.1 * -0.8], rel=1e-4)
+    assert [p.item() for p in params] == pytest.approx([-0.5, 0.5], rel=1e-3)  # Adam's first step is lr in size
+
+
+def test_statistics_reach_acting_and_learning_and_pixels_need_none():
+    step = make()
+    step.observe_statistics({"policy": torch.tensor([[[4.0] * 4], [[6.0] * 4]])})
+    assert step.policy.normaliser({"policy": torch.full((1, 4), 7.0)})["policy"].tolist() == [[2.0] * 4]
+    assert not make(PIXELS).state_dict()["normaliser"]
+    make(PIXELS).observe_statistics({"pixels": torch.zeros(2, 1, 64, 64, 3, dtype=torch.uint8)})
+
+
+def test_the_world_model_learns_to_explain_one_batch():
+    step = make(world_model_lr=1e-2, value_lr=0.0, actor_lr=0.0, free_nats=0.0)
+    metrics = run(step, 100)
+    for name in ("loss_obs", "loss_reward"):
+        first, last = (metric(step, m, name) for m in (metrics[0], torch.stack(metrics[-10:]).mean(0)))
+        assert last < first - 0.1, (name, first, last)
+
+
+def test_the_critic_closes_in_on_the_returns():
+    step = make(world_model_lr=0.0, actor_lr=0.0, value_lr=1e-2, gamma=0.5)
+    with torch.no_grad():
+        list(step.critic.parameters())[-1].fill_(3.0)  # too high: with gamma 0.5 the returns of this world lie below it
+    metrics = run(step, 60)
+    floor = (1 + 0.5 + 0.25) / 3 * 0.9189385  # half log two pi, weighted by 1, gamma, gamma^2
+    assert metric(step, metrics[0], "loss_value") > floor + 0.3
+    assert metric(step, metrics[-1], "loss_value") < floor + 0.05
+
+
+def test_the_actor_climbs_the_return_it_imagines():
+    step = make(actor_lr=1e-2, world_model_lr=0.0, value_lr=0.0)
+    metrics = run(step, 60)
+    first, last = (
+        torch.stack(part)[:, step.metric_names.index("imagined_return")].mean() for part in (metrics[:5], metrics[-5:])
+    )
+    assert last > first + 0.02, (first, last)
+
+
+def compare_with_eager(backend: str) -> None:
+    torch._dynamo.reset()
+    eager, compiled = make(cont=True), make(cont=True, backend=backend)
+    run(compiled, 1)
+    compiled.load_state_dict(eager.state_dict())
+    with torch.compiler.set_stance("fail_on_recompile"):
+        found = run(compiled, 3)
+    torch.testing.assert_close(torch.stack(found), torch.stack(run(eager, 3)), rtol=1e-3, atol=1e-3)
+
+
+def test_compiled_steps_equal_eager_ones_and_compile_once():
+    compare_with_eager("aot_eager")
+
+
+@pytest.mark.slow
+def test_steps_compiled_by_inductor_equal_eager_ones_and_leave_no_thread_behind():
+    threads = threading.active_count()
+    compare_with_eager("inductor")
+    assert threading.active_count() == threads
