@@ -40,7 +40,9 @@ def main() -> int:
     simulator = None
     try:
         progress.phase("simulator")
-        simulator = build_simulator(settings, seed=settings.env.seed + 1000 * arguments.incarnation, device=arguments.device)
+        simulator = build_simulator(
+            settings, seed=settings.env.seed + 1000 * arguments.incarnation, device=arguments.device
+        )
         stop.install()  # simulators may have taken the handlers
         progress.phase("hello")
         channel = connect(run.socket_dir, deadline_s=settings.deadlines.start_s, alive=progress.advance)

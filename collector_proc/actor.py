@@ -49,7 +49,9 @@ class WeightsReceiver:
         if frame is None:
             return False
         try:
-            version, raw = unpack_frame(frame.buffer, run_id=self._run_id, manifest=self._manifest, num_bytes=self._num_bytes)
+            version, raw = unpack_frame(
+                frame.buffer, run_id=self._run_id, manifest=self._manifest, num_bytes=self._num_bytes
+            )
         except WeightsError:
             self.num_refused += 1
             return False

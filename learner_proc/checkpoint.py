@@ -1,9 +1,9 @@
 """Checkpoints: one folder each, complete or absent, and `latest` naming the newest.
 
-    checkpoints/00001200/state.pt      networks, optimisers, counters, random states
-                         replay.pt     the rows in the sampler's reach, oldest first (checkpoint.replay=true)
-                         manifest.json stream digest, row count, sizes; written last
-    checkpoints/latest                 "00001200"
+checkpoints/00001200/state.pt      networks, optimisers, counters, random states
+                     replay.pt     the rows in the sampler's reach, oldest first (checkpoint.replay=true)
+                     manifest.json stream digest, row count, sizes; written last
+checkpoints/latest                 "00001200"
 """
 
 from __future__ import annotations
@@ -46,7 +46,9 @@ def newest(root: Path) -> Path:
     latest = root / "latest"
     folder = root / latest.read_text().strip() if latest.exists() else None
     if folder is None or not (folder / "manifest.json").exists():
-        raise SettingError(f"no complete checkpoint under {root}; wanted one named by {latest}; start a new run without --resume")
+        raise SettingError(
+            f"no complete checkpoint under {root}; wanted one named by {latest}; start a new run without --resume"
+        )
     return folder
 
 

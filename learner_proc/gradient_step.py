@@ -240,7 +240,7 @@ def compiler(settings: CompileSettings) -> Callable[[Function], Function]:
         return lambda function: function
     if settings.backend == "inductor":
         import torch._inductor.config as inductor
-        from torch.hub import tqdm
+        from torch.hub import tqdm  # pyright: ignore[reportPrivateImportUsage]
 
         inductor.compile_threads = 1  # a pool of compile workers would outlive the compilation
         tqdm.monitor_interval = 0  # and so would the thread that watches inductor's hidden progress bar

@@ -124,7 +124,9 @@ class Learner:
             rows = checkpoint.load_replay(self._folder, replay, spec_digest=spec.digest())
             self._pacing.prefill = max(0, self._pacing.prefill - rows * spec.num_envs)
             self._log.info("replay restored", rows=rows, checkpoint=str(self._folder))
-        self._log.info("replay allocated", num_bytes=layout.num_bytes, device=str(slab.device), capacity=layout.capacity)
+        self._log.info(
+            "replay allocated", num_bytes=layout.num_bytes, device=str(slab.device), capacity=layout.capacity
+        )
         return replay, fd
 
     def _random_frames(self) -> int:
@@ -276,7 +278,9 @@ class Learner:
         end = time.monotonic() + self._settings.deadlines.start_s
         while not condition() and not self._stop.requested:
             if time.monotonic() > end:
-                raise TransportError(f"waited {self._settings.deadlines.start_s:.0f} s for {what}; look at logs/collector.out")
+                raise TransportError(
+                    f"waited {self._settings.deadlines.start_s:.0f} s for {what}; look at logs/collector.out"
+                )
             self._serve()
             self._progress.advance()
             self._link.wait(IDLE_S)

@@ -1,7 +1,7 @@
 """The learner's end of the collector's socket: one incarnation at a time, from hello to obituary.
 
-    nobody --connect--> greeting --Hello / Welcome + slab--> testing --SelfTest / first Grant--> streaming
-       ^------------------------------- end of file: its grants return to the replay -------------------'
+nobody --connect--> greeting --Hello / Welcome + slab--> testing --SelfTest / first Grant--> streaming
+   ^------------------------------- end of file: its grants return to the replay -------------------'
 """
 
 from __future__ import annotations
@@ -111,7 +111,9 @@ class CollectorLink:
             return
         newcomer = Channel(sock)
         if self._channel is not None:
-            self._refuse(newcomer, f"collector incarnation {self.incarnation} is connected; wanted one at a time; stop it first")
+            self._refuse(
+                newcomer, f"collector incarnation {self.incarnation} is connected; wanted one at a time; stop it first"
+            )
             return
         self._channel, self._state, self._since = newcomer, "greeting", time.monotonic()
 
@@ -142,7 +144,9 @@ class CollectorLink:
         self.incarnation = hello.incarnation
         self._test_row = replay.grant()
         if replay.device.type == "cuda":
-            torch.cuda.current_stream(replay.device).synchronize()  # the pattern is about to be written; restarts are rare
+            torch.cuda.current_stream(
+                replay.device
+            ).synchronize()  # the pattern is about to be written; restarts are rare
         uuid, handle = ("", []) if self._fd is not None else export_cuda_slab(replay.slab)
         welcome = Welcome(
             transport="memfd" if self._fd is not None else "cuda_ipc",
@@ -169,7 +173,9 @@ class CollectorLink:
         except ValueError as error:
             return str(error)
         if self.spec is not None and spec != self.spec:
-            return f"stream {spec.to_dict()}, wanted {self.spec.to_dict()} as at the first hello; start a new run for it"
+            return (
+                f"stream {spec.to_dict()}, wanted {self.spec.to_dict()} as at the first hello; start a new run for it"
+            )
         return None
 
     def _check_self_test(self, test: SelfTest) -> None:

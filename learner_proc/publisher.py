@@ -27,7 +27,9 @@ class Publisher:
         self._run_id, self._manifest = run_id, manifest_of(self._tensors)
         self._socket = publisher_socket(socket_dir)
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
-        self._free = [torch.empty(self._num_bytes, dtype=torch.uint8, pin_memory=True) for _ in range(2)] if self._stream else []
+        self._free = (
+            [torch.empty(self._num_bytes, dtype=torch.uint8, pin_memory=True) for _ in range(2)] if self._stream else []
+        )
         self._in_flight: list[tuple[int, torch.Tensor, torch.cuda.Event]] = []
         self.version = version
         self.num_skipped = 0

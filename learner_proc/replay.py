@@ -93,7 +93,9 @@ class Replay:
         device, generator = self.slab.device, self.generator
         first, num_rows = self._bounds[0], self._bounds[1]
         # float rand is biased beyond 2^24 rows and randint takes no tensor bound; 2^62 leaves a bias below 1e-9
-        start = torch.randint(0, 2**62, (num_sequences, 1), device=device, generator=generator) % (num_rows - length + 1)
+        start = torch.randint(0, 2**62, (num_sequences, 1), device=device, generator=generator) % (
+            num_rows - length + 1
+        )
         env = torch.randint(0, self.layout.num_envs, (num_sequences, 1), device=device, generator=generator)
         rows = (first + start + torch.arange(length, device=device)) % self.layout.capacity  # (B, L)
         index = {True: (rows * self.layout.num_envs + env).view(-1), False: rows.view(-1)}

@@ -76,7 +76,14 @@ class Channel:
     def fileno(self) -> int:
         return self._socket.fileno()
 
-    def send(self, message: Message, fds: tuple[int, ...] = (), *, deadline_s: float = 10.0, alive: Callable[[], None] | None = None) -> None:
+    def send(
+        self,
+        message: Message,
+        fds: tuple[int, ...] = (),
+        *,
+        deadline_s: float = 10.0,
+        alive: Callable[[], None] | None = None,
+    ) -> None:
         """Send one message, waiting for room in the socket for at most `deadline_s` seconds.
 
         Raises: Disconnected if the peer is gone; TransportError if it does not read within the deadline.
@@ -124,7 +131,9 @@ class Channel:
         """True as soon as a message (or end of file) can be read, False after `timeout_s` seconds."""
         return bool(select.select([self._socket], [], [], timeout_s)[0])
 
-    def receive_within(self, deadline_s: float, *, waiting_for: str, alive: Callable[[], None]) -> tuple[Message, tuple[int, ...]]:
+    def receive_within(
+        self, deadline_s: float, *, waiting_for: str, alive: Callable[[], None]
+    ) -> tuple[Message, tuple[int, ...]]:
         """Raises: TransportError naming `waiting_for` when nothing arrives in time; Disconnected at end of file."""
         end = time.monotonic() + deadline_s
         while time.monotonic() < end:

@@ -141,4 +141,6 @@ def _check(cls: type, values: dict) -> None:
             raise MalformedMessage(f"{cls.__name__}.{name} is {type(value).__name__}, wanted {kind.__name__}")
         size = value if kind in (int, float) else len(value)
         if not bounds.get("minimum", 0) <= size <= bounds["maximum"]:
-            raise MalformedMessage(f"{cls.__name__}.{name} is {size}, wanted {bounds.get('minimum', 0)}..{bounds['maximum']}")
+            raise MalformedMessage(
+                f"{cls.__name__}.{name} is {size}, wanted {bounds.get('minimum', 0)}..{bounds['maximum']}"
+            )

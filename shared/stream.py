@@ -85,8 +85,14 @@ class StreamSpec:
         except (KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"malformed stream spec {raw!r:.200}: {error!r}") from error
         sizes = [spec.num_envs, spec.action_dim, *(n for o in obs.values() for n in o.shape)]
-        if not obs or any(n < 1 or n > 1 << 24 for n in sizes) or any(o.dtype not in ("uint8", "float32") for o in obs.values()):
-            raise ValueError(f"stream spec out of bounds: {raw!r:.200}; wanted sizes in 1..2^24 and uint8 or float32 entries")
+        if (
+            not obs
+            or any(n < 1 or n > 1 << 24 for n in sizes)
+            or any(o.dtype not in ("uint8", "float32") for o in obs.values())
+        ):
+            raise ValueError(
+                f"stream spec out of bounds: {raw!r:.200}; wanted sizes in 1..2^24 and uint8 or float32 entries"
+            )
         return spec
 
     def digest(self) -> str:

@@ -15,13 +15,12 @@ MAY_IMPORT = {
     "shared": {"shared"},
     "collector_proc": {"collector_proc", "shared"},
     "learner_proc": {"learner_proc", "shared"},
-    "launcher": {"launcher", "shared"},
-    "launch": {"launcher", "collector_proc", "learner_proc", "shared"},
+    "launch": {"collector_proc", "learner_proc", "shared"},
 }
 TORCH_FREE = [
     "launch",
-    *sorted(f"launcher.{path.stem}" for path in (REPO / "launcher").glob("*.py") if path.stem != "__init__"),
     *sorted(f"shared.{path.stem}" for path in (REPO / "shared").glob("*.py") if path.stem != "__init__"),
+    *sorted(f"shared.launching.{path.stem}" for path in (REPO / "shared/launching").glob("*.py")),
     "collector_proc.simulators.registry",
     "collector_proc.__main__",
 ]

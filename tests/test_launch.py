@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 import launch
-from launcher.metrics import SUMMARY_KEYS
+from shared.launching.metrics import SUMMARY_KEYS
 from shared.run_folder import create_run_folder
 from tests.fakes.child import ROW
 

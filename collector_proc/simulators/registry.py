@@ -46,22 +46,6 @@ def check_env(settings: Settings) -> None:
         )
 
 
-def num_envs(settings: Settings) -> int:
-    """E: env.num_envs of a batched simulator, else workers (0 counts as 1) times environments of each.
-
-    Raises: SettingError if a batched simulator has no env.num_envs.
-    """
-    if settings.env.backend == "dm_control":
-        return max(1, settings.collector.num_collectors) * settings.env.n_parallel_envs
-    if settings.env.num_envs is None:
-        raise SettingError(
-            f"env.num_envs=null leaves env.backend={settings.env.backend} without a number of environments; "
-            "wanted at least 1; set env.num_envs=8 "
-            "(env.n_parallel_envs and collector.num_collectors are for dm_control)"
-        )
-    return settings.env.num_envs
-
-
 def build_simulator(settings: Settings, *, seed: int, device: str) -> Simulator:
     """The simulator the settings choose. dm_control lives on the CPU whatever `device` says: ask the result's `device`.
 

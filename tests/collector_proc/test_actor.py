@@ -44,7 +44,9 @@ def scan(actor: Actor, rows: list[Arrival], actions: list[torch.Tensor], env: in
         obs = {"policy": row.obs["policy"][env : env + 1]}
         share = rssm.embed_share(actor.policy.encoder(actor.policy.normaliser(obs)))
         noise = NOISE[: belief.stoch.shape[0]] * 0
-        belief = rssm.posterior_step(belief, action[env : env + 1], share, row.is_first[env : env + 1, None], noise).belief
+        belief = rssm.posterior_step(
+            belief, action[env : env + 1], share, row.is_first[env : env + 1, None], noise
+        ).belief
     return belief
 
 
@@ -68,7 +70,9 @@ def test_scanning_the_recorded_rows_reproduces_the_acting_beliefs(monkeypatch):
     rows = arrivals(0, 9, ends={0: 4, 2: 6}, resets_inside=False)
     recorded, beliefs = play(actor, rows, monkeypatch)
     for env in range(E):
-        torch.testing.assert_close(scan(actor, rows, recorded, env, 0).deter[0], beliefs[-1].deter[env], rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(
+            scan(actor, rows, recorded, env, 0).deter[0], beliefs[-1].deter[env], rtol=1e-5, atol=1e-6
+        )
 
 
 def test_the_same_holds_for_a_simulator_that_resets_inside_step(monkeypatch):
@@ -76,7 +80,9 @@ def test_the_same_holds_for_a_simulator_that_resets_inside_step(monkeypatch):
     rows = arrivals(1, 9, ends={0: 4, 2: 6}, resets_inside=True)
     recorded, beliefs = play(actor, rows, monkeypatch)
     for env in range(E):
-        torch.testing.assert_close(scan(actor, rows, recorded, env, 0).deter[0], beliefs[-1].deter[env], rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(
+            scan(actor, rows, recorded, env, 0).deter[0], beliefs[-1].deter[env], rtol=1e-5, atol=1e-6
+        )
 
 
 def test_what_happened_before_a_reset_leaves_no_trace(monkeypatch):

@@ -91,7 +91,9 @@ class Checker:
         # each sampled row is one that was committed: its stamp names the ring row that must hold it
         row = table.row_of(incarnation, tick)
         assert (row >= 0).all(), "a row that was never committed"
-        assert torch.equal(row.diff(dim=1) % table.capacity, torch.ones_like(row[:, 1:])), "out of order, or stale beside fresh"
+        assert torch.equal(row.diff(dim=1) % table.capacity, torch.ones_like(row[:, 1:])), (
+            "out of order, or stale beside fresh"
+        )
         assert (env == env[:, :1]).all() and ((env >= 0) & (env < 64)).all(), "rows of two environments"
         position = (row - learner._link.replay.first) % table.capacity
         assert (position < learner._link.replay.num_rows).all(), "a row out of the sampler's reach"

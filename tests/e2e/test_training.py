@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from launcher.metrics import SUMMARY_KEYS
+from shared.launching.metrics import SUMMARY_KEYS
 from shared.supervision import read
 
 REPO = Path(__file__).parents[2]
@@ -29,7 +29,12 @@ TINY = [
     "optimization.compile.enabled=false",
 ]
 PENDULUM = ["--config", "quickstart", *TINY]
-DMC = ["collector.num_collectors=1", "env.n_parallel_envs=2", "collector.frames_per_batch=40", "collector.init_random_frames=80"]
+DMC = [
+    "collector.num_collectors=1",
+    "env.n_parallel_envs=2",
+    "collector.frames_per_batch=40",
+    "collector.init_random_frames=80",
+]
 
 
 def start(run_dir: Path, *arguments: str) -> subprocess.Popen:
@@ -112,7 +117,7 @@ def test_sigterm_saves_and_resume_goes_on_where_the_run_was(tmp_path):
 
 def test_a_killed_collector_is_replaced_while_the_learner_lives(tmp_path):
     run_dir = tmp_path / "run"
-    launch = start(run_dir, *PENDULUM, "optimization.total_optim_steps=100000")
+    launch = start(run_dir, *PENDULUM, "optimization.total_optim_steps=100000", "optimization.replay_ratio=4")
     wait_for_steps(run_dir, 10, launch)
     learner = read(run_dir / "learner.progress").pid
     os.kill(read(run_dir / "collector.progress").pid, signal.SIGKILL)
@@ -130,7 +135,13 @@ def test_a_killed_collector_is_replaced_while_the_learner_lives(tmp_path):
 
 def test_dm_control_trains_from_state_and_from_pixels(tmp_path):
     state = start(
-        tmp_path / "state", *TINY, *DMC, "env.name=walker", "env.task=walk", "env.from_pixels=false", "optimization.total_optim_steps=10"
+        tmp_path / "state",
+        *TINY,
+        *DMC,
+        "env.name=walker",
+        "env.task=walk",
+        "env.from_pixels=false",
+        "optimization.total_optim_steps=10",
     )
     output = finish(state)
     assert state.returncode == 0, output

@@ -119,7 +119,8 @@ def test_the_actor_loss_touches_the_actor_alone():
 
 @pytest.mark.parametrize(("moving", "still"), [("world_model_lr", ("actor", "critic")), ("value_lr", ("actor",))])
 def test_all_three_losses_belong_to_the_parameters_before_the_step(moving, still):
-    slow, fast = (make(**settings) for settings in ({moving: 0.0}, {moving: 0.1}))
+    rates: list[dict[str, Any]] = [{moving: 0.0}, {moving: 0.1}]
+    slow, fast = (make(**rate) for rate in rates)
     run(slow, 1)
     run(fast, 1)
     assert_same(slow.state_dict(), fast.state_dict(), still)

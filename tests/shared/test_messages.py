@@ -35,7 +35,9 @@ def test_a_message_survives_the_wire_unchanged(message):
 
 def test_the_largest_commit_fits_a_message():
     count = MAX_EPISODES
-    commit = Commit(1 << 47, 1 << 47, 1 << 47, 1 << 47, 1 << 47, 1 << 62, b"\1" * 4 * count, b"\1" * 4 * count, b"\1" * count, 0)
+    commit = Commit(
+        1 << 47, 1 << 47, 1 << 47, 1 << 47, 1 << 47, 1 << 62, b"\1" * 4 * count, b"\1" * 4 * count, b"\1" * count, 0
+    )
     assert len(encode(commit)) <= MAX_MESSAGE_BYTES
 
 

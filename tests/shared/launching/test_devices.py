@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from launcher.devices import (
+from shared.launching.devices import (
     NO_GPU,
     Devices,
     Gpu,

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
 
-from launcher.metrics import (
+from shared.launching.metrics import (
     SUMMARY_KEYS,
     MetricsTail,
     TensorBoardForwarder,

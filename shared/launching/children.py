@@ -8,11 +8,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from launcher.devices import Devices, child_environment
+from shared.launching.devices import Devices, child_environment
 from shared.run_folder import RunFolder
 from shared.supervision import ChildProcess, Progress
 
-REPO = Path(__file__).resolve().parent.parent
+REPO = Path(__file__).resolve().parents[2]
 COMMANDS: Mapping[str, Sequence[str]] = {
     "learner": (sys.executable, "-m", "learner_proc"),
     "collector": (sys.executable, "-m", "collector_proc"),

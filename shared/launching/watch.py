@@ -14,15 +14,15 @@ import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from launcher.children import Starter, describe_exit
-from launcher.metrics import STEP, MetricsTail, last_row
+from shared.launching.children import Starter, describe_exit
+from shared.launching.metrics import STEP, MetricsTail, last_row
 from shared.supervision import LAST_PHASES, ChildProcess, Snapshot, StopFlag, overdue_s, read
 
 if TYPE_CHECKING:
     from structlog.typing import FilteringBoundLogger
 
-    from launcher.display import Display
-    from launcher.metrics import Forwarder
+    from shared.launching.display import Display
+    from shared.launching.metrics import Forwarder
     from shared.config import Settings
 
 TICK_S = 0.2

@@ -7,7 +7,7 @@ from typing import Any
 
 from rich.console import Console
 
-from launcher.display import Display, collector_line, duration, learner_line
+from shared.launching.display import Display, collector_line, duration, learner_line
 from shared.supervision import Snapshot
 
 
