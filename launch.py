@@ -15,14 +15,14 @@ from typing import NoReturn
 from rich.console import Console
 
 from collector_proc.simulators.registry import check_env
+from shared.compose import compose, config_names, load_settings, save_settings
+from shared.config import Settings, check_settings, geometry_notes, num_envs
+from shared.errors import SettingError
 from shared.launching.children import COMMANDS, REPO, Starter
 from shared.launching.devices import Devices, choose_devices, list_gpus, visible_gpus
 from shared.launching.display import Display, duration
 from shared.launching.metrics import Forwarder, check_logger, last_row, open_forwarder, summarize
 from shared.launching.watch import Outcome, Watch
-from shared.compose import compose, config_names, load_settings, save_settings
-from shared.config import Settings, check_settings, geometry_notes, num_envs
-from shared.errors import SettingError
 from shared.logs import configure
 from shared.run_folder import (
     RunFolder,

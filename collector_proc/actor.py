@@ -59,7 +59,7 @@ class WeightsReceiver:
             return False
         with torch.no_grad():
             self._flat.copy_(torch.frombuffer(bytearray(raw), dtype=torch.uint8))
-            torch._foreach_copy_(self._targets, self._views)
+            torch._foreach_copy_(self._targets, self._views)  # pyright: ignore[reportPrivateImportUsage]
         self.version = version
         return True
 

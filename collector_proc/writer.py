@@ -22,12 +22,12 @@ class ChunkWriter:
 
     def __init__(self, ring: TensorDict, layout: Layout, *, ticks: int, device: torch.device) -> None:
         self._ring, self.ticks = ring, ticks
-        self._keys = [tuple(entry.name.split(".")) for entry in layout.fields]
+        self._keys = [entry.key for entry in layout.fields]
         self._stage = {
             key: torch.zeros((ticks, *layout.shape(entry)[1:]), dtype=getattr(torch, entry.dtype), device=device)
             for key, entry in zip(self._keys, layout.fields, strict=True)
         }
-        self._devices = {d for d in (device, ring["reward"].device) if d.type == "cuda"}
+        self._devices = {d for d in (device, ring.device) if d is not None and d.type == "cuda"}
         self.num_rows = 0  # gathered so far
 
     @property

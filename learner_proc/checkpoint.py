@@ -73,7 +73,7 @@ def load_replay(folder: Path, replay: Replay, *, spec_digest: str) -> int:
     num_rows = min(manifest["replay_rows"], replay.layout.capacity)
     num_rows -= num_rows % replay.ticks_per_chunk
     for entry in replay.layout.fields:
-        target = replay.views[tuple(entry.name.split("."))]
+        target = replay.views[entry.key]
         skip, at = manifest["replay_rows"] - num_rows, 0
         for piece in pieces[entry.name]:
             part = piece[min(skip, len(piece)) :]
@@ -102,7 +102,7 @@ def _pieces(replay: Replay) -> dict[str, list[torch.Tensor]]:
     capacity = replay.layout.capacity
     start, end = replay.first % capacity, replay.first % capacity + replay.num_rows
     spans = [(start, min(end, capacity))] + ([(0, end - capacity)] if end > capacity else [])
-    fields = {entry.name: replay.views[tuple(entry.name.split("."))] for entry in replay.layout.fields}
+    fields = {entry.name: replay.views[entry.key] for entry in replay.layout.fields}
     return {name: [view[a:b].cpu().clone() for a, b in spans] for name, view in fields.items()}
 
 

@@ -186,7 +186,7 @@ class Learner:
         batch = TensorDict({"obs": TensorDict({}, lead)}, lead, device=self._device)
         for entry in self._link.spec.fields():
             dtype = getattr(torch, entry.dtype)
-            batch[tuple(entry.name.split("."))] = torch.zeros(*lead, *entry.shape, dtype=dtype, device=self._device)
+            batch[entry.key] = torch.zeros(*lead, *entry.shape, dtype=dtype, device=self._device)
         return batch
 
     # ---- the steady loop ------------------------------------------------------------------------------------------
@@ -211,7 +211,7 @@ class Learner:
         assert replay is not None
         chunk = replay.commit(commit.row)
         if self._settings.replay_buffer.checksum:
-            found = checksum(chunk[tuple(entry.name.split("."))] for entry in replay.layout.fields)
+            found = checksum(chunk[entry.key] for entry in replay.layout.fields)
             if found != commit.checksum:
                 raise TransportError(
                     f"chunk {commit.seq} at ring row {commit.row} has checksum {found}, its commit says {commit.checksum}; "
@@ -224,8 +224,8 @@ class Learner:
             self._early.append(commit)
             return
         while self._unseen:
-            self._step.observe_statistics(dict(replay.chunk(self._unseen.popleft())["obs"].items()))
-        self._step.observe_statistics(dict(chunk["obs"].items()))
+            self._step.observe_statistics(replay.chunk(self._unseen.popleft()).get("obs").to_dict())
+        self._step.observe_statistics(chunk.get("obs").to_dict())
         self._report.add_commit(commit, newest_version=self._publisher.version)
         if commit.policy_version == 0:  # it may have subscribed after the last publication
             self._publisher.republish()

@@ -180,7 +180,7 @@ class CollectorLink:
 
     def _check_self_test(self, test: SelfTest) -> None:
         assert self.replay is not None and self._channel is not None
-        chunk, keys = self.replay.chunk(self._test_row), [tuple(f.name.split(".")) for f in self.replay.layout.fields]
+        chunk, keys = self.replay.chunk(self._test_row), [entry.key for entry in self.replay.layout.fields]
         found = checksum(chunk[key] for key in keys)
         if found != test.checksum:
             reason = (

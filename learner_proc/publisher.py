@@ -59,7 +59,7 @@ class Publisher:
 
     @torch.no_grad()
     def _pack(self) -> None:
-        torch._foreach_copy_(self._views, self._sources)
+        torch._foreach_copy_(self._views, self._sources)  # pyright: ignore[reportPrivateImportUsage]
         if self._stream is None:
             self._send(self.version, self._flat)
             return

@@ -35,11 +35,10 @@ class Replay:
         self.first = self.committed = self.promised = 0
         self._granted: deque[int] = deque()
         self._bounds = torch.zeros(2, dtype=torch.int64, device=slab.device)  # first row, sampled rows
-        self._flat = {
-            tuple(entry.name.split(".")): self.views[tuple(entry.name.split("."))].flatten(0, 1 if entry.per_env else 0)
-            for entry in layout.fields
+        self._flat: dict[tuple[str, ...], Tensor] = {
+            entry.key: self.views.get(entry.key).flatten(0, 1 if entry.per_env else 0) for entry in layout.fields
         }
-        self._per_env = {tuple(entry.name.split(".")): entry.per_env for entry in layout.fields}
+        self._per_env = {entry.key: entry.per_env for entry in layout.fields}
         self._staging = _HostStaging() if slab.device != device else None
 
     @property
@@ -93,9 +92,8 @@ class Replay:
         device, generator = self.slab.device, self.generator
         first, num_rows = self._bounds[0], self._bounds[1]
         # float rand is biased beyond 2^24 rows and randint takes no tensor bound; 2^62 leaves a bias below 1e-9
-        start = torch.randint(0, 2**62, (num_sequences, 1), device=device, generator=generator) % (
-            num_rows - length + 1
-        )
+        start = torch.randint(0, 2**62, (num_sequences, 1), device=device, generator=generator)
+        start = start % (num_rows - length + 1)
         env = torch.randint(0, self.layout.num_envs, (num_sequences, 1), device=device, generator=generator)
         rows = (first + start + torch.arange(length, device=device)) % self.layout.capacity  # (B, L)
         index = {True: (rows * self.layout.num_envs + env).view(-1), False: rows.view(-1)}

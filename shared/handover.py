@@ -17,7 +17,7 @@ import select
 import socket
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from shared.errors import TransportError
 from shared.messages import MAX_MESSAGE_BYTES, MalformedMessage, Message, decode, encode
@@ -168,7 +168,8 @@ def pin_slab(slab: Tensor) -> None:
     """Page-lock mapped host memory, so that copies to and from a GPU run asynchronously."""
     import torch
 
-    status = int(torch.cuda.cudart().cudaHostRegister(slab.data_ptr(), slab.numel(), 0))
+    cudart: Any = torch.cuda.cudart()
+    status = int(cudart.cudaHostRegister(slab.data_ptr(), slab.numel(), 0))
     if status != 0:
         raise TransportError(
             f"cannot pin {slab.numel() / 2**30:.1f} GiB of host memory (CUDA error {status}); wanted page-locked replay "
@@ -184,7 +185,7 @@ def export_cuda_slab(slab: Tensor) -> tuple[str, list]:
     import torch
     from torch.multiprocessing.reductions import reduce_tensor
 
-    arguments = reduce_tensor(slab)[1]
+    arguments: Any = reduce_tensor(slab)[1]  # typed as a union of every kind of tensor
     handle, size, offset, counter, counter_offset, event, event_sync = arguments[7], *arguments[8:10], *arguments[11:15]
     if len(handle) != 64 and handle[1:2] != b"c":  # a version byte, then c (cudaMalloc) or e (expandable segment)
         raise TransportError(

@@ -39,6 +39,11 @@ class Field:
     dtype: str
     per_env: bool = True
 
+    @property
+    def key(self) -> tuple[str, ...]:
+        """Where it lies in a TensorDict: ("obs", "policy"), ("reward",)."""
+        return tuple(self.name.split("."))
+
 
 @dataclass(frozen=True)
 class ObsSpec:
@@ -138,5 +143,5 @@ def ring_views(slab: Tensor, layout: Layout) -> TensorDict:
     for entry, offset in zip(layout.fields, layout.offsets, strict=True):
         shape, dtype = layout.shape(entry), getattr(torch, entry.dtype)
         num_bytes = math.prod(shape) * DTYPE_BYTES[entry.dtype]
-        views[tuple(entry.name.split("."))] = slab[offset : offset + num_bytes].view(dtype).view(shape)
+        views[entry.key] = slab[offset : offset + num_bytes].view(dtype).view(shape)
     return views

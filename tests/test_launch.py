@@ -79,7 +79,7 @@ REFUSED: dict[str, tuple[list[str], list[str]]] = {
     "negative GPU": (["--train-gpu", "-1"], ["--train-gpu -1", "wanted an index"]),
     "all columns evaluate": (["collector.eval_envs=8"], ["collector.eval_envs=8", "below 8"]),
     "broken windows": (["replay_buffer.batch_size=500"], ["batch_size=500", "batch_size=496"]),
-    "ring too short": (["replay_buffer.buffer_size=300"], ["buffer_size=300", "at least 384"]),
+    "ring too short": (["replay_buffer.buffer_size=300"], ["buffer_size=300", "at least 320"]),
     "prefill too short": (["collector.init_random_frames=1", "replay_buffer.batch_length=32"], ["at least 256"]),
     "prefill above the ring": (["replay_buffer.buffer_size=900"], ["init_random_frames=1000", "buffer_size=900"]),
     "wrong task": (["env.task=swngup"], ["env.task", "swingup"]),

@@ -1,4 +1,4 @@
-"""Which simulators there are: check the settings that choose one, count its environments, build it. Torch-free."""
+"""Which simulators there are: check the settings that choose one, build it. Torch-free."""
 
 from __future__ import annotations
 

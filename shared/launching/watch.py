@@ -21,9 +21,9 @@ from shared.supervision import LAST_PHASES, ChildProcess, Snapshot, StopFlag, ov
 if TYPE_CHECKING:
     from structlog.typing import FilteringBoundLogger
 
+    from shared.config import Settings
     from shared.launching.display import Display
     from shared.launching.metrics import Forwarder
-    from shared.config import Settings
 
 TICK_S = 0.2
 SLEPT_S = 5.0  # a pass later than this means that this process, or the whole machine, was suspended

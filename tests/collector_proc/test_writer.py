@@ -43,7 +43,7 @@ def test_a_chunk_lands_in_its_granted_rows_and_nowhere_else():
     assert ring["reward"][4].tolist() == [0.0, 1.0, 1.0] and (ring["action"][4:8] == 0.25).all()
     assert ring["obs", "pixels"][7].unique().tolist() == [3]
     for entry in layout.fields:
-        rows = ring[tuple(entry.name.split("."))]
+        rows = ring[entry.key]
         for outside in (rows[:4], rows[8:]):
             assert (outside.contiguous().view(-1).view(torch.uint8) == LOUD).all(), entry.name
     assert not writer.full
@@ -55,7 +55,7 @@ def test_the_writers_checksum_is_the_rings_and_notices_one_changed_byte():
         writer.add(arrival(tick), torch.zeros(E, 1), policy_version=1)
     expected = writer.checksum()
     writer.write(8)
-    keys = [tuple(entry.name.split(".")) for entry in layout.fields]
+    keys = [entry.key for entry in layout.fields]
     assert checksum(ring[key][8:12] for key in keys) == expected
     ring["obs", "pixels"][9, 1, 2, 2, 0] += 1
     assert checksum(ring[key][8:12] for key in keys) != expected
@@ -69,7 +69,7 @@ def test_the_checksum_notices_swapped_rows():
 def test_the_self_test_pattern_lies_in_the_ring_as_sent():
     writer, ring, layout = make_writer()
     expected, num_bytes, seconds = writer.write_pattern(0)
-    keys = [tuple(entry.name.split(".")) for entry in layout.fields]
+    keys = [entry.key for entry in layout.fields]
     assert checksum(ring[key][:K] for key in keys) == expected
     assert num_bytes == sum(ring[key][:K].nbytes for key in keys) and seconds > 0
     assert not writer.full

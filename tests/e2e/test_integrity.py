@@ -52,9 +52,7 @@ class Killer:
         self.respawn()
 
     def respawn(self) -> None:
-        if self.child is not None:
-            self.child.kill()
-            self.child.wait()
+        self.end()
         self.kills += 1
         self.incarnation += 1
         script = Path(__file__).with_name("stamped_collector.py")
@@ -62,6 +60,11 @@ class Killer:
         env = dict(os.environ, OMP_NUM_THREADS="1", PYTHONPATH=str(Path(__file__).parents[2]))
         self.child = subprocess.Popen(command, env=env, stdout=subprocess.DEVNULL)
         self.streaming_until: float | None = None
+
+    def end(self) -> None:
+        if self.child is not None:
+            self.child.kill()
+            self.child.wait()
 
     def poll(self, *, streaming: bool) -> None:
         """Kill the present incarnation between 0.05 and 3 s after it began to stream."""
@@ -171,7 +174,9 @@ def run_dir(tmp_path):
     lock.release()
 
 
-def test_no_sampled_window_is_ever_torn_stale_or_unwritten_while_collectors_are_killed(run_dir, monkeypatch):
+def test_no_sampled_window_is_ever_torn_stale_or_unwritten_while_collectors_are_killed(
+    run_dir, monkeypatch, record_property
+):
     settings = compose("quickstart", OVERRIDES)
     save_settings(settings, run_dir / "config.yaml")
     sizes = geometry(settings, num_envs(settings))
@@ -199,23 +204,23 @@ def test_no_sampled_window_is_ever_torn_stale_or_unwritten_while_collectors_are_
         progress=Progress.create(run_dir / "learner.progress"), stop=stop, log=configure(run_dir, "learner"),
     )  # fmt: skip
     table = Table(sizes.capacity, sizes.ticks_per_chunk)
-    commit = learner._commit
+    take = learner._commit
 
-    def recording(message):
-        table.commit(learner._link.incarnation, message.row)
-        commit(message)
+    def recording(commit):
+        table.commit(learner._link.incarnation, commit.row)
+        take(commit)
 
-    learner._commit = recording
+    monkeypatch.setattr(learner, "_commit", recording)
     killer = Killer(run_dir)
     TEST.update(learner=learner, table=table, killer=killer, stop=stop, end=time.monotonic() + SECONDS)
     try:
         learner.run()
     finally:
-        killer.child.kill()
-        killer.child.wait()
+        killer.end()
         torch.set_num_threads(threads)
     (checker,) = made
     assert killer.kills >= 3 and table.commits > 200 and checker.windows > 10_000
     assert checker.threads == 1, "the learner's loop has one Python thread"
     assert set(os.listdir("/dev/shm")) == before
-    print(f"kills {killer.kills} commits {table.commits} steps {checker.steps} windows {checker.windows}")
+    record_property("kills_commits_windows", (killer.kills, table.commits, checker.windows))
+    sys.stderr.write(f"kills {killer.kills}, commits {table.commits}, windows {checker.windows}\n")

@@ -11,11 +11,13 @@ from learner_proc.publisher import Publisher
 from shared.weights import WeightsError, acting_tensors, manifest_of, pack_header, unpack_frame
 
 
-def network(seed: int, width: int = 5) -> nn.Module:
-    torch.manual_seed(seed)
-    module = nn.Sequential(nn.Linear(3, width), nn.Linear(width, 2))
-    module.register_buffer("count", torch.tensor(float(seed)))
-    return module
+class Network(nn.Module):
+    def __init__(self, seed: int, width: int = 5) -> None:
+        super().__init__()
+        torch.manual_seed(seed)
+        self.first, self.second = nn.Linear(3, width), nn.Linear(width, 2)
+        self.count: torch.Tensor
+        self.register_buffer("count", torch.tensor(float(seed)))
 
 
 def adopt_within(receiver: WeightsReceiver, publisher: Publisher, version: int, seconds: float = 10.0) -> None:
@@ -34,7 +36,7 @@ def connect_pair(folder, source, target, run_id="run"):
 
 
 def test_the_newest_weights_arrive_in_place_and_older_ones_are_never_seen(tmp_path):
-    source, target = network(1), network(2)
+    source, target = Network(1), Network(2)
     publisher, receiver = connect_pair(tmp_path, source, target)
     publisher.publish()
     end = time.monotonic() + 10
@@ -45,10 +47,10 @@ def test_the_newest_weights_arrive_in_place_and_older_ones_are_never_seen(tmp_pa
     addresses = [tensor.data_ptr() for tensor in acting_tensors(target).values()]
     for step in range(50):
         with torch.no_grad():
-            source[0].weight.fill_(float(step))
+            source.first.weight.fill_(float(step))
         publisher.publish()
     adopt_within(receiver, publisher, 51)
-    assert (target[0].weight == 49.0).all() and target.count == 1.0
+    assert (target.first.weight == 49.0).all() and target.count == 1.0
     assert [tensor.data_ptr() for tensor in acting_tensors(target).values()] == addresses
     publisher.republish()
     time.sleep(0.05)
@@ -58,8 +60,8 @@ def test_the_newest_weights_arrive_in_place_and_older_ones_are_never_seen(tmp_pa
 
 
 def test_weights_of_another_run_are_refused_and_counted(tmp_path):
-    source, target = network(1), network(2)
-    before = target[0].weight.clone()
+    source, target = Network(1), Network(2)
+    before = target.first.weight.clone()
     publisher, receiver = connect_pair(tmp_path, source, target, run_id="other")
     end = time.monotonic() + 10
     while receiver.num_refused == 0 and time.monotonic() < end:
@@ -67,14 +69,14 @@ def test_weights_of_another_run_are_refused_and_counted(tmp_path):
         receiver.adopt()
         time.sleep(0.01)
     assert receiver.num_refused > 0 and receiver.version == 0
-    assert torch.equal(target[0].weight, before)
+    assert torch.equal(target.first.weight, before)
     publisher.close()
     receiver.close()
 
 
 def test_the_manifest_tells_modules_of_different_shape_apart():
-    assert manifest_of(acting_tensors(network(1))) == manifest_of(acting_tensors(network(2)))
-    assert manifest_of(acting_tensors(network(1))) != manifest_of(acting_tensors(network(1, width=6)))
+    assert manifest_of(acting_tensors(Network(1))) == manifest_of(acting_tensors(Network(2)))
+    assert manifest_of(acting_tensors(Network(1))) != manifest_of(acting_tensors(Network(1, width=6)))
 
 
 @pytest.mark.parametrize(

@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from collector_proc.simulators.dm_control import DmControlSimulator
-from collector_proc.simulators.registry import build_simulator, num_envs
-from shared.config import Settings
+from collector_proc.simulators.registry import build_simulator
+from shared.config import Settings, num_envs
 
 ROOT = Path(__file__).resolve().parents[3]
 # dm_control chooses its renderer once in a process: pictures to compare with are made in a process of their own.

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from collector_proc.simulators.pendulum import PendulumSimulator
-from collector_proc.simulators.registry import build_simulator, check_env, num_envs
-from shared.config import Settings
+from collector_proc.simulators.registry import build_simulator, check_env
+from shared.config import Settings, num_envs
 from shared.errors import SettingError
 
 ROOT = Path(__file__).resolve().parents[3]

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from shared.errors import SettingError
 from shared.launching.devices import (
     NO_GPU,
     Devices,
@@ -18,7 +19,6 @@ from shared.launching.devices import (
     list_gpus,
     visible_gpus,
 )
-from shared.errors import SettingError
 
 GPUS = [Gpu(0, "GPU-aa0", "H200"), Gpu(1, "GPU-bb1", "H200"), Gpu(2, "GPU-bc2", "L40, PCIe")]
 

@@ -11,6 +11,8 @@ from typing import Any
 import pytest
 from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
 
+from shared.config import Settings
+from shared.errors import SettingError
 from shared.launching.metrics import (
     SUMMARY_KEYS,
     MetricsTail,
@@ -21,8 +23,6 @@ from shared.launching.metrics import (
     scalars,
     summarize,
 )
-from shared.config import Settings
-from shared.errors import SettingError
 from shared.logs import configure
 from shared.run_folder import RunFolder
 
