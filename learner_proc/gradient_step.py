@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
-AUTOCAST_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "false": torch.float32}
+AUTOCAST_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "false": None}
 INITIAL_LOSS_SCALE = 2.0**16
 LOSS_SCALE_INTERVAL = 2000  # finite steps between two doublings
 
@@ -146,7 +146,7 @@ class GradientStep:
 
         Shapes: batch [B, L] in the arrival layout of `shared.stream`. Does not synchronise.
         """
-        with torch.autocast(self._device.type, self._dtype, enabled=self._dtype != torch.float32, cache_enabled=False):
+        with torch.autocast(self._device.type, self._dtype, enabled=self._dtype is not None, cache_enabled=False):
             model, start = self._learn_model(batch)
             imagined = self._imagine(start)
             actor = self._actor_loss(imagined.feat, batch["is_terminal"].reshape(-1))

@@ -81,7 +81,7 @@ REFUSED: dict[str, tuple[list[str], list[str]]] = {
     "broken windows": (["replay_buffer.batch_size=500"], ["batch_size=500", "batch_size=496"]),
     "ring too short": (["replay_buffer.buffer_size=300"], ["buffer_size=300", "at least 320"]),
     "prefill too short": (["collector.init_random_frames=1", "replay_buffer.batch_length=32"], ["at least 256"]),
-    "prefill above the ring": (["replay_buffer.buffer_size=900"], ["init_random_frames=1000", "buffer_size=900"]),
+    "prefill above the ring": (["replay_buffer.buffer_size=900"], ["init_random_frames=1600", "buffer_size=900"]),
     "wrong task": (["env.task=swngup"], ["env.task", "swingup"]),
     "images of nothing": (["env.grayscale=true"], ["env.grayscale=true", "env.from_pixels"]),
     "resume of nothing": (["--resume", "nowhere"], ["nowhere", "config.yaml"]),
@@ -118,7 +118,7 @@ def test_a_finished_run_leaves_a_complete_summary_and_nothing_running(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = tmp_path / "run"
-    assert _launch(run, "finish", "serve", "optimization.total_optim_steps=40") == 0
+    assert _launch(run, "finish", "serve", "optimization.total_optim_steps=40", "replay_buffer.buffer_size=99990") == 0
     summary = _summary(run)
     assert set(SUMMARY_KEYS) <= set(summary)
     assert {key: summary[key] for key in ROW if key in SUMMARY_KEYS and key != "wall_s"} == {
@@ -129,7 +129,7 @@ def test_a_finished_run_leaves_a_complete_summary_and_nothing_running(
     said = capsys.readouterr().out
     assert f"run folder: {run}" in said.replace("\n", "")
     assert "no GPU found: simulator and learner both run on the CPU" in said
-    assert "buffer_size=100000 becomes 99968" in said and "Ctrl-C saves" in said
+    assert "buffer_size=99990 becomes 99920" in said and "Ctrl-C saves" in said
     _assert_nothing_is_left(run)
 
 

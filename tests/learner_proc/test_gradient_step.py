@@ -272,6 +272,15 @@ def test_statistics_reach_acting_and_learning_and_pixels_need_none():
     step = make()
     step.observe_statistics({"policy": torch.tensor([[[4.0] * 4], [[6.0] * 4]])})
     assert step.policy.normaliser({"policy": torch.full((1, 4), 7.0)})["policy"].tolist() == [[2.0] * 4]
+    far = make_batch()
+    far["obs", "policy"].mul_(1000).add_(5000)
+    losses = []
+    for rows in (torch.zeros(0, 1, 4), far["obs", "policy"]):
+        step = make()
+        if len(rows):
+            step.observe_statistics({"policy": rows})
+        losses.append(metric(step, run(step, 1, far)[0], "loss_obs"))
+    assert losses[0] > 1e6 and losses[1] < 10.0  # raw targets; four dimensions of unit variance
     assert not make(PIXELS).state_dict()["normaliser"]
     make(PIXELS).observe_statistics({"pixels": torch.zeros(2, 1, 64, 64, 3, dtype=torch.uint8)})
 
