@@ -65,7 +65,7 @@ class CollectorLink:
         commits: list[Commit] = []
         if self._channel is not None:
             try:
-                while (received := self._channel.receive()) is not None:
+                while self._channel is not None and (received := self._channel.receive()) is not None:
                     self._take(received[0], commits)
             except Disconnected:
                 if commits:
