@@ -22,6 +22,8 @@ from shared.stream import plan_layout, ring_views
 if TYPE_CHECKING:
     from shared.supervision import Progress, StopFlag
 
+PACE_WINDOW_S = 5.0
+
 
 class Collector:
     """One incarnation: connected to the learner, with the replay mapped and a simulator running."""
@@ -44,6 +46,9 @@ class Collector:
         self._channel, self._device, self._progress, self._stop = channel, device, progress, stop
         self._run_id, self._incarnation = run_id, incarnation
         self._grants: deque[Grant] = deque()
+        self._turn: Grant | None = None  # lockstep: the grant of the chunk being gathered
+        self._lockstep = settings.collector.mode == "lockstep"
+        self._window = (time.monotonic(), 0)
         welcome = self._hello()
         self.agent_steps = welcome.agent_steps
         seed = settings.env.seed + 7919 * (incarnation + 1)
@@ -67,14 +72,17 @@ class Collector:
         action = torch.zeros(self._geometry.num_envs, self._simulator.spec.action_dim, device=self._device)
         version = 0
         try:
+            if not self._begin_chunk():
+                return
             while not self._stop.requested:
                 first = arrival.is_first.to(self._device)
                 action = torch.where(first[:, None], 0.0, action)
                 self._writer.add(arrival, action, version)
                 tracker.add(arrival, random=version == 0)
-                if self._writer.full and not self._commit(tracker):
+                if self._writer.full and not (self._commit(tracker) and self._begin_chunk()):
                     return
-                self._weights.adopt()
+                if not self._lockstep:
+                    self._weights.adopt()
                 version = 0 if self._actor.random_ticks > 0 else self._weights.version
                 action = self._actor.act(arrival, action, version=version)
                 arrival = self._simulator.step(action.to(self._simulator.device))
@@ -130,9 +138,23 @@ class Collector:
             self._channel.wait(0.05)
         return None
 
+    def _begin_chunk(self) -> bool:
+        """In lockstep: wait for the next grant and adopt the policy it names. False when asked to stop."""
+        if not self._lockstep:
+            return True
+        self._turn = self._wait_for_grant()
+        if self._turn is None:
+            return False
+        wanted = max(self._turn.version, 0 if self._actor.random_ticks > 0 else 1)
+        while self._weights.version < wanted and not self._stop.requested:
+            self._progress.advance()
+            if not self._weights.adopt():
+                self._channel.wait(0.005)
+        return not self._stop.requested
+
     def _commit(self, tracker: EpisodeTracker) -> bool:
         """Write the gathered chunk into granted rows and tell the learner; False when asked to stop."""
-        grant = self._wait_for_grant()
+        grant, self._turn = self._turn or self._wait_for_grant(), None
         if grant is None:
             return False
         chunk_sum = self._writer.checksum() if self._settings.replay_buffer.checksum else 0
@@ -152,17 +174,15 @@ class Collector:
             num_diverged=getattr(self._simulator, "num_diverged", 0),
         )
         self._channel.send(commit, deadline_s=self._settings.deadlines.compile_s, alive=self._progress.advance)
-        self._report(steps, returns)
+        self._report(steps)
         return True
 
-    def _report(self, steps: int, returns: list[float]) -> None:
-        now = time.monotonic()
+    def _report(self, steps: int) -> None:
+        """The live numbers; the pace is that of the last seconds."""
+        now, (since, counted) = time.monotonic(), self._window
         self.agent_steps += steps
-        started = getattr(self, "_started", None)
-        if started is None:
-            self._started = now, self.agent_steps
-            return
-        fps = (self.agent_steps - started[1]) / max(now - started[0], 1e-9)
+        self._window = (since, counted + steps)
+        fps = (counted + steps) / max(now - since, 1e-9)
         self._progress.status({"agent_steps": self.agent_steps, "fps": fps, "policy_version": self._weights.version})
-        if now - started[0] > 5.0:
-            self._started = now, self.agent_steps
+        if now - since > PACE_WINDOW_S:
+            self._window = (now, 0)

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 IDLE_S = 0.01  # longest sleep while neither a step nor a message is due
 STATUS_S = 0.5  # seconds between two live statuses
 STEPS_AHEAD = 2
+REPUBLISH_S = 0.2
 
 
 class Learner:
@@ -67,6 +68,7 @@ class Learner:
             geometry.frames_per_step,
             settings.optimization.replay_ratio,
             geometry.prefill_frames,
+            lockstep=settings.collector.mode == "lockstep",
         )
         self._link = CollectorLink(
             run.socket_dir,
@@ -80,7 +82,8 @@ class Learner:
         self._early: list[Commit] = []  # commits that arrived before there was a report
         self._events: deque[torch.cuda.Event] = deque()
         self._step: GradientStep | None = None
-        self._saved_at = self._status_at = time.monotonic()
+        self._saved_at = self._status_at = self._published_at = time.monotonic()
+        self._published_step = -1
 
     def run(self) -> None:
         """Raises: TransportError if no collector says hello in time; FloatingPointError if training diverged for good."""
@@ -90,18 +93,16 @@ class Learner:
             return
         self._build()
         self._progress.phase("prefill")
-        while not self._finished() and not self._pacing.may_step():
+        while not self._finished() and not self._may_step():
             self._serve()
-            self._progress.advance()
-            self._link.wait(IDLE_S)
+            self._idle()
         self._progress.phase("training")
         while not self._finished():
             self._serve()
-            if self._pacing.may_step():
+            if self._may_step():
                 self._train()
             else:
-                self._progress.advance()
-                self._link.wait(IDLE_S)
+                self._idle()
             self._show_status()
         self._end()
 
@@ -171,6 +172,8 @@ class Learner:
         for commit in self._early:
             self._report.add_commit(commit, newest_version=0)
         self._early.clear()
+        while self._unseen:
+            self._step.observe_statistics(self._link.replay.chunk(self._unseen.popleft()).get("obs").to_dict())
         self._publisher = Publisher(
             self._step.policy,
             socket_dir=self._run.socket_dir,
@@ -200,11 +203,31 @@ class Learner:
         replay = self._link.replay
         if replay is not None:
             while self._link.streaming and self._pacing.may_grant(replay.num_granted):
-                self._link.grant()
+                self._link.grant(self._version_for_grant())
         if self._step is not None:
             self._publisher.flush()
             if self._link.streaming and not was_streaming:
                 self._publisher.republish()
+
+    def _may_step(self) -> bool:
+        assert self._link.replay is not None
+        return self._pacing.may_step(self._link.replay.num_granted)
+
+    def _idle(self) -> None:
+        """Neither a step nor a message is due; a lockstep collector may still be waiting for weights it missed."""
+        self._progress.advance()
+        if self._pacing.lockstep and time.monotonic() - self._published_at > REPUBLISH_S:
+            self._published_at = time.monotonic()
+            self._publisher.republish()
+        self._link.wait(IDLE_S)
+
+    def _version_for_grant(self) -> int:
+        """In lockstep the collector acts with the newest weights or not at all."""
+        if not self._pacing.lockstep or self._step is None or not self._pacing.prefilled:
+            return 0
+        if self._published_step != self.counters.gradient_steps:
+            self._publish()
+        return self._publisher.version
 
     def _commit(self, commit: Commit) -> None:
         replay = self._link.replay
@@ -223,8 +246,6 @@ class Learner:
             self._unseen.append(commit.row)
             self._early.append(commit)
             return
-        while self._unseen:
-            self._step.observe_statistics(replay.chunk(self._unseen.popleft()).get("obs").to_dict())
         self._step.observe_statistics(chunk.get("obs").to_dict())
         self._report.add_commit(commit, newest_version=self._publisher.version)
         if commit.policy_version == 0:  # it may have subscribed after the last publication
@@ -244,7 +265,7 @@ class Learner:
         self._pacing.replayed += self._geometry.frames_per_step
         self._progress.advance()
         steps, options = self.counters.gradient_steps, self._settings.optimization
-        if steps % options.publish_every == 0:
+        if steps % options.publish_every == 0 and not self._pacing.lockstep:
             self._publish()
         if steps % options.log_every == 0:
             self._report.request_row(replay_ratio=self._replay_ratio())
@@ -260,6 +281,7 @@ class Learner:
     def _publish(self) -> None:
         self._publisher.publish()
         self.counters.policy_version = self._publisher.version
+        self._published_step, self._published_at = self.counters.gradient_steps, time.monotonic()
 
     def _replay_ratio(self) -> float:
         return self._pacing.replayed / max(self._pacing.collected, 1)

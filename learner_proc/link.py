@@ -76,10 +76,13 @@ class CollectorLink:
         self._accept()
         return commits
 
-    def grant(self) -> None:
-        """Take K rows from the replay and send them to the collector once the GPU has passed this point."""
+    def grant(self, version: int = 0) -> None:
+        """Take K rows from the replay and send them to the collector once the GPU has passed this point.
+
+        version: the policy that must be adopted first (lockstep), 0 for none.
+        """
         assert self.replay is not None and self.streaming
-        grant = Grant(self._next_seq(), self.replay.grant())
+        grant = Grant(self._next_seq(), self.replay.grant(), version)
         event = None
         if self.replay.device.type == "cuda":  # queued steps may still sample these rows
             event = torch.cuda.Event()
@@ -194,7 +197,7 @@ class CollectorLink:
         self.bandwidth = test.num_bytes / max(test.write_s, 1e-9)
         self._log.info("self-test passed", num_bytes=test.num_bytes, bytes_per_s=round(self.bandwidth))
         self._state = "streaming"
-        self._send_grant(Grant(self._next_seq(), self._test_row))
+        self._send_grant(Grant(self._next_seq(), self._test_row, 0))
 
     def _send_grant(self, grant: Grant) -> None:
         if self._channel is None:

@@ -29,18 +29,22 @@ class Pacing:
     prefill: int
     collected: int = 0
     replayed: int = 0
+    lockstep: bool = False  # one chunk, then the steps it allows, then the next chunk
 
     @property
     def prefilled(self) -> bool:
         return self.collected >= self.prefill
 
-    def may_step(self) -> bool:
-        if not self.prefilled or self.collected == 0:
+    def may_step(self, granted: int = 0) -> bool:
+        """granted: chunks granted and not yet committed."""
+        if not self.prefilled or self.collected == 0 or (self.lockstep and granted > 0):
             return False
         return self.ratio is None or self.replayed < self.ratio * self.collected
 
     def may_grant(self, granted: int) -> bool:
         """granted: chunks granted and not yet committed."""
+        if self.lockstep:
+            return granted == 0 and not self.may_step()
         promised = self.collected + granted * self.chunk_frames
         if promised < self.prefill:
             return True

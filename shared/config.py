@@ -43,6 +43,9 @@ class CollectorSettings:
     frames_per_batch: int = setting(
         1000, "agent steps in one chunk; rounded to whole ticks of all environments", minimum=1
     )
+    mode: str = setting(
+        "async", "collect and train side by side, or strictly in turn (reproducible)", choices=("async", "lockstep")
+    )
     init_random_frames: int = setting(
         10_000, "agent steps of uniform random actions before the first gradient step", minimum=1
     )
@@ -235,9 +238,18 @@ def check_settings(settings: Settings, num_envs: int) -> None:
 
     Raises: SettingError naming the keys, the values met, the values wanted and the mend.
     """
+    _check_lockstep(settings)
     _check_columns(settings, num_envs)
     _check_batch(settings)
     _check_ring(settings, geometry(settings, num_envs))
+
+
+def _check_lockstep(settings: Settings) -> None:
+    if settings.collector.mode == "lockstep" and settings.optimization.replay_ratio is None:
+        raise SettingError(
+            "collector.mode=lockstep with optimization.replay_ratio=null never knows when a turn ends; wanted a number; "
+            "set optimization.replay_ratio=64 or collector.mode=async"
+        )
 
 
 def _check_columns(settings: Settings, num_envs: int) -> None:

@@ -67,10 +67,11 @@ class SelfTest:
 
 @dataclass(frozen=True)
 class Grant:
-    """Permission to write K rows from ring row `row`."""
+    """Permission to write K rows from ring row `row`; in lockstep only after adopting policy `version`."""
 
     seq: int = _int()
     row: int = _int()
+    version: int = _int()
 
 
 @dataclass(frozen=True)

@@ -153,3 +153,27 @@ def test_dm_control_trains_from_state_and_from_pixels(tmp_path):
     assert frames.dtype == torch.uint8 and frames.shape[2:] == (64, 64, 3)
     assert frames.float().std() > 10, "an image, not a blank"
     assert (frames[5, 0] != frames[6, 0]).any(), "that moves"
+
+
+def without_times(rows: list[dict]) -> list[dict]:
+    timed = ("time", "wall_s", "startup_s", "transport_bytes_per_s")
+    return [{k: v for k, v in row.items() if k not in timed and "_per_s" not in k and "_fps" not in k} for row in rows]
+
+
+def test_lockstep_twice_with_one_seed_gives_identical_metrics(tmp_path):
+    made = []
+    for name, seed in (("one", 5), ("two", 5), ("other", 6)):
+        launch = start(
+            tmp_path / name,
+            *PENDULUM,
+            "collector.mode=lockstep",
+            f"env.seed={seed}",
+            "optimization.total_optim_steps=60",
+            "optimization.replay_ratio=2",
+        )
+        output = finish(launch)
+        assert launch.returncode == 0, output
+        made.append(without_times(rows(tmp_path / name)))
+    assert len(made[0]) == 12 and made[0] == made[1]
+    assert made[0] != made[2], "another seed is another run"
+    assert made[0][-1]["policy_version"] > 1 and made[0][-1]["policy_lag_mean"] == 0

@@ -184,7 +184,7 @@ def test_a_commit_nobody_granted_is_dropped_and_counted(learner, tmp_path):
     collector = join(learner, tmp_path)
     first = collector.next()
     assert isinstance(first, Grant)
-    collector.commit(Grant(first.seq + 5, first.row))
+    collector.commit(Grant(first.seq + 5, first.row, 0))
     learner._serve()
     assert learner._link.num_dropped == 1 and learner._pacing.collected == 0
     collector.commit(first)

@@ -79,3 +79,17 @@ def test_free_running_grants_at_most_two_chunks_and_always_steps():
     pacing = Pacing(10, 5, None, prefill=10, collected=10)
     assert pacing.may_step()
     assert [pacing.may_grant(granted) for granted in (0, 1, 2)] == [True, True, False]
+
+
+def test_in_lockstep_a_chunk_and_the_steps_it_allows_take_turns():
+    pacing, granted, order = Pacing(10, 20, 4.0, prefill=20, lockstep=True), 0, []
+    for _ in range(24):
+        assert not (pacing.may_grant(granted) and pacing.may_step(granted)), "never both"
+        if pacing.may_grant(granted):
+            granted, order = 1, [*order, "grant"]
+        elif granted:
+            granted, pacing.collected = 0, pacing.collected + 10
+        else:
+            assert pacing.may_step(granted)
+            pacing.replayed, order = pacing.replayed + 20, [*order, "step"]
+    assert order[:9] == ["grant", "grant", "step", "step", "step", "step", "grant", "step", "step"]

@@ -41,9 +41,9 @@ def test_the_slab_travels_as_a_descriptor_and_both_sides_see_one_memory(tmp_path
 
 def test_end_of_file_is_the_obituary_even_with_messages_before_it(tmp_path):
     client, server, _ = pair(tmp_path)
-    client.send(Grant(1, 2))
+    client.send(Grant(1, 2, 0))
     client.close()
-    assert server.receive() == (Grant(1, 2), ())
+    assert server.receive() == (Grant(1, 2, 0), ())
     with pytest.raises(Disconnected):
         server.receive()
 
@@ -51,8 +51,8 @@ def test_end_of_file_is_the_obituary_even_with_messages_before_it(tmp_path):
 def test_malformed_packets_are_counted_and_dropped(tmp_path):
     client, server, _ = pair(tmp_path)
     client._socket.send(b"\xc1garbage")
-    client.send(Grant(3, 4))
-    assert server.receive() == (Grant(3, 4), ())
+    client.send(Grant(3, 4, 0))
+    assert server.receive() == (Grant(3, 4, 0), ())
     assert server.num_malformed == 1
 
 

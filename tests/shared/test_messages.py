@@ -24,7 +24,7 @@ EVERY = [
     Hello(1, "run", 0, 4242, {"num_envs": 8, "obs": {}, "action_dim": 2}),
     Welcome("cuda_ipc", 1 << 21, 100, "GPU-1", [b"\1" * 66, 5, 0, b"x", 1, b"y", True], 0, 10_000, 0),
     SelfTest(-(1 << 40), 1 << 21, 0.25),
-    Grant(1, 20),
+    Grant(1, 20, 3),
     COMMIT,
     Refusal("because"),
 ]
@@ -49,7 +49,7 @@ def pack(value: Any) -> bytes:
     return raw
 
 
-GRANT = {"type": "Grant", "seq": 1, "row": 20}
+GRANT = {"type": "Grant", "seq": 1, "row": 20, "version": 0}
 
 
 @pytest.mark.parametrize(
