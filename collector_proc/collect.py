@@ -134,6 +134,7 @@ class Collector:
                     self._grants.append(message)
             if self._grants:
                 return self._grants.popleft()
+            self._report(0)  # a pace that falls to 0 is what back-pressure looks like
             self._progress.advance()
             self._channel.wait(0.05)
         return None

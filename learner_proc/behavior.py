@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor, nn
 
 from learner_proc.heads import ScalarHead
 from learner_proc.imagination import frozen_twin
-from learner_proc.returns import lambda_return, trajectory_weight
+from learner_proc.returns import ReturnScale, lambda_return, trajectory_weight
 from shared.model.distributions import unit_gaussian_nll
 
 if TYPE_CHECKING:
@@ -17,19 +18,31 @@ if TYPE_CHECKING:
 
 
 class ActorLoss(NamedTuple):
-    """`total` carries the gradient; `target` and `weight` (N, H - 1) are the critic's; the means are metrics."""
+    """`total` carries the gradient; `target` and `weight` (N, H - 1) are the critic's; the rest are metrics.
+
+    `return_scale` is what the actor's returns were divided by; the target is not.
+    """
 
     total: Tensor
     target: Tensor
     weight: Tensor
     reward_mean: Tensor
     value_mean: Tensor
+    return_scale: Tensor
+
+
+class CriticLoss(NamedTuple):
+    """`total` carries the gradient; `bias` is the mean of value - target, detached, weighted as the loss is."""
+
+    total: Tensor
+    bias: Tensor
 
 
 class Behavior(nn.Module):
     """Both behaviour losses, read off frozen twins of the reward, continue and value heads.
 
-    Rewards, values and continuation are means, never samples.
+    Rewards, values and continuation are means, never samples. With `slow_critic_decay` the values are those of a slow
+    copy of the critic, which is state like the critic itself, as is the running scale of the returns.
     """
 
     def __init__(
@@ -37,17 +50,25 @@ class Behavior(nn.Module):
     ) -> None:
         super().__init__()
         self.critic = critic
-        self.frozen_reward, self.frozen_value = frozen_twin(reward), frozen_twin(critic)
+        self.slow_decay = optimization.slow_critic_decay
+        self.slow_critic = None if self.slow_decay is None else copy.deepcopy(critic).requires_grad_(False)
+        self.frozen_reward = frozen_twin(reward)
+        self.frozen_value = frozen_twin(critic) if self.slow_critic is None else self.slow_critic
         self.frozen_cont = None if cont is None else frozen_twin(cont)
         self.gamma, self.lam = optimization.gamma, optimization.lmbda
+        self.entropy_scale = optimization.entropy_scale
+        normed, device = optimization.return_norm == "percentile", next(critic.parameters()).device
+        self.return_scale = ReturnScale().to(device) if normed else None
 
-    def actor_loss(self, feat: Tensor, start_terminal: Tensor) -> ActorLoss:
+    def actor_loss(self, feat: Tensor, start_terminal: Tensor, entropy: Tensor) -> ActorLoss:
         """Minus the weighted mean return; its gradient reaches the actor through the imagined features.
 
-        With a continue head an imagination that starts at the end of a task counts nothing.
-        Shapes: feat (N, H, F), start_terminal (N,) bool. Source: arXiv 1912.01603, eq. 7.
+        With a continue head an imagination that starts at the end of a task counts nothing. The entropy bonus counts an
+        action as much as the step it leads to.
+        Shapes: feat (N, H, F), start_terminal (N,) bool, entropy (N, H) nats. Source: arXiv 1912.01603, eq. 7.
         """
         assert feat.dim() == 3 and start_terminal.shape == feat.shape[:1], (feat.shape, start_terminal.shape)
+        assert entropy.shape == feat.shape[:2], (entropy.shape, feat.shape)
         reward, value = self.frozen_reward(feat), self.frozen_value(feat)  # (N, H)
         if self.frozen_cont is None:
             discount, start_weight = torch.full_like(reward, self.gamma), torch.ones_like(reward[:, 0])
@@ -56,14 +77,38 @@ class Behavior(nn.Module):
             start_weight = (~start_terminal).float()
         target = lambda_return(reward, discount, value, lam=self.lam)  # (N, H - 1)
         weight = trajectory_weight(discount, start_weight)
-        total = -(weight * target).mean()
-        return ActorLoss(total, target.detach(), weight, reward.detach().mean(), value.detach().mean())
+        scale = torch.ones_like(reward[0, 0]) if self.return_scale is None else self.return_scale(target)
+        objective = target if self.return_scale is None else target / scale
+        if self.entropy_scale > 0:
+            objective = objective + self.entropy_scale * entropy[:, :-1]
+        total = -(weight * objective).mean()
+        return ActorLoss(total, target.detach(), weight, reward.detach().mean(), value.detach().mean(), scale)
 
-    def critic_loss(self, feat: Tensor, target: Tensor, weight: Tensor) -> Tensor:
+    def critic_loss(self, feat: Tensor, target: Tensor, weight: Tensor) -> CriticLoss:
         """The weighted negative log-likelihood of the returns under N(value, 1), in nats.
 
         Shapes: feat (N, H, F), target and weight (N, H - 1), all taken as constants. Source: arXiv 1912.01603, eq. 8.
         """
         assert target.shape == weight.shape == (feat.shape[0], feat.shape[1] - 1), (feat.shape, target.shape)
         value = self.critic(feat[:, :-1].detach())
-        return (weight * unit_gaussian_nll(target, value, event_dims=0)).mean()
+        total = (weight * unit_gaussian_nll(target, value, event_dims=0)).mean()
+        # not a number where nothing counts: every start is the end of a task
+        bias = (weight * (value.detach() - target)).sum() / weight.sum()
+        return CriticLoss(total, bias)
+
+    @torch.no_grad()
+    def update_slow_critic(self, skipped: Tensor) -> None:
+        """Let the slow critic follow the critic by one step, in place, unless that step was skipped.
+
+        Shapes: skipped () bool.
+        """
+        if self.slow_critic is None or self.slow_decay is None:
+            return
+        share = torch.where(skipped, 0.0, 1.0 - self.slow_decay)
+        for slow, now in zip(self.slow_critic.parameters(), self.critic.parameters(), strict=True):
+            slow.lerp_(now, share)
+
+    def state(self) -> dict[str, nn.Module]:
+        """What has state of its own beside the heads, by name; nothing in the original algorithm."""
+        modules = {"slow_critic": self.slow_critic, "return_scale": self.return_scale}
+        return {name: module for name, module in modules.items() if module is not None}

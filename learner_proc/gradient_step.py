@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from learner_proc.behavior import Behavior
 from learner_proc.heads import CRITIC_LAYERS, ScalarHead
-from learner_proc.imagination import Dreamer, Imagined, frozen_twin
+from learner_proc.imagination import Dreamer, Imagined, frozen_twin, random_subset
 from learner_proc.world_model import ModelLoss, WorldModel
 from shared.model.policy import Policy
 from shared.model.rssm import Belief
@@ -102,9 +102,11 @@ class GradientStep:
     """The learner's algorithm: owns every network and optimiser, turns one batch into one update."""
 
     metric_names: tuple[str, ...] = (
-        *("loss_model", "loss_obs", "loss_reward", "loss_cont", "kl", "loss_actor", "loss_value"),
-        *("imagined_return", "imagined_reward", "value_mean", "actor_std"),
-        *("grad_norm_model", "grad_norm_actor", "grad_norm_value", "skipped"),
+        *("loss_model", "loss_obs", "loss_reward", "loss_cont", "kl", "kl_free", "loss_actor", "loss_value"),
+        *("imagined_return", "imagined_reward", "return_scale", "value_mean", "value_bias"),
+        *("actor_std", "actor_entropy"),
+        *("grad_norm_model", "grad_norm_actor", "grad_norm_value"),
+        *("clipped_model", "clipped_actor", "clipped_value", "skipped"),
     )
     policy: Policy
 
@@ -117,9 +119,11 @@ class GradientStep:
         self.policy = Policy(spec, networks).to(device)
         self.world_model = WorldModel(spec, settings, self.policy).to(device)
         self.critic = ScalarHead(self.policy.rssm.feat_dim, CRITIC_LAYERS, networks).to(device)
-        self._dreamer = Dreamer(frozen_twin(self.policy.rssm), self.policy.actor)
+        twin, bonus = frozen_twin(self.policy.rssm), optimization.entropy_scale > 0
+        self._dreamer = Dreamer(twin, self.policy.actor, entropy_gradient=bonus)
         self._behavior = Behavior(self.world_model.reward, self.world_model.cont, self.critic, optimization)
         self._horizon, self._action_dim = optimization.imagination_horizon, spec.action_dim
+        self._num_starts, self._grad_clip = optimization.imagination_starts, optimization.grad_clip
         self._obs_names = sorted(spec.obs)
         self._device, self._dtype = device, AUTOCAST_DTYPES[optimization.autocast]
         self._updaters = {
@@ -147,25 +151,27 @@ class GradientStep:
         Shapes: batch [B, L] in the arrival layout of `shared.stream`. Does not synchronise.
         """
         with torch.autocast(self._device.type, self._dtype, enabled=self._dtype is not None, cache_enabled=False):
-            model, start = self._learn_model(batch)
+            model, beliefs = self._learn_model(batch)
+            start, terminal = self._choose_starts(beliefs, batch["is_terminal"].reshape(-1))
             imagined = self._imagine(start)
-            actor = self._actor_loss(imagined.feat, batch["is_terminal"].reshape(-1))
-            loss_value = self._critic_loss(imagined.feat.detach(), actor.target, actor.weight)
-        losses = {"model": model.total, "actor": actor.total, "value": loss_value}
+            actor = self._actor_loss(imagined.feat, terminal, imagined.entropy)
+            critic = self._critic_loss(imagined.feat.detach(), actor.target, actor.weight)
+        losses = {"model": model.total, "actor": actor.total, "value": critic.total}
         # all gradients before any update: the three losses belong to the same parameters
         grads = {name: self._updaters[name].gradients(loss) for name, loss in losses.items()}
         applied = {name: self._updaters[name].apply(grads[name]) for name in losses}
-        norms = [norm for norm, _ in applied.values()]
+        self._behavior.update_slow_critic(applied["value"][1])
+        norms = torch.stack([norm for norm, _ in applied.values()])
         skipped = torch.stack([bad for _, bad in applied.values()]).any()
-        return torch.stack([
-            *(model.total.detach(), model.obs, model.reward, model.cont, model.kl),
-            *(actor.total.detach(), loss_value.detach()),
-            *(actor.target.mean(), actor.reward_mean, actor.value_mean, imagined.actor_std),
-            *(*norms, skipped.float()),
+        numbers = torch.stack([
+            *(model.total.detach(), *model[1:], actor.total.detach(), critic.total.detach()),
+            *(actor.target.mean(), actor.reward_mean, actor.return_scale, actor.value_mean, critic.bias),
+            *(imagined.actor_std, imagined.entropy.detach().mean()),
         ])  # fmt: skip
+        return torch.cat([numbers, norms, (norms > self._grad_clip).float(), skipped.float()[None]])
 
     def _learn_model(self, batch: TensorDict) -> tuple[ModelLoss, Belief]:
-        """The world model's loss, and its posterior beliefs (N, ...), detached, as starts of imagination."""
+        """The world model's loss, and its posterior beliefs (B * L, ...), detached, as starts of imagination."""
         num_sequences, length = batch["reward"].shape
         obs = self.policy.normaliser({name: batch["obs", name] for name in self._obs_names})
         noise = torch.randn(length, num_sequences, self.policy.rssm.stoch_dim, device=self._device)
@@ -174,6 +180,13 @@ class GradientStep:
         )
         loss = self._model_loss(obs, posterior, batch["reward"], batch["is_terminal"])
         return loss, Belief(*(part.detach().flatten(0, 1) for part in posterior.belief))
+
+    def _choose_starts(self, beliefs: Belief, terminal: Tensor) -> tuple[Belief, Tensor]:
+        """N of the beliefs and their terminal flags: all, or a new random subset of them."""
+        if self._num_starts is None:
+            return beliefs, terminal
+        chosen = random_subset(terminal.shape[0], self._num_starts, self._device)
+        return Belief(*(part[chosen] for part in beliefs)), terminal[chosen]
 
     def _imagine(self, start: Belief) -> Imagined:
         lead = (self._horizon, start.deter.shape[0])
@@ -187,12 +200,12 @@ class GradientStep:
 
     def _tensors(self) -> dict[str, dict[str, Tensor]]:
         """Every tensor that makes up the learner's state, the live ones, in named groups."""
-        modules = {
+        modules: dict[str, nn.Module] = {
             "normaliser": self.policy.normaliser,
             "world_model": self.world_model,
             "actor": self.policy.actor,
             "critic": self.critic,
-        }
+        } | self._behavior.state()
         groups = {name: dict(module.state_dict()) for name, module in modules.items()}
         return groups | {f"adam_{name}": updater.tensors() for name, updater in self._updaters.items()}
 

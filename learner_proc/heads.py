@@ -78,13 +78,21 @@ class Decoder(nn.Module):
                 entries[name] = VectorDecoder(feat_dim, entry.shape[0], networks)
         self.entries = nn.ModuleDict(entries)
 
+    def forward(self, feat: Tensor) -> dict[str, Tensor]:
+        """The mean of every entry, float32, on the scale of `target`: (..., F) to entries (..., *shape)."""
+        return {name: decoder(feat) for name, decoder in self.entries.items()}
+
     def nll(self, feat: Tensor, obs: dict[str, Tensor]) -> Tensor:
         """-log p(obs | feat) in nats, summed over dimensions and entries: (...).
 
         Shapes: feat (..., F), obs entries (..., *shape): images uint8, vectors normalised.
         """
         losses = []
-        for name, decoder in self.entries.items():
-            target = centred(obs[name]) if obs[name].dtype == torch.uint8 else obs[name]
-            losses.append(unit_gaussian_nll(target, decoder(feat), event_dims=target.dim() - feat.dim() + 1))
+        for name, mean in self(feat).items():
+            losses.append(unit_gaussian_nll(target(obs[name]), mean, event_dims=mean.dim() - feat.dim() + 1))
         return torch.stack(losses).sum(0)
+
+
+def target(entry: Tensor) -> Tensor:
+    """What a decoder is to paint: images (uint8) centred in [-0.5, 0.5], normalised vectors as they are."""
+    return centred(entry) if entry.dtype == torch.uint8 else entry

@@ -9,6 +9,7 @@ from typing import NamedTuple, TypeVar
 import torch
 from torch import Tensor, nn
 
+from shared.model.distributions import tanh_normal_entropy
 from shared.model.policy import Actor
 from shared.model.rssm import RSSM, Belief, feat
 
@@ -16,15 +17,23 @@ Module = TypeVar("Module", bound=nn.Module)
 
 
 class Imagined(NamedTuple):
-    """Features of the imagined steps (N, H, F), the start not among them, and the actor's mean std (a scalar)."""
+    """Features of the imagined steps (N, H, F), the start not among them.
+
+    `entropy` (N, H) estimates, in nats, the actor's entropy in the belief each step was reached from; `actor_std` is the
+    mean over everything, a detached scalar.
+    """
 
     feat: Tensor
+    entropy: Tensor
     actor_std: Tensor
 
 
 class ImaginedStep(NamedTuple):
+    """The belief arrived at, and the mean and std (N, A), before the tanh, of the action that led there."""
+
     belief: Belief
-    actor_std: Tensor
+    action_mean: Tensor
+    action_std: Tensor
 
 
 def frozen_twin(module: Module) -> Module:
@@ -40,13 +49,19 @@ def frozen_twin(module: Module) -> Module:
     return twin
 
 
+def random_subset(num: int, count: int, device: torch.device) -> Tensor:
+    """`count` distinct numbers below `num`, every set alike likely, drawn on the device without a wait: (count,) int64."""
+    assert 1 <= count <= num, (count, num)
+    return torch.rand(num, device=device).topk(count, sorted=False).indices
+
+
 class Dreamer(nn.Module):
     """The actor acting in the frozen RSSM."""
 
-    def __init__(self, rssm: RSSM, actor: Actor) -> None:
-        """`rssm` is a frozen twin, `actor` the original."""
+    def __init__(self, rssm: RSSM, actor: Actor, *, entropy_gradient: bool = False) -> None:
+        """`rssm` is a frozen twin, `actor` the original; without `entropy_gradient` the entropy is a mere number."""
         super().__init__()
-        self.rssm, self.actor = rssm, actor
+        self.rssm, self.actor, self.entropy_gradient = rssm, actor, entropy_gradient
 
     def step(self, belief: Belief, action_noise: Tensor, noise: Tensor) -> ImaginedStep:
         """One sampled action and the belief after it. Shapes: action_noise (N, A), noise (N, S).
@@ -55,7 +70,8 @@ class Dreamer(nn.Module):
         """
         mean, std = self.actor(feat(belief).detach())
         action = torch.tanh(mean + std * action_noise)
-        return ImaginedStep(self.rssm.prior_step(belief, action, noise), std.detach().mean())
+        stats = (mean, std) if self.entropy_gradient else (mean.detach(), std.detach())
+        return ImaginedStep(self.rssm.prior_step(belief, action, noise), *stats)
 
     def imagine(
         self,
@@ -79,4 +95,6 @@ class Dreamer(nn.Module):
             steps.append(step(belief, step_action_noise, step_noise))
             belief = steps[-1].belief
         deter, stoch = (torch.stack(parts, 1) for parts in zip(*(s.belief for s in steps), strict=True))
-        return Imagined(feat(Belief(deter, stoch)), torch.stack([s.actor_std for s in steps]).mean())
+        mean, std = torch.stack([s.action_mean for s in steps], 1), torch.stack([s.action_std for s in steps], 1)
+        entropy = tanh_normal_entropy(mean, std, action_noise.transpose(0, 1))  # (N, H)
+        return Imagined(feat(Belief(deter, stoch)), entropy, std.detach().mean())

@@ -1,9 +1,12 @@
-"""Returns along imagined trajectories."""
+"""Returns along imagined trajectories, and the scale they come in."""
 
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+LOW, HIGH = 0.05, 0.95  # the percentiles a range of returns spans
+RANGE_DECAY = 0.99
 
 
 def lambda_return(reward: Tensor, discount: Tensor, value: Tensor, *, lam: float) -> Tensor:
@@ -38,3 +41,32 @@ def trajectory_weight(discount: Tensor, start_weight: Tensor) -> Tensor:
     assert start_weight.shape == discount.shape[:1], start_weight.shape
     steps = torch.cat([start_weight[:, None], discount[:, :-2].detach()], 1)
     return steps.cumprod(1)
+
+
+class ReturnScale(nn.Module):
+    """The running range of the returns between their 5th and 95th percentile; starts at the first range it sees.
+
+    Source: arXiv 2301.04104, eq. 11 and 12: large returns are scaled down, small ones are not blown up.
+    """
+
+    range: Tensor
+    weight: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("range", torch.zeros(()))
+        self.register_buffer(
+            "weight", torch.zeros(())
+        )  # of the ranges seen; takes the zero at the start out of the mean
+
+    @torch.no_grad()
+    def forward(self, returns: Tensor) -> Tensor:
+        """What to divide by, at least 1: (), after taking in these returns of any shape, unless one is not finite."""
+        # one sort: torch.quantile has a largest size and, on the CPU, asks for a number
+        ordered = returns.detach().flatten().sort().values
+        last = ordered.numel() - 1
+        spread = ordered[round(HIGH * last)] - ordered[round(LOW * last)]
+        finite = torch.isfinite(ordered[0]) & torch.isfinite(ordered[-1])  # NaN sorts last
+        self.range.copy_(torch.where(finite, torch.lerp(spread, self.range, RANGE_DECAY), self.range))
+        self.weight.copy_(torch.where(finite, 1 - RANGE_DECAY * (1 - self.weight), self.weight))
+        return (self.range / self.weight.clamp_min(1 - RANGE_DECAY)).clamp_min(1.0)

@@ -22,13 +22,25 @@ VECTOR_FREE_NATS = 1.0  # a few dimensions may be worth less than 3 nats, and th
 
 
 class ModelLoss(NamedTuple):
-    """`total` carries the gradient; the parts are detached batch means in nats, `kl` before the free nats."""
+    """`total` carries the gradient; the parts are detached batch means in nats, `kl` and `kl_free` as in `KL`."""
 
     total: Tensor
     obs: Tensor
     reward: Tensor
     cont: Tensor
     kl: Tensor
+    kl_free: Tensor
+
+
+class KL(NamedTuple):
+    """The batch mean in nats before the free nats, the loss made of it, and the share that lies under the free nats.
+
+    That share has no gradient: 0 or 1 where the mean is floored, else the share of steps.
+    """
+
+    mean: Tensor
+    loss: Tensor
+    free: Tensor
 
 
 class WorldModel(nn.Module):
@@ -90,28 +102,35 @@ class WorldModel(nn.Module):
         features = feat(posterior.belief)  # (B, L, F)
         loss_obs = self.decoder.nll(features, obs).mean()
         loss_reward = unit_gaussian_nll(reward * settings.reward_scale, self.reward(features), event_dims=0).mean()
-        kl, loss_kl = self.kl(posterior)
-        total = settings.kl_scale * loss_kl + loss_obs + loss_reward
+        kl = self.kl(posterior)
+        total = settings.kl_scale * kl.loss + loss_obs + loss_reward
         loss_cont = torch.zeros_like(loss_obs)
         if self.cont is not None:
             target = settings.gamma * (~is_terminal).float()
             loss_cont = bernoulli_nll(self.cont(features), target).mean()
             total = total + settings.continue_scale * loss_cont
-        return ModelLoss(total, loss_obs.detach(), loss_reward.detach(), loss_cont.detach(), kl.detach())
+        parts = (loss_obs, loss_reward, loss_cont, kl.mean, kl.free)
+        return ModelLoss(total, *(part.detach() for part in parts))
 
-    def kl(self, posterior: Posterior) -> tuple[Tensor, Tensor]:
-        """The batch mean of KL(posterior || prior) in nats, and the loss made of it.
+    def kl(self, posterior: Posterior) -> KL:
+        """KL(posterior || prior) and the loss made of it.
 
-        Below `free_nats` the loss is that constant and has no gradient. With `kl_balance` b, b of the gradient moves the
-        prior to the posterior and 1 - b the posterior to the prior; the value is the same.
+        Below `free_nats` the loss is that constant and has no gradient: the mean's, or each step's on its own. With
+        `kl_balance` b, b of the gradient moves the prior to the posterior and 1 - b the posterior to the prior; the value
+        is the same.
         """
         mean, std = posterior.mean, posterior.std
         prior_mean, prior_std = self.rssm.prior(posterior.belief.deter)
         balance = self.optimization.kl_balance
         if balance is None:
-            kl = gaussian_kl(mean, std, prior_mean, prior_std).mean()
-            return kl, kl.clamp_min(self.free_nats)
-        to_prior = gaussian_kl(mean.detach(), std.detach(), prior_mean, prior_std).mean()
-        to_posterior = gaussian_kl(mean, std, prior_mean.detach(), prior_std.detach()).mean()
-        loss = balance * to_prior.clamp_min(self.free_nats) + (1 - balance) * to_posterior.clamp_min(self.free_nats)
-        return to_prior, loss
+            return self._floored(gaussian_kl(mean, std, prior_mean, prior_std))
+        to_prior = self._floored(gaussian_kl(mean.detach(), std.detach(), prior_mean, prior_std))
+        to_posterior = self._floored(gaussian_kl(mean, std, prior_mean.detach(), prior_std.detach()))
+        return to_prior._replace(loss=balance * to_prior.loss + (1 - balance) * to_posterior.loss)
+
+    def _floored(self, kl: Tensor) -> KL:
+        """Shapes: kl (B, L)."""
+        mean = kl.mean()
+        if self.optimization.free_nats_per == "step":
+            return KL(mean, kl.clamp_min(self.free_nats).mean(), (kl < self.free_nats).float().mean())
+        return KL(mean, mean.clamp_min(self.free_nats), (mean < self.free_nats).float())

@@ -86,6 +86,9 @@ class OptimizationSettings:
     free_nats: Optional[float] = setting(
         None, "floor under the mean KL, nats; null: 3 with pixels, 1 without", minimum=0.0
     )
+    free_nats_per: str = setting(
+        "mean", "what free_nats is a floor under: the mean KL of a batch, or every step's own", choices=("mean", "step")
+    )
     reward_scale: float = setting(
         1.0, "factor on every reward before it is learned; reported returns stay unscaled", minimum=1e-9
     )
@@ -93,6 +96,23 @@ class OptimizationSettings:
     gamma: float = setting(0.99, "discount per agent step", minimum=0.0, maximum=1.0)
     lmbda: float = setting(0.95, "lambda of the lambda-return", minimum=0.0, maximum=1.0)
     imagination_horizon: int = setting(15, "imagined agent steps", minimum=2)
+    imagination_starts: Optional[int] = setting(
+        None, "beliefs of a batch, drawn anew at random, that imagination starts from; null: all of them", minimum=1
+    )
+    entropy_scale: float = setting(0.0, "weight of the actor's entropy beside its returns; 0: none", minimum=0.0)
+    slow_critic_decay: Optional[float] = setting(
+        None,
+        "share that a slow copy of the critic, whose values the lambda-return takes, keeps of itself at every step "
+        "(0.98 is usual); null: the critic's own values",
+        minimum=0.0,
+        maximum=1.0,
+    )
+    return_norm: str = setting(
+        "none",
+        "what the actor's returns are divided by: nothing, or the running range of their 5th to 95th percentile, "
+        "at least 1",
+        choices=("none", "percentile"),
+    )
     autocast: str = setting("bfloat16", "precision of matrix products", choices=("bfloat16", "float16", "false"))
     compile: CompileSettings = field(default_factory=CompileSettings)
 
@@ -106,6 +126,7 @@ class NetworkSettings:
     activation: str = setting("elu", "activation of dense layers", choices=("elu", "relu", "silu"))
     continue_head: bool = setting(False, "learn when episodes end; needed where a task can terminate")
     normalize_obs: bool = setting(True, "running per-dimension normalisation of vector observations")
+    symlog_obs: bool = setting(False, "compress vector observations to sign(x) ln(1 + |x|) where else they are clipped")
     init_std: float = setting(5.0, "standard deviation of the actor at initialisation, before the tanh", minimum=1e-3)
     exploration_noise: float = setting(0.3, "standard deviation of the noise added to training actions", minimum=0.0)
 

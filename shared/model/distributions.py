@@ -47,8 +47,23 @@ def tanh_normal_log_prob(raw: Tensor, mean: Tensor, std: Tensor) -> Tensor:
     """
     raw = raw.clamp(-MAX_RAW, MAX_RAW)
     normal = -0.5 * ((raw - mean) / std).square() - std.log() - HALF_LOG_TAU
-    log_slope = 2 * (math.log(2) - raw - F.softplus(-2 * raw))
-    return (normal - log_slope).sum(-1)
+    return (normal - log_tanh_slope(raw)).sum(-1)
+
+
+def log_tanh_slope(raw: Tensor) -> Tensor:
+    """ln of the derivative of tanh at `raw`, exact however far out; shapes alike."""
+    return 2 * (math.log(2) - raw - F.softplus(-2 * raw))
+
+
+def tanh_normal_entropy(mean: Tensor, std: Tensor, noise: Tensor) -> Tensor:
+    """A one-sample estimate, in nats, of the entropy of the action tanh(mean + std * noise), noise ~ N(0, 1).
+
+    It is minus the log-density at that sample, and its gradient is an unbiased one. Not `tanh_normal_log_prob`, whose
+    clamp would take the gradient from saturated actions, the very ones an entropy bonus is for.
+    Shapes: (..., A) to (...).
+    """
+    normal = 0.5 * noise.square() + std.log() + HALF_LOG_TAU
+    return (normal + log_tanh_slope(mean + std * noise)).sum(-1)
 
 
 def tanh_normal_mode(mean: Tensor, std: Tensor, *, num_samples: int = 100) -> Tensor:

@@ -29,6 +29,11 @@ def dense(num_in: int, num_out: int) -> nn.Linear:
     return layer
 
 
+def symlog(x: Tensor) -> Tensor:
+    """sign(x) ln(1 + |x|): the identity near zero, logarithmic far out. Source: arXiv 2301.04104, eq. 9."""
+    return x.sign() * x.abs().log1p()
+
+
 def mlp(num_in: int, num_hidden: int, num_layers: int, activation: str, num_out: int | None = None) -> nn.Sequential:
     """`num_layers` activated dense layers, then a linear one to `num_out`; None ends on the last activation.
 
@@ -73,16 +78,17 @@ class RunningNorm(nn.Module):
     var: Tensor
     count: Tensor
 
-    def __init__(self, size: int) -> None:
+    def __init__(self, size: int, *, clip: bool = True) -> None:
         super().__init__()
+        self.clip = clip
         self.register_buffer("mean", torch.zeros(size))
         self.register_buffer("var", torch.ones(size))
         self.register_buffer("count", torch.zeros(()))
 
     def forward(self, x: Tensor) -> Tensor:
-        """Units: standard deviations from the mean, within +-10. Shapes: (..., size) to the same."""
-        scale = self.var.clamp_min(MIN_STD**2).rsqrt()
-        return ((x - self.mean) * scale).clamp(-NORMALISED_LIMIT, NORMALISED_LIMIT)
+        """Units: standard deviations from the mean, within +-10 if `clip`. Shapes: (..., size) to the same."""
+        normalised = (x - self.mean) * self.var.clamp_min(MIN_STD**2).rsqrt()
+        return normalised.clamp(-NORMALISED_LIMIT, NORMALISED_LIMIT) if self.clip else normalised
 
     @torch.no_grad()
     def update(self, rows: Tensor) -> None:
@@ -101,16 +107,19 @@ class RunningNorm(nn.Module):
 
 
 class Normaliser(nn.Module):
-    """A running normalisation of every vector entry of the observations; images pass untouched."""
+    """Every vector entry normalised by its running statistics, symlogged, both or neither; images pass untouched."""
 
-    def __init__(self, spec: StreamSpec, *, enabled: bool) -> None:
+    def __init__(self, spec: StreamSpec, *, enabled: bool, symlogged: bool = False) -> None:
         super().__init__()
-        vectors = sorted(name for name, entry in spec.obs.items() if enabled and not entry.is_image)
-        self.entries = nn.ModuleDict({name: RunningNorm(spec.obs[name].shape[0]) for name in vectors})
+        vectors = sorted(name for name, entry in spec.obs.items() if not entry.is_image)
+        self.symlogged = frozenset(vectors if symlogged else ())
+        norms = {name: RunningNorm(spec.obs[name].shape[0], clip=not symlogged) for name in vectors if enabled}
+        self.entries = nn.ModuleDict(norms)
 
     def forward(self, obs: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The same entries with vectors in standard deviations; encoder input and decoder target alike."""
-        return {name: self.entries[name](x) if name in self.entries else x for name, x in obs.items()}
+        """The same entries with vectors on the scale of learning; encoder input and decoder target alike."""
+        scaled = {name: self.entries[name](x) if name in self.entries else x for name, x in obs.items()}
+        return {name: symlog(x) if name in self.symlogged else x for name, x in scaled.items()}
 
     def update(self, obs: dict[str, Tensor]) -> None:
         """Take new rows (..., *shape) into the statistics; each row should be seen once."""

@@ -44,7 +44,7 @@ class Policy(nn.Module):
     def __init__(self, spec: StreamSpec, networks: NetworkSettings) -> None:
         """Raises: ValueError if an observation entry is neither a 64x64 image nor a vector."""
         super().__init__()
-        self.normaliser = Normaliser(spec, enabled=networks.normalize_obs)
+        self.normaliser = Normaliser(spec, enabled=networks.normalize_obs, symlogged=networks.symlog_obs)
         self.encoder = Encoder(spec, networks)
         self.rssm = RSSM(self.encoder.embed_dim, spec.action_dim, networks)
         self.actor = Actor(self.rssm.feat_dim, spec.action_dim, networks)

@@ -7,6 +7,7 @@ from shared.config import NetworkSettings, OptimizationSettings
 
 N, H, F = 4, 3, 6
 NO_END = torch.zeros(N, dtype=torch.bool)
+NO_BONUS = torch.zeros(N, H)
 
 
 class Column(torch.nn.Module):
@@ -36,18 +37,18 @@ def networks(cont: bool) -> tuple[Behavior, list[ScalarHead]]:
 
 def test_golden_actor_and_critic_losses():
     behavior, features = golden()
-    actor = behavior.actor_loss(features, torch.zeros(1, dtype=torch.bool))
+    actor = behavior.actor_loss(features, torch.zeros(1, dtype=torch.bool), NO_BONUS[:1])
     torch.testing.assert_close(actor.total, torch.tensor(-24.575), rtol=1e-6, atol=0.0)
     torch.testing.assert_close(actor.target, torch.tensor([[23.05, 29.0]]), rtol=1e-6, atol=0.0)
     assert (actor.reward_mean.item(), actor.value_mean.item()) == (2.0, 20.0)
     # half squared errors 0.5 * 13.05^2 and 0.9 * 0.5 * 9^2, each with its weighted half log two pi, over two steps
-    critic = behavior.critic_loss(features, actor.target, actor.weight)
+    critic = behavior.critic_loss(features, actor.target, actor.weight).total
     torch.testing.assert_close(critic, torch.tensor((85.15125 + 36.45 + 1.9 * 0.9189385) / 2), rtol=1e-6, atol=0.0)
 
 
 def test_a_predicted_end_cuts_the_return_and_what_comes_after_it():
     behavior, features = golden(cont=True)
-    actor = behavior.actor_loss(features, torch.zeros(1, dtype=torch.bool))
+    actor = behavior.actor_loss(features, torch.zeros(1, dtype=torch.bool), NO_BONUS[:1])
     torch.testing.assert_close(actor.target, torch.tensor([[10.9, 2.0]]), rtol=1e-5, atol=0.0)
     torch.testing.assert_close(actor.weight, torch.tensor([[1.0, 0.9]]), rtol=1e-5, atol=0.0)
 
@@ -55,16 +56,16 @@ def test_a_predicted_end_cuts_the_return_and_what_comes_after_it():
 @pytest.mark.parametrize(("cont", "weight"), [(True, 0.0), (False, 1.0)])
 def test_a_start_at_the_end_of_a_task_counts_nothing_once_a_continue_head_knows_of_ends(cont, weight):
     behavior, features = golden(cont)
-    actor = behavior.actor_loss(features, torch.ones(1, dtype=torch.bool))
+    actor = behavior.actor_loss(features, torch.ones(1, dtype=torch.bool), NO_BONUS[:1])
     assert actor.weight[0, 0].item() == weight
-    assert (behavior.critic_loss(features, actor.target, actor.weight) == 0).item() == (weight == 0)
+    assert (behavior.critic_loss(features, actor.target, actor.weight).total == 0).item() == (weight == 0)
 
 
 @pytest.mark.parametrize("cont", [False, True])
 def test_the_actor_loss_reaches_the_features_and_no_head(cont):
     behavior, heads = networks(cont)
     features = torch.randn(N, H, F, requires_grad=True)
-    behavior.actor_loss(features, NO_END).total.backward()
+    behavior.actor_loss(features, NO_END, NO_BONUS).total.backward()
     assert features.grad is not None and features.grad.any(-1).all()
     assert all(p.grad is None for head in heads for p in head.parameters())
 
@@ -73,8 +74,8 @@ def test_the_actor_loss_reaches_the_features_and_no_head(cont):
 def test_the_critic_loss_reaches_the_critic_alone(cont):
     behavior, (reward, cont_head, critic) = networks(cont)
     features = torch.randn(N, H, F, requires_grad=True)
-    actor = behavior.actor_loss(features, NO_END)
-    behavior.critic_loss(features, actor.target, actor.weight).backward()
+    actor = behavior.actor_loss(features, NO_END, NO_BONUS)
+    behavior.critic_loss(features, actor.target, actor.weight).total.backward()
     assert features.grad is None
     assert all(p.grad is None for head in (reward, cont_head) for p in head.parameters())
     assert all(p.grad is not None and p.grad.any() for p in critic.parameters())
@@ -83,7 +84,7 @@ def test_the_critic_loss_reaches_the_critic_alone(cont):
 def test_the_gradient_of_the_actor_loss_is_that_of_live_heads():
     behavior, (reward, _, critic) = networks(cont=False)
     features = torch.randn(N, H, F, requires_grad=True)
-    (ours,) = torch.autograd.grad(behavior.actor_loss(features, NO_END).total, features)
+    (ours,) = torch.autograd.grad(behavior.actor_loss(features, NO_END, NO_BONUS).total, features)
     r, v = reward(features), critic(features)
     second = r[:, 1] + 0.99 * v[:, 2]
     first = r[:, 0] + 0.99 * (0.05 * v[:, 1] + 0.95 * second)

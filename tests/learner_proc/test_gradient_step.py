@@ -112,7 +112,7 @@ def test_the_world_model_loss_touches_neither_actor_nor_critic():
 def test_the_actor_loss_touches_the_actor_alone():
     step, batch = make(cont=True), make_batch()
     imagined = step._imagine(step._learn_model(batch)[1])
-    step._actor_loss(imagined.feat, batch["is_terminal"].flatten()).total.backward()
+    step._actor_loss(imagined.feat, batch["is_terminal"].flatten(), imagined.entropy).total.backward()
     assert all(p.grad is not None and p.grad.any() for p in step.policy.actor.parameters())
     assert all(p.grad is None for m in (step.world_model, step.critic) for p in m.parameters())
 

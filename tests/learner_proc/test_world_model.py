@@ -193,7 +193,7 @@ def test_below_the_free_nats_the_kl_moves_nothing_and_above_it_moves_prior_and_p
     for free_nats, moves in ((100.0, False), (0.0, True)):
         model = make(free_nats=free_nats)
         posterior = observe(model, w)
-        kl, loss_kl = model.kl(posterior)
+        kl, loss_kl, _ = model.kl(posterior)
         assert 0.0 < kl < 100.0 and loss_kl.item() == pytest.approx(max(kl.item(), free_nats))
         for layer in (model.rssm.prior_out, model.rssm.posterior_out):
             (grad,) = torch.autograd.grad(loss_kl, layer.weight, retain_graph=True)
@@ -207,7 +207,7 @@ def test_the_mean_kl_is_clipped_not_each_steps():
     prior_mean, prior_std = model.rssm.prior(deter)
     mean[0, 0] = prior_mean[0, 0].detach() + torch.tensor([4.0, 0.0, 0.0]) * prior_std[0, 0].detach()  # 8 nats
     mean[0, 1] = prior_mean[0, 1].detach()  # 0 nats
-    kl, loss_kl = model.kl(Posterior(Belief(deter, mean), mean, prior_std.detach()))
+    kl, loss_kl, _ = model.kl(Posterior(Belief(deter, mean), mean, prior_std.detach()))
     assert kl.item() == pytest.approx(4.0, rel=1e-5) and loss_kl.item() == pytest.approx(4.0, rel=1e-5)  # not 4.5
 
 

@@ -1,0 +1,1 @@
+"""What we claim, drawn and measured from runs."""

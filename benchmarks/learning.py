@@ -1,0 +1,164 @@
+"""Train a task with several seeds and keep the curves: one JSON with provenance, one picture beside the published curve.
+
+    python -m benchmarks.learning --config quickstart_dmc --seeds 0 1 2 env.name=cartpole env.task=balance
+    python -m benchmarks.learning --config dm_control --seeds 0 env.name=walker env.task=walk --sim-gpu 0 --train-gpu 0
+    python -m benchmarks.learning --draw benchmarks/results/learning_quickstart.json
+
+Runs follow one another (`--jobs 2`: two at a time, with one torch thread each). Everything behind the options goes to
+launch.py as it stands.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import shlex
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+from benchmarks.published import DREAMER_V1_PIXELS, ENV_FRAMES
+from shared.compose import load_settings
+
+REPO = Path(__file__).resolve().parent.parent
+RESULTS = REPO / "benchmarks" / "results"
+COLUMNS = (
+    *("wall_s", "env_frames", "agent_steps", "gradient_steps"),
+    *("eval_return_mean", "episode_return_mean", "random_return_mean"),
+)
+
+
+def train(config: str, seed: int, arguments: list[str], runs: Path, *, threads: int | None) -> Path:
+    """One run of launch.py; returns its folder. Raises: CalledProcessError if it fails."""
+    folder = runs / f"{config}-seed{seed}-{time.strftime('%Y%m%d-%H%M%S')}"
+    command = [
+        sys.executable,
+        "launch.py",
+        "--config",
+        config,
+        "--run-dir",
+        str(folder),
+        *arguments,
+        f"env.seed={seed}",
+    ]
+    env = dict(os.environ) | ({"OMP_NUM_THREADS": str(threads)} if threads else {})
+    with (runs / f"{folder.name}.txt").open("w") as output:
+        subprocess.run(command, cwd=REPO, env=env, stdout=output, stderr=subprocess.STDOUT, check=True)
+    return folder
+
+
+def read_run(folder: Path) -> dict[str, Any]:
+    """The run's curve (rows with an evaluation), its seed and its summary."""
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    rows = [row for row in rows if row.get("eval_return_mean") is not None]
+    summary = json.loads((folder / "summary.json").read_text())
+    return {
+        "seed": load_settings(folder / "config.yaml").env.seed,
+        "curve": {key: [_rounded(row[key]) for row in rows] for key in COLUMNS},
+        "summary": {
+            key: summary[key] for key in ("wall_s", "collect_fps", "updates_per_s", "replay_ratio", "eval_return_mean")
+        },
+    }
+
+
+def collect(folders: list[Path], *, name: str, command: str) -> dict[str, Any]:
+    """Curves and provenance of finished runs of one setting."""
+    run = json.loads((folders[0] / "run.json").read_text())
+    env = load_settings(folders[0] / "config.yaml").env
+    return {
+        "name": name,
+        "task": f"{env.name}_{env.task}",
+        "observations": "pixels" if env.from_pixels else "state",
+        "command": command,
+        "git": run["git"],
+        "versions": run["versions"],
+        "devices": run["devices"],
+        "hardware": {"cpu": _cpu(), "cores": os.cpu_count(), "platform": platform.platform()},
+        "runs": [read_run(folder) for folder in folders],
+    }
+
+
+def draw(result: dict[str, Any], out: Path) -> None:
+    """Evaluation return of every seed against wall time and env frames, random play and the published curve beside it."""
+    figure, axes = plt.subplots(1, 2, figsize=(10, 3.6), sharey=True)
+    random: list[float] = []
+    for run in result["runs"]:
+        curve = run["curve"]
+        random += [value for value in curve["random_return_mean"][-1:] if value is not None]
+        axes[0].plot([s / 60 for s in curve["wall_s"]], curve["eval_return_mean"], label=f"seed {run['seed']}")
+        axes[1].plot(curve["env_frames"], curve["eval_return_mean"], label=f"seed {run['seed']}")
+    published = DREAMER_V1_PIXELS.get(result["task"])
+    longest = max((run["curve"]["env_frames"] or [0])[-1] for run in result["runs"])
+    if published is not None and result["observations"] == "pixels":
+        points = [(frames, score) for frames, score in zip(ENV_FRAMES, published, strict=True) if frames <= 2 * longest]
+        axes[1].plot(*zip(*points, strict=True), "k--", label="published V1") if points else None
+    for axis in axes:
+        if random:
+            axis.axhline(sum(random) / len(random), color="grey", linewidth=1, label="random play")
+        axis.grid(alpha=0.25)
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.set_xlim(left=0)
+    axes[0].set_xlabel("wall time, minutes")
+    axes[1].set_xlabel("env frames")
+    axes[0].set_ylabel("evaluation return\n(mean of up to 20 episodes)")
+    axes[1].legend(frameon=False)
+    figure.suptitle(f"{result['task']} from {result['observations']}: {result['name']}")
+    figure.tight_layout()
+    figure.savefig(out, dpi=110)
+    plt.close(figure)
+
+
+def _rounded(value: float | None) -> float | None:
+    return None if value is None else round(value, 3)
+
+
+def _cpu() -> str:
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    return next(
+        (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.processor()
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", default="dm_control", help="preset of configs/")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="one run for each")
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
+    parser.add_argument("--name", help="of the result files; default: learning_<config>")
+    parser.add_argument("--runs", type=Path, default=REPO / "runs", help="where the run folders go")
+    parser.add_argument(
+        "--from-runs", type=Path, nargs="+", help="keep the curves of these finished runs, train nothing"
+    )
+    parser.add_argument("--draw", type=Path, help="draw a kept result again, train nothing")
+    options, rest = parser.parse_known_args()
+    if options.draw:
+        draw(json.loads(options.draw.read_text()), options.draw.with_suffix(".png"))
+        return
+    folders = options.from_runs
+    if folders is None:
+        options.runs.mkdir(parents=True, exist_ok=True)
+        threads = 1 if options.jobs > 1 else None
+        with ThreadPoolExecutor(options.jobs) as pool:
+            folders = list(
+                pool.map(lambda s: train(options.config, s, rest, options.runs, threads=threads), options.seeds)
+            )
+    name = options.name or f"learning_{options.config}"
+    argv = [argument for argument in sys.argv[1:] if argument not in ("--runs", str(options.runs))]
+    result = collect(folders, name=name, command="python -m benchmarks.learning " + shlex.join(argv))
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    (RESULTS / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n")
+    draw(result, RESULTS / f"{name}.png")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,50 @@
+"""Write images sampled from a run's replay into one PNG: rows are sampled windows, columns their steps.
+
+python -m benchmarks.show_frames runs/cheetah --out frames.png
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import torch
+from PIL import Image
+
+from learner_proc import checkpoint
+from learner_proc.replay import Replay
+from shared.compose import load_settings
+from shared.config import geometry, num_envs
+from shared.stream import ObsSpec, StreamSpec, plan_layout
+
+
+def sample_frames(run_dir: Path, windows: int, steps: int) -> torch.Tensor:
+    """Images (windows, steps, 64, 64, C) uint8, drawn by the learner's own sampler from the newest checkpoint."""
+    settings = load_settings(run_dir / "config.yaml")
+    sizes = geometry(settings, num_envs(settings))
+    folder = checkpoint.newest(run_dir / "checkpoints")
+    pieces = torch.load(folder / "replay.pt", map_location="cpu", weights_only=True)
+    pixels, action = pieces["obs.pixels"][0], pieces["action"][0]
+    spec = StreamSpec(sizes.num_envs, {"pixels": ObsSpec(tuple(pixels.shape[2:]), "uint8")}, action.shape[-1])
+    layout = plan_layout(spec, sizes.capacity)
+    slab = torch.zeros(layout.num_bytes, dtype=torch.uint8)
+    replay = Replay(slab, layout, ticks_per_chunk=sizes.ticks_per_chunk, seed=0, device=torch.device("cpu"))
+    checkpoint.load_replay(folder, replay, spec_digest=spec.digest())
+    return replay.sample(windows, steps)["obs", "pixels"]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", type=Path, help="run folder of a run from pixels that has a checkpoint")
+    parser.add_argument("--out", type=Path, required=True, help="picture to write")
+    parser.add_argument("--windows", type=int, default=4, help="sampled windows, one row each")
+    parser.add_argument("--steps", type=int, default=8, help="consecutive steps of a window")
+    arguments = parser.parse_args()
+    frames = sample_frames(arguments.run, arguments.windows, arguments.steps)
+    grid = frames.permute(0, 2, 1, 3, 4).flatten(0, 1).flatten(1, 2)  # (windows * 64, steps * 64, C)
+    image = Image.fromarray(grid.expand(-1, -1, 3).contiguous().numpy())
+    image.resize((image.width * 2, image.height * 2), Image.Resampling.NEAREST).save(arguments.out)
+
+
+if __name__ == "__main__":
+    main()
