@@ -155,14 +155,17 @@ def _run(
             if not resumed:
                 shutil.rmtree(folder.path, ignore_errors=True)
             raise
+        num_resumes = 0
         if resumed:
+            before = read_run(folder.path)
             # A launch that was killed could not remove its sockets; the lock says that it is gone.
-            remove_socket_dir(Path(read_run(folder.path).socket_dir))
+            remove_socket_dir(Path(before.socket_dir))
+            num_resumes = before.num_resumes + 1
         save_settings(settings, folder.config)
         named = devices.names()
         write_json(
             folder.run_json,
-            describe_run(settings, argv=argv, devices=named, socket_dir=socket_dir, resumed=resumed, repo=REPO),
+            describe_run(settings, argv=argv, devices=named, socket_dir=socket_dir, num_resumes=num_resumes, repo=REPO),
         )
         try:
             return _watch(Starter(folder, devices, os.environ, resumed, commands), settings, forwarder).exit_code

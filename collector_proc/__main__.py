@@ -36,13 +36,12 @@ def main() -> int:
     enable_stack_dumps(arguments.run_dir / "crash", "collector")
     stop = install_stop_flag()
     die_with_parent()
+    seed = settings.env.seed + 1000 * arguments.incarnation + 1_000_000 * run.num_resumes
     sizes = geometry(settings, num_envs(settings))
     simulator = None
     try:
         progress.phase("simulator")
-        simulator = build_simulator(
-            settings, seed=settings.env.seed + 1000 * arguments.incarnation, device=arguments.device
-        )
+        simulator = build_simulator(settings, seed=seed, device=arguments.device)
         stop.install()  # simulators may have taken the handlers
         progress.phase("hello")
         channel = connect(run.socket_dir, deadline_s=settings.deadlines.start_s, alive=progress.advance)
@@ -54,7 +53,7 @@ def main() -> int:
         torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
         collector = Collector(
             settings, sizes, simulator, channel, socket_dir=run.socket_dir, run_id=run.run_id,
-            incarnation=arguments.incarnation, device=torch.device(arguments.device), progress=progress, stop=stop,
+            incarnation=arguments.incarnation, seed=seed + 7919, device=torch.device(arguments.device), progress=progress, stop=stop,
         )  # fmt: skip
         log.info("collecting", incarnation=arguments.incarnation, spec=simulator.spec.to_dict())
         collector.run()

@@ -38,6 +38,7 @@ class Collector:
         socket_dir: str,
         run_id: str,
         incarnation: int,
+        seed: int,
         device: torch.device,
         progress: Progress,
         stop: StopFlag,
@@ -51,7 +52,6 @@ class Collector:
         self._window = (time.monotonic(), 0)
         welcome = self._hello()
         self.agent_steps = welcome.agent_steps
-        seed = settings.env.seed + 7919 * (incarnation + 1)
         random_ticks = -(-welcome.random_frames // geometry.num_envs)
         self._actor = Actor(
             simulator.spec, settings.networks, settings.collector, device=device, seed=seed, random_ticks=random_ticks

@@ -44,6 +44,7 @@ class Report:
         streaming_since: float,
     ) -> None:
         """constants: columns of every row; streaming_since: time.monotonic() when the collector began."""
+        cut_after(path, counters.gradient_steps)
         self._file: IO[str] = path.open("a", buffering=1)
         self._names, self._counters, self._constants = metric_names, counters, constants
         self._sum = torch.zeros(len(metric_names), device=device)
@@ -148,6 +149,17 @@ class Report:
             "policy_version": totals.policy_version,
             "policy_lag_mean": _mean(self._lags),
         }
+
+
+def cut_after(path: Path, gradient_steps: int) -> None:
+    """Drop the rows of a life that a resume has undone: those behind the checkpoint it starts from."""
+    if path.exists():
+        lines = path.read_text().splitlines(keepends=True)
+        kept = [line for line in lines if line.endswith("\n") and json.loads(line)["gradient_steps"] <= gradient_steps]
+        if len(kept) != len(lines):
+            partial = path.with_name(path.name + ".partial")
+            partial.write_text("".join(kept))
+            partial.replace(path)
 
 
 def _mean(values: deque) -> float | None:

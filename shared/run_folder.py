@@ -102,6 +102,7 @@ class Run:
 
     run_id: str  # one for each launch, so that nothing of an earlier one is taken for ours
     socket_dir: str
+    num_resumes: int = 0  # part of the collectors' seeds: a resumed run does not play its first episodes again
 
 
 def read_run(run_dir: Path) -> Run:
@@ -109,7 +110,7 @@ def read_run(run_dir: Path) -> Run:
     path = RunFolder(run_dir).run_json
     try:
         content = json.loads(path.read_text())
-        return Run(str(content["run_id"]), str(content["socket_dir"]))
+        return Run(str(content["run_id"]), str(content["socket_dir"]), int(content.get("num_resumes", 0)))
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise SettingError(
             f"{path} cannot be read: {error!r}; wanted run_id and socket_dir as launch writes them; start with launch.py"
@@ -238,14 +239,14 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
 
 
 def describe_run(
-    settings: Settings, *, argv: list[str], devices: Mapping[str, str], socket_dir: Path, resumed: bool, repo: Path
+    settings: Settings, *, argv: list[str], devices: Mapping[str, str], socket_dir: Path, num_resumes: int, repo: Path
 ) -> dict[str, Any]:
     """The content of run.json: what ran, from which sources, on what."""
     return {
         "run_id": secrets.token_hex(8),
         "argv": argv,
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-        "resumed": resumed,
+        "num_resumes": num_resumes,
         "launch_pid": os.getpid(),
         "socket_dir": str(socket_dir),
         "seed": settings.env.seed,

@@ -290,4 +290,4 @@ def test_a_resumed_run_keeps_its_settings_and_tells_the_learner(tmp_path: Path) 
     assert ["--resume" in event["command"] for event in started] == [False, True]
     config = (run / "config.yaml").read_text()
     assert "seed: 7" in config and "log_every: 3" in config
-    assert json.loads((run / "run.json").read_text())["resumed"] is True
+    assert json.loads((run / "run.json").read_text())["num_resumes"] == 1

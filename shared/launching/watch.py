@@ -60,6 +60,7 @@ class Watch:
         self._collector_died_at: float | None = None
         self._collector_death = ""
         self._watched_since = self._passed_at = time.monotonic()
+        self._said_ready = False
         self.restarts = 0
 
     def run(self) -> Outcome:
@@ -96,6 +97,9 @@ class Watch:
 
     def _forward_rows(self) -> None:
         for row in self._tail.new_rows():
+            if not self._said_ready and isinstance(row.get("startup_s"), float):
+                self._display.say(f"networks built and compiled in {row['startup_s']:.1f} s")
+                self._said_ready = True
             self._row = row
             self._forwarder.add(row)
 
