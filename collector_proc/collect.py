@@ -125,19 +125,24 @@ class Collector:
 
     def _wait_for_grant(self) -> Grant | None:
         """The next grant; None when asked to stop. Raises: Disconnected; TransportError on a refusal."""
-        while not self._stop.requested:
-            while (received := self._channel.receive()) is not None:
-                message, _ = received
-                if isinstance(message, Refusal):
-                    raise TransportError(f"the learner refused this collector: {message.reason}")
-                if isinstance(message, Grant):
-                    self._grants.append(message)
-            if self._grants:
-                return self._grants.popleft()
+        self._read_grants()
+        if not self._grants:
+            self._progress.phase("waiting")
+        while not self._grants and not self._stop.requested:
             self._report(0)  # a pace that falls to 0 is what back-pressure looks like
             self._progress.advance()
             self._channel.wait(0.05)
-        return None
+            self._read_grants()
+        self._progress.phase("collecting")
+        return self._grants.popleft() if self._grants else None
+
+    def _read_grants(self) -> None:
+        while (received := self._channel.receive()) is not None:
+            message, _ = received
+            if isinstance(message, Refusal):
+                raise TransportError(f"the learner refused this collector: {message.reason}")
+            if isinstance(message, Grant):
+                self._grants.append(message)
 
     def _begin_chunk(self) -> bool:
         """In lockstep: wait for the next grant and adopt the policy it names. False when asked to stop."""

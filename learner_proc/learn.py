@@ -173,7 +173,7 @@ class Learner:
             self._report.add_commit(commit, newest_version=0)
         self._early.clear()
         while self._unseen:
-            self._step.observe_statistics(self._link.replay.chunk(self._unseen.popleft()).get("obs").to_dict())
+            self._observe(self._link.replay.chunk(self._unseen.popleft()))
         self._publisher = Publisher(
             self._step.policy,
             socket_dir=self._run.socket_dir,
@@ -246,10 +246,16 @@ class Learner:
             self._unseen.append(commit.row)
             self._early.append(commit)
             return
-        self._step.observe_statistics(chunk.get("obs").to_dict())
+        self._observe(chunk)
         self._report.add_commit(commit, newest_version=self._publisher.version)
         if commit.policy_version == 0:  # it may have subscribed after the last publication
             self._publisher.republish()
+
+    def _observe(self, chunk: TensorDict) -> None:
+        """Newly committed vectors to the normaliser, from wherever the replay lies."""
+        assert self._step is not None
+        obs = chunk.get("obs").to_dict()
+        self._step.observe_statistics({name: x.to(self._device) for name, x in obs.items() if x.is_floating_point()})
 
     def _train(self) -> None:
         assert self._step is not None and self._link.replay is not None

@@ -31,6 +31,7 @@ class Publisher:
             [torch.empty(self._num_bytes, dtype=torch.uint8, pin_memory=True) for _ in range(2)] if self._stream else []
         )
         self._in_flight: list[tuple[int, torch.Tensor, torch.cuda.Event]] = []
+        self._read: torch.cuda.Event | None = None
         self.version = version
         self.num_skipped = 0
 
@@ -59,6 +60,8 @@ class Publisher:
 
     @torch.no_grad()
     def _pack(self) -> None:
+        if self._read is not None:
+            torch.cuda.current_stream().wait_event(self._read)  # pack only over what has been read
         torch._foreach_copy_(self._views, self._sources)  # pyright: ignore[reportPrivateImportUsage]
         if self._stream is None:
             self._send(self.version, self._flat)
@@ -68,7 +71,7 @@ class Publisher:
         with torch.cuda.stream(self._stream):
             buffer.copy_(self._flat, non_blocking=True)
             event.record()
-        torch.cuda.current_stream().wait_event(event)  # the flat buffer is packed again only after it was read
+        self._read = event
         self._in_flight.append((self.version, buffer, event))
 
     def _send(self, version: int, buffer: torch.Tensor) -> None:

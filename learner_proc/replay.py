@@ -39,7 +39,7 @@ class Replay:
             entry.key: self.views.get(entry.key).flatten(0, 1 if entry.per_env else 0) for entry in layout.fields
         }
         self._per_env = {entry.key: entry.per_env for entry in layout.fields}
-        self._staging = _HostStaging() if slab.device != device else None
+        self._staging = _HostStaging() if slab.device.type != device.type else None
 
     @property
     def num_rows(self) -> int:
