@@ -12,6 +12,7 @@ import torch
 from tensordict import TensorDict
 
 from learner_proc import checkpoint
+from learner_proc.diagnostics import WINDOW_LENGTH, Diagnostics
 from learner_proc.gradient_step import GradientStep
 from learner_proc.link import CollectorLink
 from learner_proc.pacing import Pacing
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
 IDLE_S = 0.01  # longest sleep while neither a step nor a message is due
 STATUS_S = 0.5  # seconds between two live statuses
 STEPS_AHEAD = 2
+DIAGNOSTIC_WINDOWS = 64  # sampled for the open-loop error of every row of metrics.jsonl
 REPUBLISH_S = 0.2
 
 
@@ -154,6 +156,9 @@ class Learner:
             random_state = self._saved["random_state"]
         checkpoint.restore_random_state(random_state, self._link.replay, self._device)
         self._saved = None
+        self._diagnostics = Diagnostics(
+            self._link.spec, self._step.world_model, self._step.policy.normaliser, length=self._diagnostic_rows()
+        )
         seconds = time.monotonic() - began
         self._log.info("networks ready", seconds=round(seconds, 2), parameters=self._step.parameter_counts())
         self._report = Report(
@@ -162,6 +167,7 @@ class Learner:
             self._device,
             self.counters,
             streaming_since=began,
+            diagnostic_names=self._diagnostics.names,
             constants={
                 "replay_ratio_target": self._settings.optimization.replay_ratio,
                 "transport": "cuda_ipc" if self._link.replay.slab.is_cuda else "memfd",
@@ -274,7 +280,7 @@ class Learner:
         if steps % options.publish_every == 0 and not self._pacing.lockstep:
             self._publish()
         if steps % options.log_every == 0:
-            self._report.request_row(replay_ratio=self._replay_ratio())
+            self._request_row()
         self._report.poll()
         if self._report.all_skipped:
             raise FloatingPointError(
@@ -288,6 +294,17 @@ class Learner:
         self._publisher.publish()
         self.counters.policy_version = self._publisher.version
         self._published_step, self._published_at = self.counters.gradient_steps, time.monotonic()
+
+    def _request_row(self) -> None:
+        """A row of metrics.jsonl, with the open-loop error on freshly sampled windows."""
+        replay, length = self._link.replay, self._diagnostic_rows()
+        assert replay is not None
+        batch = replay.sample(DIAGNOSTIC_WINDOWS, length) if replay.num_rows >= length else None
+        errors = None if batch is None else self._diagnostics(batch)
+        self._report.request_row(errors, replay_ratio=self._replay_ratio())
+
+    def _diagnostic_rows(self) -> int:
+        return min(WINDOW_LENGTH, self._geometry.capacity - 2 * self._geometry.ticks_per_chunk)
 
     def _replay_ratio(self) -> float:
         return self._pacing.replayed / max(self._pacing.collected, 1)
@@ -338,7 +355,7 @@ class Learner:
 
     def _end(self) -> None:
         """The last row, the last weights, the last checkpoint."""
-        self._report.request_row(replay_ratio=self._replay_ratio())
+        self._request_row()
         self._report.poll(wait=True)
         self._save()
         self._progress.phase("stopping")

@@ -42,14 +42,18 @@ class Report:
         *,
         constants: dict,
         streaming_since: float,
+        diagnostic_names: tuple[str, ...] = (),
     ) -> None:
-        """constants: columns of every row; streaming_since: time.monotonic() when the collector began."""
+        """constants: columns of every row; streaming_since: time.monotonic() when the collector began;
+        diagnostic_names: further device columns, measured once per row."""
         cut_after(path, counters.gradient_steps)
         self._file: IO[str] = path.open("a", buffering=1)
         self._names, self._counters, self._constants = metric_names, counters, constants
+        self._diagnostic_names = diagnostic_names
         self._sum = torch.zeros(len(metric_names), device=device)
         self._count = self._num_rows = 0
-        self._pinned = torch.zeros(len(metric_names), pin_memory=device.type == "cuda")
+        width = len(metric_names) + len(diagnostic_names)
+        self._pinned = torch.zeros(width, pin_memory=device.type == "cuda")
         self._pending: tuple[dict, int, torch.cuda.Event | None] | None = None
         self._returns = {kind: deque(maxlen=EVAL_WINDOW if kind == "eval" else TRAIN_WINDOW) for kind in EPISODE_KINDS}
         self._lengths: deque[int] = deque(maxlen=TRAIN_WINDOW)
@@ -81,15 +85,21 @@ class Report:
         if self._first_step is None:
             self._first_step = (time.monotonic(), self._counters.gradient_steps)
 
-    def request_row(self, **numbers: float | None) -> None:
-        """Ask for a row of the present window, unless nothing happened since the last one; numbers: further columns."""
+    def request_row(self, diagnostics: Tensor | None = None, **numbers: float | None) -> None:
+        """Ask for a row of the present window, unless nothing happened since the last one.
+
+        diagnostics: (len(diagnostic_names),) on the device, or None where they could not be measured; numbers: further
+        columns.
+        """
         self.poll(wait=True)
         if self._count == 0 and self._num_rows > 0:
             return
         self._num_rows += 1
         row = self._numbers() | numbers
         event = None
-        self._pinned.copy_(self._sum, non_blocking=True)
+        if diagnostics is None:
+            diagnostics = self._sum.new_full((len(self._diagnostic_names),), float("nan"))
+        self._pinned.copy_(torch.cat([self._sum, diagnostics]), non_blocking=True)
         if self._sum.is_cuda:
             event = torch.cuda.Event()
             event.record()
@@ -108,11 +118,13 @@ class Report:
         if event is not None:
             event.synchronize()
         self._pending = None
-        sums = dict(zip(self._names, self._pinned.tolist(), strict=True))
+        values = self._pinned.tolist()
+        sums = dict(zip(self._names, values, strict=False))
         skipped = round(sums.get("skipped", 0.0))
         self._counters.nan_skips += skipped
         self.all_skipped = count > 0 and skipped == count
         row |= {name: value / count if count else None for name, value in sums.items()}
+        row |= dict(zip(self._diagnostic_names, values[len(self._names) :], strict=True))
         row |= {"nan_skips": self._counters.nan_skips} | self._constants
         self._file.write(json.dumps({k: _json(v) for k, v in row.items()}) + "\n")
         return row

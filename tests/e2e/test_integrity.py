@@ -83,7 +83,7 @@ class Checker:
     metric_names = ("checked",)
 
     def __init__(self, spec, settings, *, device) -> None:
-        self.spec, self.policy = spec, Policy(spec, settings.networks)
+        self.spec, self.policy, self.world_model = spec, Policy(spec, settings.networks), None
         self.windows = self.steps = 0
         self.threads = 0
 
@@ -137,6 +137,16 @@ class Checker:
         return {}
 
 
+class NoDiagnostics:
+    names = ()
+
+    def __init__(self, *args, **kwargs) -> None:
+        """There is no model to diagnose."""
+
+    def __call__(self, batch) -> torch.Tensor:
+        return torch.zeros(0)
+
+
 class Table:
     """(incarnation, tick) -> ring row, filled by commits alone; overwritten rows are forgotten."""
 
@@ -188,6 +198,7 @@ def test_no_sampled_window_is_ever_torn_stale_or_unwritten_while_collectors_are_
         return made[-1]
 
     monkeypatch.setattr(learn, "GradientStep", make)
+    monkeypatch.setattr(learn, "Diagnostics", NoDiagnostics)
     loud = learn.create_memfd_slab
 
     def create_loud(num_bytes):

@@ -1,3 +1,5 @@
+from typing import Any
+
 import pytest
 import torch
 
@@ -90,3 +92,68 @@ def test_the_gradient_of_the_actor_loss_is_that_of_live_heads():
     first = r[:, 0] + 0.99 * (0.05 * v[:, 1] + 0.95 * second)
     (oracle,) = torch.autograd.grad(-(first + 0.99 * second).mean() / 2, features)
     torch.testing.assert_close(ours, oracle, rtol=1e-4, atol=1e-7)
+
+
+def with_options(**options: Any) -> tuple[Behavior, torch.Tensor]:
+    """The golden world of rewards 1, 2, 3 and values 10, 20, 30, with options of the behaviour switched on."""
+    behavior = Behavior(Column(0), None, Column(1), OptimizationSettings(gamma=0.9, lmbda=0.5, **options))  # type: ignore[arg-type]
+    return behavior, golden()[1]
+
+
+def test_the_entropy_bonus_weighs_an_action_like_the_step_it_leads_to():
+    behavior, features = with_options(entropy_scale=0.1)
+    entropy = torch.tensor([[2.0, 3.0, 5.0]], requires_grad=True)
+    actor = behavior.actor_loss(features, NO_END[:1], entropy)
+    torch.testing.assert_close(actor.total, torch.tensor(-24.575 - 0.1 * (2.0 + 0.9 * 3.0) / 2), rtol=1e-6, atol=0.0)
+    torch.testing.assert_close(actor.target, torch.tensor([[23.05, 29.0]]), rtol=1e-6, atol=0.0)  # no soft values
+    (grad,) = torch.autograd.grad(actor.total, entropy)
+    torch.testing.assert_close(grad, torch.tensor([[-0.05, -0.045, 0.0]]), rtol=1e-6, atol=0.0)
+
+
+def test_the_lambda_return_takes_the_slow_critics_values_and_the_live_one_is_trained():
+    behavior, features = with_options(slow_critic_decay=0.75)
+    with torch.no_grad():
+        behavior.critic.scale.fill_(5.0)
+    actor = behavior.actor_loss(features, NO_END[:1], NO_BONUS[:1])
+    torch.testing.assert_close(actor.target, torch.tensor([[23.05, 29.0]]), rtol=1e-6, atol=0.0)
+    critic = behavior.critic_loss(features, actor.target, actor.weight)
+    critic.total.backward()
+    assert behavior.slow_critic is not None
+    assert behavior.critic.scale.grad is not None and behavior.slow_critic.scale.grad is None
+    # 50 and 100 against 23.05 and 29, weighted by 1 and 0.9
+    assert critic.bias.item() == pytest.approx((26.95 + 0.9 * 71.0) / 1.9, rel=1e-5)
+
+
+def test_the_slow_critic_keeps_its_decay_of_itself_unless_the_step_was_skipped():
+    behavior, _ = with_options(slow_critic_decay=0.75)
+    assert behavior.slow_critic is not None
+    with torch.no_grad():
+        behavior.critic.scale.fill_(5.0)
+    for skipped, expected in ((True, 1.0), (False, 2.0), (False, 2.75)):
+        behavior.update_slow_critic(torch.tensor(skipped))
+        assert behavior.slow_critic.scale.item() == pytest.approx(expected)
+    assert behavior.critic.scale.item() == 5.0
+
+
+def test_percentile_normalisation_divides_the_actors_returns_and_not_the_critics_target():
+    behavior, features = with_options(return_norm="percentile")
+    actor = behavior.actor_loss(features, NO_END[:1], NO_BONUS[:1])
+    assert actor.return_scale.item() == pytest.approx(5.95)  # of two returns the percentiles are both: 29 - 23.05
+    torch.testing.assert_close(actor.total, torch.tensor(-24.575 / 5.95), rtol=1e-5, atol=0.0)
+    torch.testing.assert_close(actor.target, torch.tensor([[23.05, 29.0]]), rtol=1e-6, atol=0.0)
+
+
+def test_without_options_the_behaviour_has_no_state_of_its_own_and_returns_keep_their_scale():
+    behavior, features = golden()
+    assert behavior.state() == {}
+    assert behavior.actor_loss(features, NO_END[:1], torch.full((1, H), 7.0)).return_scale.item() == 1.0
+    options = with_options(slow_critic_decay=0.9, return_norm="percentile")[0]
+    assert sorted(options.state()) == ["return_scale", "slow_critic"]
+
+
+def test_value_bias_is_how_far_values_lie_above_their_returns():
+    behavior, features = golden()
+    actor = behavior.actor_loss(features, NO_END[:1], NO_BONUS[:1])
+    bias = behavior.critic_loss(features, actor.target, actor.weight).bias
+    assert bias.item() == pytest.approx((10 - 23.05 + 0.9 * (20 - 29)) / 1.9, rel=1e-5)
+    assert not bias.requires_grad

@@ -1,7 +1,9 @@
 import pytest
 import torch
+from torch.distributions import Normal, TransformedDistribution
+from torch.distributions.transforms import TanhTransform
 
-from learner_proc.imagination import Dreamer, frozen_twin
+from learner_proc.imagination import Dreamer, frozen_twin, random_subset
 from shared.config import NetworkSettings
 from shared.model.policy import Actor
 from shared.model.rssm import RSSM, Belief, feat
@@ -76,3 +78,40 @@ def test_the_gradient_of_an_early_action_passes_through_the_chain_of_states(part
     features = Dreamer(frozen_twin(rssm), actor).imagine(start(), action_noise, noise).feat
     (grad,) = torch.autograd.grad(features[:, -1].sum(), action_noise)
     assert grad.flatten(1).any(1).all()
+
+
+def test_a_random_subset_is_distinct_and_every_number_is_alike_likely():
+    torch.manual_seed(0)
+    counts = torch.zeros(10)
+    for _ in range(1000):
+        chosen = random_subset(10, 3, torch.device("cpu"))
+        assert chosen.shape == (3,) and len(set(chosen.tolist())) == 3
+        counts[chosen] += 1
+    assert counts.sum() == 3000 and (counts - 300).abs().max() < 60, counts  # 4 standard deviations
+
+
+def test_a_subset_larger_than_the_whole_is_refused():
+    with pytest.raises(AssertionError, match=r"\(11, 10\)"):
+        random_subset(10, 11, torch.device("cpu"))
+
+
+def test_the_entropy_of_a_step_is_minus_the_log_density_of_the_action_that_led_there(parts):
+    rssm, actor = parts
+    action_noise, noise = noises()
+    imagined = Dreamer(frozen_twin(rssm), actor).imagine(start(), action_noise, noise)
+    beliefs = torch.cat([feat(start())[:, None], imagined.feat], 1)
+    for i in range(H):
+        mean, std = actor(beliefs[:, i])
+        density = TransformedDistribution(Normal(mean, std), [TanhTransform(cache_size=1)])
+        expected = -density.log_prob(torch.tanh(mean + std * action_noise[i])).sum(-1)
+        torch.testing.assert_close(imagined.entropy[:, i], expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("gradient", [False, True])
+def test_the_entropy_asks_the_actor_for_a_gradient_only_where_there_is_a_bonus(parts, gradient):
+    rssm, actor = parts
+    entropy = Dreamer(frozen_twin(rssm), actor, entropy_gradient=gradient).imagine(start(), *noises()).entropy
+    assert entropy.requires_grad == gradient
+    if gradient:
+        entropy[:, 0].sum().backward()
+        assert all(p.grad is not None and p.grad.any() for p in actor.parameters())

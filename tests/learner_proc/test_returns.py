@@ -1,7 +1,9 @@
+import copy
+
 import pytest
 import torch
 
-from learner_proc.returns import lambda_return, trajectory_weight
+from learner_proc.returns import ReturnScale, lambda_return, trajectory_weight
 
 REWARD = torch.tensor([[1.0, 2.0, 3.0]])
 VALUE = torch.tensor([[10.0, 20.0, 30.0]])
@@ -80,3 +82,25 @@ def test_a_trajectory_counts_less_behind_a_likely_end_and_not_at_all_from_a_term
 def test_a_lambda_outside_zero_to_one_is_refused(lam):
     with pytest.raises(ValueError, match="lmbda"):
         lambda_return(REWARD, REWARD, VALUE, lam=lam)
+
+
+def test_the_return_scale_is_the_running_range_of_the_5th_to_95th_percentile_but_at_least_one():
+    scale = ReturnScale()
+    returns = torch.arange(101.0).flip(0).view(1, 101)  # the 5th percentile is 5, the 95th is 95
+    assert scale(returns).item() == pytest.approx(90.0)
+    assert scale(returns * 2 + 7).item() == pytest.approx((0.99 * 90 + 180) / 1.99)
+    assert ReturnScale()(returns / 1000).item() == 1.0
+
+
+def test_outliers_beyond_the_percentiles_do_not_move_the_return_scale():
+    returns = torch.arange(101.0)
+    returns[0], returns[100] = -1e6, 1e6
+    assert ReturnScale()(returns).item() == pytest.approx(90.0)
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+def test_returns_that_are_not_finite_leave_the_return_scale_as_it_was(bad):
+    scale, returns = ReturnScale(), torch.arange(101.0)
+    expected, before = scale(returns), copy.deepcopy(scale.state_dict())
+    returns[50] = bad
+    assert scale(returns).item() == expected.item() and scale.state_dict() == before

@@ -200,15 +200,14 @@ def test_below_the_free_nats_the_kl_moves_nothing_and_above_it_moves_prior_and_p
             assert bool(grad.any()) == moves
 
 
-def test_the_mean_kl_is_clipped_not_each_steps():
-    model = make(free_nats=1.0)
+def two_steps_of_eight_and_no_nats(**optimization) -> tuple[WorldModel, Posterior]:
+    model = make(**optimization)
     mean = torch.zeros(1, 2, S)
     deter = torch.zeros(1, 2, D)
-    prior_mean, prior_std = model.rssm.prior(deter)
-    mean[0, 0] = prior_mean[0, 0].detach() + torch.tensor([4.0, 0.0, 0.0]) * prior_std[0, 0].detach()  # 8 nats
-    mean[0, 1] = prior_mean[0, 1].detach()  # 0 nats
-    kl, loss_kl, _ = model.kl(Posterior(Belief(deter, mean), mean, prior_std.detach()))
-    assert kl.item() == pytest.approx(4.0, rel=1e-5) and loss_kl.item() == pytest.approx(4.0, rel=1e-5)  # not 4.5
+    prior_mean, prior_std = (part.detach() for part in model.rssm.prior(deter))
+    mean[0, 0] = prior_mean[0, 0] + torch.tensor([4.0, 0.0, 0.0]) * prior_std[0, 0]
+    mean[0, 1] = prior_mean[0, 1]
+    return model, Posterior(Belief(deter, mean), mean, prior_std)
 
 
 def test_kl_balance_splits_the_gradient_and_keeps_the_value():
@@ -252,3 +251,20 @@ def test_an_image_decoder_paints_64_by_64_pixels_of_every_colour():
     for colours in (1, 3):
         model = make({"pixels": ObsSpec((64, 64, colours), "uint8")})
         assert model.decoder.entries["pixels"](torch.randn(B, L, S + D)).shape == (B, L, 64, 64, colours)
+
+
+@pytest.mark.parametrize(("per", "expected", "free"), [("mean", 4.0, 0.0), ("step", 4.5, 0.5)])
+@pytest.mark.parametrize("balance", [None, 0.8])
+def test_free_nats_floor_the_mean_kl_or_every_steps_own(per, expected, free, balance):
+    model, posterior = two_steps_of_eight_and_no_nats(free_nats=1.0, free_nats_per=per, kl_balance=balance)
+    kl = model.kl(posterior)
+    assert [kl.mean.item(), kl.loss.item(), kl.free.item()] == pytest.approx([4.0, expected, free], rel=1e-5)
+
+
+@pytest.mark.parametrize(("per", "free"), [("mean", 1.0), ("step", 0.5)])
+def test_a_mean_below_the_free_nats_silences_every_step_and_a_floor_per_step_only_those_below(per, free):
+    model, posterior = two_steps_of_eight_and_no_nats(free_nats=5.0, free_nats_per=per)
+    mean = posterior.mean.requires_grad_()
+    kl = model.kl(posterior)
+    (grad,) = torch.autograd.grad(kl.loss, mean)
+    assert kl.free.item() == free and not grad[0, 1].any() and bool(grad[0, 0].any()) == (per == "step")

@@ -1,5 +1,6 @@
 """The plain functions against torch.distributions."""
 
+import pytest
 import torch
 from torch.distributions import Bernoulli, Independent, Normal, TransformedDistribution, kl_divergence
 from torch.distributions.transforms import TanhTransform
@@ -7,6 +8,7 @@ from torch.distributions.transforms import TanhTransform
 from shared.model.distributions import (
     bernoulli_nll,
     gaussian_kl,
+    tanh_normal_entropy,
     tanh_normal_log_prob,
     tanh_normal_mode,
     unit_gaussian_nll,
@@ -62,3 +64,30 @@ def test_the_mode_of_a_wide_tanh_normal_lies_at_an_end_not_at_tanh_of_the_mean()
     torch.manual_seed(0)
     mode = tanh_normal_mode(torch.full((50, 1), 0.3), torch.full((50, 1), 5.0))
     assert (mode.abs() > 0.99).all(), mode.abs().min()
+
+
+def test_the_entropy_estimate_of_a_tanh_normal_is_right_on_average():
+    torch.manual_seed(0)
+    mean, std = torch.tensor([[0.3, -1.0]]), torch.tensor([[0.5, 1.5]])
+    estimate = tanh_normal_entropy(mean, std, torch.randn(200_000, 2)).mean()
+    density = TransformedDistribution(Normal(mean[0], std[0]), [TanhTransform(cache_size=1)])
+    grid = torch.linspace(-1 + 1e-6, 1 - 1e-6, 200_001, dtype=torch.float64)[:, None]
+    log_prob = density.log_prob(grid.float()).double()
+    exact = -(log_prob.exp() * log_prob).mean(0).sum() * 2
+    torch.testing.assert_close(estimate.double(), exact, rtol=0.0, atol=0.02)
+
+
+def test_more_entropy_is_less_width_where_a_wide_actor_piles_up_at_the_ends():
+    torch.manual_seed(0)
+    for width, sign in ((5.0, -1.0), (0.2, 1.0)):  # 0.87 is the width closest to uniform actions
+        std = torch.full((1, 1), width, requires_grad=True)
+        (grad,) = torch.autograd.grad(tanh_normal_entropy(torch.zeros(1, 1), std, torch.randn(5000, 1)).mean(), std)
+        assert grad.sign().item() == sign
+
+
+def test_the_entropy_of_a_saturated_action_is_finite_and_has_a_gradient():
+    mean = torch.tensor([[30.0]], requires_grad=True)
+    entropy = tanh_normal_entropy(mean, torch.ones(1, 1), torch.zeros(1, 1))
+    entropy.sum().backward()
+    assert entropy.item() == pytest.approx(0.9189385 + 2 * (0.6931472 - 30), rel=1e-5)
+    assert mean.grad is not None and mean.grad.item() == pytest.approx(-2.0)

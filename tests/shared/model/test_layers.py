@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from shared.model.layers import GRU, Normaliser, RunningNorm, dense, mlp
+from shared.model.layers import GRU, Normaliser, RunningNorm, dense, mlp, symlog
 from shared.stream import ObsSpec, StreamSpec
 
 
@@ -94,3 +94,18 @@ def test_a_disabled_normaliser_owns_nothing_and_changes_nothing():
     norm.update({"policy": torch.tensor([[100.0, 100.0]])})
     assert not norm.state_dict()
     assert norm({"policy": torch.tensor([[50.0, 3.0]])})["policy"].tolist() == [[50.0, 3.0]]
+
+
+def test_symlog_is_the_identity_near_zero_and_logarithmic_far_out():
+    x = torch.tensor([0.0, 1e-4, math.e - 1, -(math.e**3 - 1)])
+    torch.testing.assert_close(symlog(x), torch.tensor([0.0, 1e-4, 1.0, -3.0]), rtol=1e-4, atol=0.0)
+
+
+@pytest.mark.parametrize(("normalised", "expected"), [(True, math.log(1 + 50)), (False, math.log(1 + 1003))])
+def test_symlogged_vectors_are_compressed_after_normalisation_and_not_clipped(normalised, expected):
+    spec = StreamSpec(1, {"pixels": ObsSpec((64, 64, 3), "uint8"), "policy": ObsSpec((1,), "float32")}, 1)
+    norm = Normaliser(spec, enabled=normalised, symlogged=True)
+    norm.update({"policy": torch.tensor([[-17.0], [23.0]])})  # mean 3, std 20
+    obs = {"pixels": torch.full((1, 64, 64, 3), 200, dtype=torch.uint8), "policy": torch.tensor([[1003.0]])}
+    out = norm(obs)
+    assert out["policy"].item() == pytest.approx(expected, rel=1e-5) and torch.equal(out["pixels"], obs["pixels"])

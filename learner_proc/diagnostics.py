@@ -1,0 +1,126 @@
+"""How well the model predicts: the prior rolled open-loop along recorded actions, against what was really observed.
+
+Reconstruction says nothing about it, for the posterior has seen what it paints. Here the posterior sees `context` rows and
+the prior predicts the rest; example, L = 16, context 5, horizon 5:
+
+    row        0 1 2 3 4 | 5 6 7 8 9 | 10 ...
+               observed  | predicted |           the error at horizon 5 is that of row 9, repeating the last is row 4
+
+Everything is rolled on means: nothing is drawn, so looking changes no random stream.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor
+
+from learner_proc.heads import target
+from shared.model.rssm import Belief, feat
+
+if TYPE_CHECKING:
+    from tensordict import TensorDict
+
+    from learner_proc.world_model import WorldModel
+    from shared.model.layers import Normaliser
+    from shared.stream import StreamSpec
+
+MAX_CONTEXT = 5
+HORIZONS = (5, 15, 50)
+WINDOW_LENGTH = MAX_CONTEXT + max(HORIZONS)  # rows of a window in which every horizon fits
+
+
+class OpenLoop(NamedTuple):
+    """Predictions beside what was observed, entries (n, L, *shape): vectors normalised, images in [-0.5, 0.5].
+
+    The first `context` rows were observed; `crosses` (n,) bool marks windows in which an episode begins after row 0.
+    """
+
+    context: int
+    predicted: dict[str, Tensor]
+    observed: dict[str, Tensor]
+    crosses: Tensor
+
+
+class Diagnostics:
+    """Open-loop prediction errors of a world model on sampled windows of `length` rows; for log points, not every step.
+
+    `open_loop_x_15` below `repeat_last_x_15` says that the model predicts 15 steps ahead better than a still does. On far
+    horizons that alone is little: a still errs by up to twice the variance, the constant mean by the variance.
+    """
+
+    names: tuple[str, ...]
+
+    def __init__(self, spec: StreamSpec, world_model: WorldModel, normaliser: Normaliser, *, length: int) -> None:
+        """Horizons that do not fit in `length` rows are left out of `names`; `WINDOW_LENGTH` rows fit all."""
+        self._world_model, self._normaliser = world_model, normaliser
+        self._obs_names, self._length = sorted(spec.obs), length
+        self.context = max(1, min(MAX_CONTEXT, length // 3))
+        self.horizons = tuple(h for h in HORIZONS if self.context + h <= length)
+        kinds = ("open_loop", "repeat_last")
+        self.names = tuple(f"{kind}_{name}_{h}" for name in self._obs_names for kind in kinds for h in self.horizons)
+
+    @torch.no_grad()
+    def __call__(self, batch: TensorDict) -> Tensor:
+        """Mean squared errors per dimension or pixel, in the order of `names`, float32 on the device.
+
+        Windows in which an episode begins between the first row and the predicted one do not count; where none is left
+        the error is NaN. Shapes: batch [B, L] in the arrival layout of `shared.stream`. Does not synchronise.
+        """
+        if not self.horizons:
+            return torch.zeros(0, device=batch["reward"].device)
+        rows = [self.context - 1 + h for h in self.horizons]
+        obs = self._observations(batch)
+        features = feat(self._roll(batch, rows[-1] + 1))  # (B, rows, F)
+        predicted = self._world_model.decoder(torch.stack([features[:, row] for row in rows], 1))
+        first = batch["is_first"]
+        counts = torch.stack([~first[:, 1 : row + 1].any(1) for row in rows], 1)  # (B, horizons)
+        errors = []
+        for name in self._obs_names:
+            later = torch.stack([target(obs[name][:, row]) for row in rows], 1)
+            last = target(obs[name][:, self.context - 1])[:, None]
+            errors += [_mean_error(guess, later, counts) for guess in (predicted[name], last)]
+        return torch.cat(errors)
+
+    @torch.no_grad()
+    def rollout(self, batch: TensorDict, *, num_windows: int = 1) -> OpenLoop:
+        """Whole windows to plot, those in which the fewest episodes begin: reconstructed, then predicted.
+
+        Shapes: batch [B, L] with B >= num_windows. Does not synchronise.
+        """
+        begins = batch["is_first"][:, 1:].sum(1)
+        assert num_windows <= begins.shape[0], (num_windows, begins.shape)
+        chosen = begins.topk(num_windows, largest=False).indices
+        windows = batch[chosen]
+        predicted = self._world_model.decoder(feat(self._roll(windows, self._length)))
+        observed = {name: target(entry) for name, entry in self._observations(windows).items()}
+        return OpenLoop(self.context, predicted, observed, begins[chosen] > 0)
+
+    def _observations(self, batch: TensorDict) -> dict[str, Tensor]:
+        return self._normaliser({name: batch["obs", name] for name in self._obs_names})
+
+    def _roll(self, batch: TensorDict, num_rows: int) -> Belief:
+        """Beliefs of the first `num_rows` rows, (B, num_rows, ...): posterior in the context, prior after it."""
+        rssm, context = self._world_model.rssm, self.context
+        action, is_first = batch["action"], batch["is_first"]
+        assert is_first.shape[1] == self._length, (is_first.shape, self._length)
+        seen = {name: entry[:, :context] for name, entry in self._observations(batch).items()}
+        noise = torch.zeros(context, is_first.shape[0], rssm.stoch_dim, device=action.device)
+        observed = self._world_model.observe(seen, action[:, :context], is_first[:, :context], noise).belief
+        belief = Belief(observed.deter[:, -1], observed.stoch[:, -1])
+        deters, stochs = [observed.deter], [observed.stoch]
+        for step_action in action[:, context:num_rows].unbind(1):
+            belief = rssm.prior_step(belief, step_action, noise[0])
+            deters.append(belief.deter[:, None])
+            stochs.append(belief.stoch[:, None])
+        return Belief(torch.cat(deters, 1), torch.cat(stochs, 1))
+
+
+def _mean_error(guess: Tensor, later: Tensor, counts: Tensor) -> Tensor:
+    """The mean squared error of every horizon over the windows that count: (horizons,).
+
+    Shapes: later (B, horizons, *shape), guess alike or with one horizon for all, counts (B, horizons) bool.
+    """
+    error = (guess - later).square().flatten(2).mean(-1)
+    return error.masked_fill(~counts, 0.0).sum(0) / counts.sum(0)

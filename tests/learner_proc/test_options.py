@@ -1,0 +1,123 @@
+"""The options beside the original algorithm: each does what its setting says, inside whole gradient steps."""
+
+from typing import Any
+
+import pytest
+import torch
+from tensordict import TensorDict
+
+from learner_proc.gradient_step import GradientStep
+from shared.config import CompileSettings, NetworkSettings, OptimizationSettings, Settings
+from shared.model.layers import Normaliser, symlog
+from shared.model.rssm import Belief
+from shared.stream import ObsSpec, StreamSpec
+
+B, L, A = 3, 5, 2
+SPEC = StreamSpec(1, {"policy": ObsSpec((4,), "float32")}, A)
+
+
+def make(cont: bool = False, symlog: bool = False, **optimization: Any) -> GradientStep:
+    networks = NetworkSettings(
+        state_dim=3, rssm_hidden_dim=6, hidden_dim=8, continue_head=cont, init_std=1.0, symlog_obs=symlog
+    )
+    defaults = {"autocast": "false", "imagination_horizon": 4, "compile": CompileSettings(enabled=False)}
+    settings = Settings(networks=networks, optimization=OptimizationSettings(**defaults | optimization))
+    torch.manual_seed(0)
+    return GradientStep(SPEC, settings, device=torch.device("cpu"))
+
+
+def make_batch() -> TensorDict:
+    torch.manual_seed(1)
+    obs = TensorDict({"policy": torch.randn(B, L, 4)}, [B, L])
+    flags = {name: torch.rand(B, L) < 0.3 for name in ("is_first", "is_last", "is_terminal")}
+    fields = {"action": torch.rand(B, L, A) * 2 - 1, "reward": torch.randn(B, L), **flags}
+    return TensorDict({"obs": obs, **fields}, [B, L])
+
+
+def run(step: GradientStep, num_steps: int, batch: TensorDict | None = None) -> list[torch.Tensor]:
+    fixed = make_batch() if batch is None else batch
+    torch.manual_seed(7)
+    return [step(fixed) for _ in range(num_steps)]
+
+
+def metric(step: GradientStep, metrics: torch.Tensor, name: str) -> float:
+    return metrics[step.metric_names.index(name)].item()
+
+
+def test_imagination_starts_from_a_new_random_subset_with_its_own_terminal_flags():
+    step, seen = make(cont=True, imagination_starts=6), []
+    belief = Belief(torch.arange(B * L)[:, None].float(), torch.arange(B * L)[:, None].float())
+    for _ in range(2):
+        start, terminal = step._choose_starts(belief, torch.arange(B * L) % 3 == 0)
+        chosen = start.deter[:, 0]
+        assert torch.equal(start.deter, start.stoch) and len(set(chosen.tolist())) == 6
+        assert torch.equal(terminal, chosen % 3 == 0)
+        seen.append(sorted(chosen.tolist()))
+    assert seen[0] != seen[1]
+    shapes = []
+    step._imagined_step = lambda belief, *rest: (shapes.append(belief.deter.shape), step._dreamer.step(belief, *rest))[
+        1
+    ]
+    run(step, 1)
+    assert shapes == [(6, 6)] * 4
+
+
+def test_without_a_number_of_starts_all_beliefs_are_starts_in_order():
+    belief = Belief(torch.randn(B * L, 6), torch.randn(B * L, 3))
+    terminal = torch.rand(B * L) < 0.5
+    start, flags = make()._choose_starts(belief, terminal)
+    assert start.deter is belief.deter and start.stoch is belief.stoch and flags is terminal
+
+
+def test_an_entropy_bonus_widens_the_actor():
+    plain, bonus = (make(actor_lr=1e-2, entropy_scale=scale) for scale in (0.0, 10.0))
+    metrics = {name: run(step, 30)[-1] for name, step in (("plain", plain), ("bonus", bonus))}
+    gain = metric(bonus, metrics["bonus"], "actor_entropy") - metric(plain, metrics["plain"], "actor_entropy")
+    assert gain > 0.05, gain
+
+
+def test_the_slow_critic_follows_the_critic_inside_the_step():
+    step = make(slow_critic_decay=0.75, value_lr=1e-2)
+    before = step.state_dict()
+    assert all(
+        torch.equal(tensor, before["critic"][k]) for k, tensor in before["slow_critic"].items()
+    )  # a copy at first
+    run(step, 1)
+    after = step.state_dict()
+    expected = {k: 0.75 * slow + 0.25 * after["critic"][k] for k, slow in before["slow_critic"].items()}
+    torch.testing.assert_close(after["slow_critic"], expected, rtol=1e-5, atol=1e-7)
+    assert all(
+        not torch.equal(after[group]["layers.0.weight"], before[group]["layers.0.weight"])
+        for group in ("critic", "slow_critic")
+    )
+
+
+def test_a_return_range_survives_in_the_state_and_scales_the_actors_gradient():
+    plain, scaled = make(return_norm="none"), make(return_norm="percentile")
+    state = scaled.state_dict()
+    state["return_scale"] = {"range": torch.tensor(400.0), "weight": torch.tensor(1.0)}
+    scaled.load_state_dict(state)
+    first, second = run(plain, 1)[0], run(scaled, 1)[0]
+    scale = metric(scaled, second, "return_scale")
+    assert 390.0 < scale < 400.0 and metric(plain, first, "return_scale") == 1.0
+    for name in ("loss_actor", "grad_norm_actor"):
+        assert metric(scaled, second, name) == pytest.approx(metric(plain, first, name) / scale, rel=1e-4)
+    assert metric(scaled, second, "loss_value") == metric(plain, first, "loss_value")
+
+
+def test_symlogged_observations_are_what_encoder_and_decoder_see():
+    step, twin = make(symlog=True), make()
+    twin.policy.normaliser = Normaliser(SPEC, enabled=False)
+    far, small = make_batch(), make_batch()
+    far["obs", "policy"].mul_(1000)
+    small["obs", "policy"] = symlog(far["obs", "policy"])
+    assert metric(step, run(step, 1, far)[0], "loss_obs") == metric(twin, run(twin, 1, small)[0], "loss_obs")
+
+
+def test_the_v1_step_has_no_state_beside_networks_normaliser_and_optimisers():
+    groups = {"normaliser", "world_model", "actor", "critic", "adam_model", "adam_actor", "adam_value"}
+    assert set(make().state_dict()) == groups
+    assert set(make(slow_critic_decay=0.9, return_norm="percentile").state_dict()) == groups | {
+        "slow_critic",
+        "return_scale",
+    }
