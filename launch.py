@@ -50,8 +50,8 @@ configs (configs/*.yaml): {configs}
 exit codes:
   0    finished
   1    a process died and could not be replaced
-  2    a setting or option cannot work; nothing was started
-  130  ended by Ctrl-C, 143 by SIGTERM: the learner has saved a checkpoint; --resume goes on from it
+  2    a setting or option cannot work, or a checkpoint does not fit it; nothing was trained
+  130  ended by Ctrl-C, 143 by SIGTERM, 129 by a closed terminal: the learner has saved a checkpoint; --resume goes on from it
 """
 
 
@@ -107,7 +107,19 @@ def read_settings(options: Options) -> Settings:
     check_env(settings)
     check_settings(settings, num_envs(settings))
     check_logger(settings)
+    check_compiler(settings)
     return settings
+
+
+def check_compiler(settings: Settings) -> None:
+    """Pass if torch.compile finds the compiler it needs. Raises: SettingError."""
+    compile = settings.optimization.compile
+    compilers = [os.environ["CXX"]] if "CXX" in os.environ else ["g++", "clang++"]
+    if compile.enabled and compile.backend == "inductor" and not any(map(shutil.which, compilers)):
+        raise SettingError(
+            f"optimization.compile.enabled=true, but there is no C++ compiler ({' or '.join(compilers)}); wanted one on "
+            "the PATH for torch.compile; run: apt install g++, or set optimization.compile.enabled=false"
+        )
 
 
 def find_devices(options: Options) -> Devices:
@@ -161,16 +173,21 @@ def _run(
             # A launch that was killed could not remove its sockets; the lock says that it is gone.
             remove_socket_dir(Path(before.socket_dir))
             num_resumes = before.num_resumes + 1
+        before_config = folder.config.read_text() if resumed else None
         save_settings(settings, folder.config)
+        folder.summary.unlink(missing_ok=True)
         named = devices.names()
         write_json(
             folder.run_json,
             describe_run(settings, argv=argv, devices=named, socket_dir=socket_dir, num_resumes=num_resumes, repo=REPO),
         )
         try:
-            return _watch(Starter(folder, devices, os.environ, resumed, commands), settings, forwarder).exit_code
+            outcome = _watch(Starter(folder, devices, os.environ, resumed, commands), settings, forwarder)
         finally:
             forwarder.close()
+        if outcome.exit_code == 2 and before_config is not None:
+            folder.config.write_text(before_config)  # the checkpoint does not fit the overrides: the next resume may
+        return outcome.exit_code
     finally:
         if socket_dir is not None:
             remove_socket_dir(socket_dir)
@@ -194,7 +211,7 @@ def _watch(starter: Starter, settings: Settings, forwarder: Forwarder) -> Outcom
         display.stop()
         own = {
             "exit_reason": outcome.reason,
-            "wall_s": round(time.monotonic() - began, 3),
+            "launch_s": round(time.monotonic() - began, 3),
             "collector_restarts": watch.restarts,
             "devices": starter.devices.names(),
         }

@@ -6,6 +6,7 @@ python -m benchmarks.show_frames runs/cheetah --out frames.png
 from __future__ import annotations
 
 import argparse
+import json
 from pathlib import Path
 
 import torch
@@ -23,9 +24,9 @@ def sample_frames(run_dir: Path, windows: int, steps: int) -> torch.Tensor:
     settings = load_settings(run_dir / "config.yaml")
     sizes = geometry(settings, num_envs(settings))
     folder = checkpoint.newest(run_dir / "checkpoints")
-    pieces = torch.load(folder / "replay.pt", map_location="cpu", weights_only=True)
-    pixels, action = pieces["obs.pixels"][0], pieces["action"][0]
-    spec = StreamSpec(sizes.num_envs, {"pixels": ObsSpec(tuple(pixels.shape[2:]), "uint8")}, action.shape[-1])
+    fields = {field["name"]: field for field in json.loads((folder / "manifest.json").read_text())["fields"]}
+    pixels, action = fields["obs.pixels"]["shape"], fields["action"]["shape"]
+    spec = StreamSpec(sizes.num_envs, {"pixels": ObsSpec(tuple(pixels[1:]), "uint8")}, action[-1])
     layout = plan_layout(spec, sizes.capacity)
     slab = torch.zeros(layout.num_bytes, dtype=torch.uint8)
     replay = Replay(slab, layout, ticks_per_chunk=sizes.ticks_per_chunk, seed=0, device=torch.device("cpu"))

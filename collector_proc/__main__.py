@@ -14,7 +14,7 @@ from pathlib import Path
 from collector_proc.simulators.registry import build_simulator
 from shared.compose import load_settings
 from shared.config import geometry, num_envs
-from shared.errors import SimulatorError, TransportError
+from shared.errors import SettingError, SimulatorError, TransportError
 from shared.handover import Disconnected, connect
 from shared.logs import configure
 from shared.run_folder import read_run
@@ -22,7 +22,7 @@ from shared.supervision import Progress, die_with_parent, enable_stack_dumps, in
 
 
 def main() -> int:
-    """Exit codes: 0 asked to stop or the learner is gone, 1 anything else."""
+    """Exit codes: 0 asked to stop or the learner is gone, 2 the simulator cannot start at all, 1 anything else."""
     parser = argparse.ArgumentParser(prog="python -m collector_proc", description=__doc__)
     parser.add_argument("--run-dir", type=Path, required=True, help="run folder made by launch.py")
     parser.add_argument("--device", default="cpu", help="device of the simulator and the acting policy")
@@ -39,12 +39,18 @@ def main() -> int:
     seed = settings.env.seed + 1000 * arguments.incarnation + 1_000_000 * run.num_resumes
     sizes = geometry(settings, num_envs(settings))
     simulator = None
+
+    def alive() -> None:
+        progress.advance()
+        if stop.requested:
+            raise Disconnected("asked to stop")
+
     try:
         progress.phase("simulator")
         simulator = build_simulator(settings, seed=seed, device=arguments.device)
         stop.install()  # simulators may have taken the handlers
         progress.phase("hello")
-        channel = connect(run.socket_dir, deadline_s=settings.deadlines.start_s, alive=progress.advance)
+        channel = connect(run.socket_dir, deadline_s=settings.deadlines.start_s, alive=alive)
 
         import torch
 
@@ -62,9 +68,9 @@ def main() -> int:
     except Disconnected:
         log.info("learner gone")
         return 0
-    except (SimulatorError, TransportError) as error:
+    except (SettingError, SimulatorError, TransportError) as error:
         log.error("failed", error=str(error))
-        return 1
+        return 2 if simulator is None and arguments.incarnation == 0 else 1
     finally:
         progress.phase("stopping")
         if simulator is not None:

@@ -72,14 +72,15 @@ class Collector:
         action = torch.zeros(self._geometry.num_envs, self._simulator.spec.action_dim, device=self._device)
         version = 0
         try:
-            if not self._begin_chunk():
+            # a restarted collector has no random actions left to take: it waits for the learner's weights
+            if not self._begin_chunk() or not self._await_version(0 if self._actor.random_ticks > 0 else 1):
                 return
             while not self._stop.requested:
                 first = arrival.is_first.to(self._device)
                 action = torch.where(first[:, None], 0.0, action)
                 self._writer.add(arrival, action, version)
                 tracker.add(arrival, random=version == 0)
-                if self._writer.full and not (self._commit(tracker) and self._begin_chunk()):
+                if self._writer.full and not (self._commit(tracker, version) and self._begin_chunk()):
                     return
                 if not self._lockstep:
                     self._weights.adopt()
@@ -93,12 +94,20 @@ class Collector:
             self._weights.close()
             self._channel.close()
 
+    def _alive(self) -> None:
+        """Called by every wait before the loop. Raises: Disconnected when asked to stop."""
+        self._progress.advance()
+        if self._stop.requested:
+            raise Disconnected("asked to stop")
+
     def _hello(self) -> Welcome:
         self._progress.phase("hello")
         spec = self._simulator.spec
         self._channel.send(Hello(PROTOCOL, self._run_id, self._incarnation, os.getpid(), spec.to_dict()))
         answer, fds = self._channel.receive_within(
-            self._settings.deadlines.start_s, waiting_for="the learner's welcome", alive=self._progress.advance
+            self._settings.deadlines.start_s + self._settings.deadlines.compile_s,  # it may be compiling
+            waiting_for="the learner's welcome",
+            alive=self._alive,
         )
         if isinstance(answer, Refusal):
             raise TransportError(f"the learner refused this collector: {answer.reason}")
@@ -151,15 +160,22 @@ class Collector:
         self._turn = self._wait_for_grant()
         if self._turn is None:
             return False
-        wanted = max(self._turn.version, 0 if self._actor.random_ticks > 0 else 1)
+        return self._await_version(max(self._turn.version, 0 if self._actor.random_ticks > 0 else 1))
+
+    def _await_version(self, wanted: int) -> bool:
+        """Adopt weights until they are at least of version `wanted`; False when asked to stop."""
         while self._weights.version < wanted and not self._stop.requested:
-            self._progress.advance()
             if not self._weights.adopt():
-                self._channel.wait(0.005)
+                self._progress.advance()
+                self._read_grants()  # notices a learner that is gone
+                time.sleep(0.002)
         return not self._stop.requested
 
-    def _commit(self, tracker: EpisodeTracker) -> bool:
-        """Write the gathered chunk into granted rows and tell the learner; False when asked to stop."""
+    def _commit(self, tracker: EpisodeTracker, version: int) -> bool:
+        """Write the gathered chunk into granted rows and tell the learner; False when asked to stop.
+
+        version: of the policy that chose its last actions, 0 for random ones.
+        """
         grant, self._turn = self._turn or self._wait_for_grant(), None
         if grant is None:
             return False
@@ -172,7 +188,7 @@ class Collector:
             row=grant.row,
             agent_steps=steps,
             env_frames=steps * self._simulator.frames_per_step,
-            policy_version=self._weights.version,
+            policy_version=version,
             checksum=chunk_sum,
             returns=struct.pack(f"<{count}f", *returns),
             lengths=struct.pack(f"<{count}i", *lengths),
@@ -189,6 +205,13 @@ class Collector:
         self.agent_steps += steps
         self._window = (since, counted + steps)
         fps = (counted + steps) / max(now - since, 1e-9)
-        self._progress.status({"agent_steps": self.agent_steps, "fps": fps, "policy_version": self._weights.version})
+        self._progress.status(
+            {
+                "agent_steps": self.agent_steps,
+                "fps": fps,
+                "policy_version": self._weights.version,
+                "weights_refused": self._weights.num_refused,
+            }
+        )
         if now - since > PACE_WINDOW_S:
             self._window = (now, 0)

@@ -7,14 +7,11 @@ import os
 import sys
 from pathlib import Path
 
-import torch
-
-from learner_proc.learn import Learner
 from shared.compose import load_settings
 from shared.config import geometry, num_envs
 from shared.errors import SettingError, TransportError
 from shared.logs import configure
-from shared.run_folder import read_run
+from shared.run_folder import read_run, remove_socket_dir
 from shared.supervision import Progress, die_with_parent, enable_stack_dumps, install_stop_flag
 
 
@@ -31,11 +28,18 @@ def main() -> int:
     enable_stack_dumps(arguments.run_dir / "crash", "learner")
     stop = install_stop_flag()
     die_with_parent()
+
+    import torch  # takes a second or two: a signal that arrives meanwhile must find the flag installed
+
+    from learner_proc.learn import Learner
+
     if "OMP_NUM_THREADS" in os.environ:
         torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
     if arguments.device.startswith("cuda"):
         torch.backends.cuda.matmul.allow_tf32 = True
         torch.backends.cudnn.allow_tf32 = True
+    made_socket_dir = not Path(run.socket_dir).exists()  # launch removes its own; run alone, this process makes one
+    Path(run.socket_dir).mkdir(mode=0o700, exist_ok=True)
     try:
         learner = Learner(
             settings, geometry(settings, num_envs(settings)), run, run_dir=arguments.run_dir,
@@ -49,6 +53,9 @@ def main() -> int:
     except (TransportError, FloatingPointError) as error:
         log.error("failed", error=str(error))
         return 1
+    finally:
+        if made_socket_dir:
+            remove_socket_dir(Path(run.socket_dir))
 
 
 if __name__ == "__main__":

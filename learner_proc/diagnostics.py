@@ -74,8 +74,8 @@ class Diagnostics:
         obs = self._observations(batch)
         features = feat(self._roll(batch, rows[-1] + 1))  # (B, rows, F)
         predicted = self._world_model.decoder(torch.stack([features[:, row] for row in rows], 1))
-        first = batch["is_first"]
-        counts = torch.stack([~first[:, 1 : row + 1].any(1) for row in rows], 1)  # (B, horizons)
+        begins = batch["is_first"][:, 1:].cumsum(1)
+        counts = torch.stack([begins[:, row - 1] == 0 for row in rows], 1)  # (B, horizons)
         errors = []
         for name in self._obs_names:
             later = torch.stack([target(obs[name][:, row]) for row in rows], 1)

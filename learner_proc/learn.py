@@ -21,7 +21,7 @@ from learner_proc.replay import Replay
 from learner_proc.report import Counters, Report
 from shared.checksum import checksum
 from shared.config import Geometry, Settings
-from shared.errors import TransportError
+from shared.errors import SettingError, TransportError
 from shared.handover import create_memfd_slab, pin_slab
 from shared.messages import Commit
 from shared.stream import StreamSpec, plan_layout
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 IDLE_S = 0.01  # longest sleep while neither a step nor a message is due
 STATUS_S = 0.5  # seconds between two live statuses
 STEPS_AHEAD = 2
+MAX_SKIPPED = 100  # steps in a row without a finite gradient; float16 needs a dozen until its loss scale settles
 DIAGNOSTIC_WINDOWS = 64  # sampled for the open-loop error of every row of metrics.jsonl
 REPUBLISH_S = 0.2
 
@@ -61,7 +62,7 @@ class Learner:
         self._device, self._progress, self._stop, self._log = device, progress, stop, log
         self._run = run
         self._folder = checkpoint.newest(run_dir / "checkpoints") if resume else None
-        self._saved = checkpoint.load_state(self._folder, device) if self._folder else None
+        self._saved = checkpoint.load_state(self._folder) if self._folder else None
         self.counters = Counters()
         if self._saved is not None:
             vars(self.counters).update(self._saved["counters"])
@@ -75,6 +76,7 @@ class Learner:
         self._link = CollectorLink(
             run.socket_dir,
             run_id=run.run_id,
+            num_envs=geometry.num_envs,
             allocate=self._allocate,
             random_frames=self._random_frames,
             agent_steps=lambda: self.counters.agent_steps,
@@ -90,7 +92,7 @@ class Learner:
     def run(self) -> None:
         """Raises: TransportError if no collector says hello in time; FloatingPointError if training diverged for good."""
         self._progress.phase("hello")
-        self._wait_for(lambda: self._link.streaming, "a collector's hello and self-test")
+        self._wait_for_collector()
         if self._stop.requested:
             return
         self._build()
@@ -152,7 +154,7 @@ class Learner:
             self._step(self._blank_batch())
             self._step.load_state_dict(snapshot)
         if self._saved is not None:
-            self._step.load_state_dict(self._saved["gradient_step"])
+            self._restore_networks(self._saved["gradient_step"])
             random_state = self._saved["random_state"]
         checkpoint.restore_random_state(random_state, self._link.replay, self._device)
         self._saved = None
@@ -187,6 +189,13 @@ class Learner:
             version=self.counters.policy_version,
         )
         self._publish()
+
+    def _restore_networks(self, state: dict) -> None:
+        assert self._step is not None
+        try:
+            self._step.load_state_dict(state)
+        except ValueError as error:
+            raise SettingError(f"{self._folder}: {error}") from error
 
     def _blank_batch(self) -> TensorDict:
         """A batch of the shapes to come; its values do not matter."""
@@ -247,7 +256,6 @@ class Learner:
                     "wanted equal sums; the link between the GPUs corrupts data: run both processes on one GPU"
                 )
         self._pacing.collected += self._geometry.frames_per_chunk
-        self.counters.rows += self._geometry.frames_per_chunk
         if self._step is None:
             self._unseen.append(commit.row)
             self._early.append(commit)
@@ -282,18 +290,20 @@ class Learner:
         if steps % options.log_every == 0:
             self._request_row()
         self._report.poll()
-        if self._report.all_skipped:
+        if self._report.skipped_in_a_row >= MAX_SKIPPED:
             raise FloatingPointError(
-                f"every gradient of the last {options.log_every} steps up to {steps} was not finite; wanted finite losses; "
-                "resume from a checkpoint with a lower learning rate, or with optimization.autocast=false"
+                f"the gradients of the last {self._report.skipped_in_a_row} steps up to {steps} were not finite; wanted "
+                "finite losses; resume from a checkpoint with a lower learning rate or optimization.autocast=bfloat16"
             )
         if time.monotonic() - self._saved_at > self._settings.checkpoint.every_s:
             self._save()
 
     def _publish(self) -> None:
+        before = self._publisher.version
         self._publisher.publish()
         self.counters.policy_version = self._publisher.version
-        self._published_step, self._published_at = self.counters.gradient_steps, time.monotonic()
+        if self._publisher.version > before:
+            self._published_step, self._published_at = self.counters.gradient_steps, time.monotonic()
 
     def _request_row(self) -> None:
         """A row of metrics.jsonl, with the open-loop error on freshly sampled windows."""
@@ -301,7 +311,12 @@ class Learner:
         assert replay is not None
         batch = replay.sample(DIAGNOSTIC_WINDOWS, length) if replay.num_rows >= length else None
         errors = None if batch is None else self._diagnostics(batch)
-        self._report.request_row(errors, replay_ratio=self._replay_ratio())
+        self._report.request_row(
+            errors,
+            replay_ratio=self._replay_ratio(),
+            messages_dropped=self._link.num_dropped,
+            publications_skipped=self._publisher.num_skipped,
+        )
 
     def _diagnostic_rows(self) -> int:
         return min(WINDOW_LENGTH, self._geometry.capacity - 2 * self._geometry.ticks_per_chunk)
@@ -319,12 +334,20 @@ class Learner:
     def _finished(self) -> bool:
         return self._stop.requested or self.counters.gradient_steps >= self._settings.optimization.total_optim_steps
 
-    def _wait_for(self, condition, what: str) -> None:
-        end = time.monotonic() + self._settings.deadlines.start_s
-        while not condition() and not self._stop.requested:
+    def _wait_for_collector(self) -> None:
+        """Serve until a collector streams; the deadline begins anew with every incarnation that comes as far as a hello.
+
+        Twice `start_s`: its simulator may take that long, and its hello and self-test again.
+        """
+        patience, greeted = 2 * self._settings.deadlines.start_s, -1
+        end = 0.0
+        while not self._link.streaming and not self._stop.requested:
+            if self._link.num_greeted != greeted:
+                greeted, end = self._link.num_greeted, time.monotonic() + patience
             if time.monotonic() > end:
                 raise TransportError(
-                    f"waited {self._settings.deadlines.start_s:.0f} s for {what}; look at logs/collector.out"
+                    f"waited {patience:.0f} s for a collector's hello and self-test, {greeted} came so far; "
+                    "look at logs/collector.out, or raise deadlines.start_s"
                 )
             self._serve()
             self._progress.advance()

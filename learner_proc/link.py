@@ -35,13 +35,14 @@ class CollectorLink:
         socket_dir: str | Path,
         *,
         run_id: str,
+        num_envs: int,
         allocate: Callable[[StreamSpec], tuple[Replay, int | None]],
         random_frames: Callable[[], int],
         agent_steps: Callable[[], int],
         log,
     ) -> None:
         self._listener = listen(socket_dir)
-        self._run_id, self._allocate, self._log = run_id, allocate, log
+        self._run_id, self._num_envs, self._allocate, self._log = run_id, num_envs, allocate, log
         self._random_frames, self._agent_steps = random_frames, agent_steps
         self._channel: Channel | None = None
         self._state, self._since = "nobody", 0.0
@@ -53,6 +54,7 @@ class CollectorLink:
         self.spec: StreamSpec | None = None
         self.replay: Replay | None = None
         self.incarnation = -1
+        self.num_greeted = 0  # incarnations that were sent the slab
         self.num_dropped = 0  # malformed or out of place
         self.bandwidth = 0.0  # bytes/s of the last self-test
 
@@ -91,9 +93,17 @@ class CollectorLink:
         self.flush()
 
     def flush(self) -> None:
-        """Send every grant whose event has passed. Never waits."""
-        while self._unsent and (self._unsent[0][1] is None or self._unsent[0][1].query()):
-            self._send_grant(self._unsent.popleft()[0])
+        """Send every grant whose event has passed, as far as the socket has room. Never waits.
+
+        A collector that is gone is noticed by `poll`, after the commits it left in the socket were read.
+        """
+        try:
+            while self._unsent and (self._unsent[0][1] is None or self._unsent[0][1].query()):
+                if self._channel is None or not self._channel.try_send(self._unsent[0][0]):
+                    return
+                self._sent.append(self._unsent.popleft()[0])
+        except Disconnected:
+            self._log.warning("grant not sent: the collector is gone", incarnation=self.incarnation)
 
     def wait(self, timeout_s: float) -> None:
         """Sleep until the collector says something, at most `timeout_s` seconds."""
@@ -162,8 +172,9 @@ class CollectorLink:
             agent_steps=self._agent_steps(),
         )
         assert self._channel is not None
-        self._channel.send(welcome, () if self._fd is None else (self._fd,))
+        self._channel.send(welcome, () if self._fd is None else (self._fd,), deadline_s=1.0)  # the first: there is room
         self._state = "testing"
+        self.num_greeted += 1
         self._log.info("collector greeted", incarnation=hello.incarnation, pid=hello.pid, transport=welcome.transport)
 
     def _objection(self, hello: Hello) -> str | None:
@@ -175,6 +186,10 @@ class CollectorLink:
             spec = StreamSpec.from_dict(hello.spec)
         except ValueError as error:
             return str(error)
+        if spec.num_envs != self._num_envs:
+            return (
+                f"{spec.num_envs} environments, wanted {self._num_envs} as the settings say; mend the simulator backend"
+            )
         if self.spec is not None and spec != self.spec:
             return (
                 f"stream {spec.to_dict()}, wanted {self.spec.to_dict()} as at the first hello; start a new run for it"
@@ -197,17 +212,8 @@ class CollectorLink:
         self.bandwidth = test.num_bytes / max(test.write_s, 1e-9)
         self._log.info("self-test passed", num_bytes=test.num_bytes, bytes_per_s=round(self.bandwidth))
         self._state = "streaming"
-        self._send_grant(Grant(self._next_seq(), self._test_row, 0))
-
-    def _send_grant(self, grant: Grant) -> None:
-        if self._channel is None:
-            return
-        try:
-            self._channel.send(grant)
-            self._sent.append(grant)
-        except (Disconnected, TransportError) as error:
-            self._log.warning("grant not sent", error=str(error))
-            self._lose()
+        self._unsent.append((Grant(self._next_seq(), self._test_row, 0), None))
+        self.flush()
 
     def _refuse(self, channel: Channel, reason: str) -> None:
         self._log.error("collector refused", reason=reason)

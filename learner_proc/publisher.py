@@ -33,6 +33,7 @@ class Publisher:
         self._in_flight: list[tuple[int, torch.Tensor, torch.cuda.Event]] = []
         self._read: torch.cuda.Event | None = None
         self.version = version
+        self._owed = False  # a republication waits for a free buffer
         self.num_skipped = 0
 
     def publish(self) -> None:
@@ -42,11 +43,12 @@ class Publisher:
             return
         self.version += 1
         self._pack()
+        self._copy_out()
 
     def republish(self) -> None:
-        """Push the present weights again under the present version, for a collector that missed them."""
-        if self.version > 0 and (self._stream is None or self._free):
-            self._pack()
+        """Push the last version again, as it was packed, for a collector that missed it."""
+        self._owed = self.version > 0
+        self.flush()
 
     def flush(self) -> None:
         """Send every packed version whose copy has arrived in pinned memory. Never waits."""
@@ -54,6 +56,9 @@ class Publisher:
             version, buffer, _ = self._in_flight.pop(0)
             self._send(version, buffer)
             self._free.append(buffer)
+        if self._owed and (self._stream is None or self._free):
+            self._owed = False
+            self._copy_out()
 
     def close(self) -> None:
         self._socket.close(linger=0)
@@ -63,6 +68,9 @@ class Publisher:
         if self._read is not None:
             torch.cuda.current_stream().wait_event(self._read)  # pack only over what has been read
         torch._foreach_copy_(self._views, self._sources)  # pyright: ignore[reportPrivateImportUsage]
+
+    def _copy_out(self) -> None:
+        """The flat buffer to the socket: at once on the CPU, by way of pinned memory from a GPU."""
         if self._stream is None:
             self._send(self.version, self._flat)
             return

@@ -22,8 +22,8 @@ class Counters:
     """Totals since the run began (they survive a resume)."""
 
     def __init__(self) -> None:
-        self.gradient_steps = self.agent_steps = self.env_frames = self.rows = self.episodes = 0
-        self.nan_skips = self.policy_version = 0
+        self.gradient_steps = self.agent_steps = self.env_frames = self.episodes = 0
+        self.nan_skips = self.policy_version = self.num_diverged = 0
         self.wall_s = 0.0
 
 
@@ -62,13 +62,17 @@ class Report:
         self._window = (time.monotonic(), counters.gradient_steps, counters.agent_steps)
         self._first_step: tuple[float, int] | None = None  # of this process; means count from here
         self._streaming_since, self._first_agent_steps = streaming_since, counters.agent_steps
-        self.all_skipped = False  # every step of the last row's window was not finite
+        self.skipped_in_a_row = 0  # steps of the last windows in which none was finite
+        self._diverged_before = 0
 
     def add_commit(self, commit: Commit, *, newest_version: int) -> None:
         """Count a commit; newest_version: the version published last when it arrived."""
         totals = self._counters
         totals.agent_steps += commit.agent_steps
         totals.env_frames += commit.env_frames
+        # a restarted collector counts from 0 again
+        totals.num_diverged += max(0, commit.num_diverged - self._diverged_before)
+        self._diverged_before = commit.num_diverged
         count = len(commit.kinds)
         totals.episodes += count
         returns = struct.unpack(f"<{count}f", commit.returns)
@@ -101,7 +105,7 @@ class Report:
             diagnostics = self._sum.new_full((len(self._diagnostic_names),), float("nan"))
         self._pinned.copy_(torch.cat([self._sum, diagnostics]), non_blocking=True)
         if self._sum.is_cuda:
-            event = torch.cuda.Event()
+            event = torch.cuda.Event(blocking=True)
             event.record()
         self._pending = (row, self._count, event)
         self._sum.zero_()
@@ -122,7 +126,7 @@ class Report:
         sums = dict(zip(self._names, values, strict=False))
         skipped = round(sums.get("skipped", 0.0))
         self._counters.nan_skips += skipped
-        self.all_skipped = count > 0 and skipped == count
+        self.skipped_in_a_row = self.skipped_in_a_row + count if skipped == count else 0
         row |= {name: value / count if count else None for name, value in sums.items()}
         row |= dict(zip(self._diagnostic_names, values[len(self._names) :], strict=True))
         row |= {"nan_skips": self._counters.nan_skips} | self._constants
@@ -158,6 +162,7 @@ class Report:
             "eval_return_mean": _mean(self._returns["eval"]),
             "random_return_mean": _mean(self._returns["random"]),
             "episode_length_mean": _mean(self._lengths),
+            "num_diverged": totals.num_diverged,
             "policy_version": totals.policy_version,
             "policy_lag_mean": _mean(self._lags),
         }
@@ -167,11 +172,19 @@ def cut_after(path: Path, gradient_steps: int) -> None:
     """Drop the rows of a life that a resume has undone: those behind the checkpoint it starts from."""
     if path.exists():
         lines = path.read_text().splitlines(keepends=True)
-        kept = [line for line in lines if line.endswith("\n") and json.loads(line)["gradient_steps"] <= gradient_steps]
+        kept = [line for line in lines if line.endswith("\n") and _steps_of(line) <= gradient_steps]
         if len(kept) != len(lines):
             partial = path.with_name(path.name + ".partial")
             partial.write_text("".join(kept))
             partial.replace(path)
+
+
+def _steps_of(line: str) -> float:
+    """Gradient steps of a row; infinite for a line that is no row."""
+    try:
+        return json.loads(line)["gradient_steps"]
+    except (ValueError, KeyError, TypeError):
+        return math.inf
 
 
 def _mean(values: deque) -> float | None:

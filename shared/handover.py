@@ -102,7 +102,17 @@ class Channel:
                 raise Disconnected("the peer closed the connection") from error
             if alive is not None:
                 alive()
-            select.select([], [self._socket], [], 0.05)
+            self._poll(select.POLLOUT, 0.05)
+
+    def try_send(self, message: Message) -> bool:
+        """Send one message if the socket has room for it now. Raises: Disconnected if the peer is gone."""
+        try:
+            self._socket.send(encode(message))
+            return True
+        except BlockingIOError:
+            return False
+        except (BrokenPipeError, ConnectionResetError) as error:
+            raise Disconnected("the peer closed the connection") from error
 
     def receive(self) -> tuple[Message, tuple[int, ...]] | None:
         """The next message and the descriptors sent with it, or None if none waits.
@@ -129,7 +139,7 @@ class Channel:
 
     def wait(self, timeout_s: float) -> bool:
         """True as soon as a message (or end of file) can be read, False after `timeout_s` seconds."""
-        return bool(select.select([self._socket], [], [], timeout_s)[0])
+        return self._poll(select.POLLIN, timeout_s)
 
     def receive_within(
         self, deadline_s: float, *, waiting_for: str, alive: Callable[[], None]
@@ -146,6 +156,11 @@ class Channel:
 
     def close(self) -> None:
         self._socket.close()
+
+    def _poll(self, event: int, timeout_s: float) -> bool:
+        poller = select.poll()  # select() fails for descriptors beyond 1023, and a simulator may hold that many
+        poller.register(self._socket, event)
+        return bool(poller.poll(timeout_s * 1000.0))
 
 
 def create_memfd_slab(num_bytes: int) -> tuple[Tensor, int]:

@@ -26,7 +26,11 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 ALIGNMENT = 256
-SLAB_UNIT = 2 * 1024 * 1024  # whole CUDA segments, so that the exported segment holds nothing but the slab
+# CUDA's allocator cuts requests below 10 MiB out of shared 20 MiB segments; above, a segment holds one request. An IPC
+# handle exports a whole segment, so the slab must have its own.
+SLAB_UNIT = 2 * 1024 * 1024
+SLAB_MINIMUM = 20 * 1024 * 1024
+MAX_ROW_VALUES = 1 << 32  # of all environments together: more in one tick is no simulator's
 DTYPE_BYTES = {"float32": 4, "int64": 8, "uint8": 1, "bool": 1}
 
 
@@ -87,12 +91,14 @@ class StreamSpec:
         try:
             obs = {str(k): ObsSpec(tuple(int(n) for n in v["shape"]), str(v["dtype"])) for k, v in raw["obs"].items()}
             spec = StreamSpec(int(raw["num_envs"]), obs, int(raw["action_dim"]))
-        except (KeyError, TypeError, AttributeError) as error:
+        except (KeyError, TypeError, AttributeError, OverflowError, ValueError) as error:
             raise ValueError(f"malformed stream spec {raw!r:.200}: {error!r}") from error
         sizes = [spec.num_envs, spec.action_dim, *(n for o in obs.values() for n in o.shape)]
+        row_values = spec.num_envs * (spec.action_dim + sum(math.prod(o.shape) for o in obs.values()))
         if (
             not obs
             or any(n < 1 or n > 1 << 24 for n in sizes)
+            or row_values > MAX_ROW_VALUES
             or any(o.dtype not in ("uint8", "float32") for o in obs.values())
         ):
             raise ValueError(
@@ -120,13 +126,13 @@ class Layout:
 
 
 def plan_layout(spec: StreamSpec, capacity: int) -> Layout:
-    """Lay the blocks of `capacity` rows one after the other, aligned; the slab is a whole number of 2 MiB units."""
+    """Lay the blocks of `capacity` rows one after the other, aligned; the slab is a CUDA segment of its own."""
     fields, offsets, end = tuple(spec.fields()), [], 0
     for entry in fields:
         offsets.append(end)
         count = capacity * (spec.num_envs if entry.per_env else 1) * math.prod(entry.shape)
         end += -(-count * DTYPE_BYTES[entry.dtype] // ALIGNMENT) * ALIGNMENT
-    return Layout(capacity, spec.num_envs, fields, tuple(offsets), -(-end // SLAB_UNIT) * SLAB_UNIT)
+    return Layout(capacity, spec.num_envs, fields, tuple(offsets), max(SLAB_MINIMUM, -(-end // SLAB_UNIT) * SLAB_UNIT))
 
 
 def ring_views(slab: Tensor, layout: Layout) -> TensorDict:

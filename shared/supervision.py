@@ -190,7 +190,7 @@ def die_with_parent() -> None:
 
 
 class StopFlag:
-    """Set once SIGTERM or SIGINT arrives; loops poll `requested` and end in good order."""
+    """Set once SIGTERM, SIGINT or SIGHUP arrives; loops poll `requested` and end in good order."""
 
     def __init__(self) -> None:
         self.requested = False
@@ -199,13 +199,15 @@ class StopFlag:
         self._before: dict[int, Any] = {}
 
     def install(self) -> None:
-        """Take both signals, again if a simulator has taken them meanwhile."""
-        for signum in (signal.SIGTERM, signal.SIGINT):
+        """Take SIGTERM, SIGINT and SIGHUP (a closed terminal), again if a simulator has taken them meanwhile."""
+        for signum in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+            if signum == signal.SIGHUP and signal.getsignal(signum) == signal.SIG_IGN:
+                continue  # nohup: the run is to outlive its terminal
             before = signal.signal(signum, self._set)
             self._before.setdefault(signum, before)
 
     def restore(self) -> None:
-        """Give both signals back to whoever had them."""
+        """Give the signals back to whoever had them."""
         for signum, before in self._before.items():
             signal.signal(signum, before)
         self._before.clear()

@@ -85,7 +85,7 @@ def _find(gpus: list[Gpu], entry: str) -> Gpu:
 
 
 def choose_devices(gpus: list[Gpu], *, sim: int | None, train: int | None) -> Devices:
-    """Simulator on the first GPU and learner on the second unless told otherwise; one GPU serves both; none: the CPU.
+    """Simulator on the first GPU and learner on another unless told otherwise; one GPU serves both; none: the CPU.
 
     Raises: SettingError if an index is negative or beyond the visible GPUs.
     """
@@ -95,8 +95,11 @@ def choose_devices(gpus: list[Gpu], *, sim: int | None, train: int | None) -> De
             raise SettingError(f"{flag} {index} is no visible GPU; wanted an index {seen}; see 'nvidia-smi -L'")
     if not gpus:
         return Devices(None, None, (NO_GPU,))
-    last = min(1, len(gpus) - 1)
-    return Devices(gpus[0 if sim is None else sim], gpus[last if train is None else train])
+    if sim is None:
+        sim = 1 if train == 0 and len(gpus) > 1 else 0
+    if train is None:
+        train = next((index for index in (1, 0) if index != sim and index < len(gpus)), sim)
+    return Devices(gpus[sim], gpus[train])
 
 
 def child_environment(role: str, devices: Devices, outer: Mapping[str, str], *, repo: Path) -> dict[str, str]:
@@ -117,6 +120,10 @@ def child_environment(role: str, devices: Devices, outer: Mapping[str, str], *, 
         uuids = list(dict.fromkeys((devices.sim.uuid, devices.train.uuid)))
     env["CUDA_VISIBLE_DEVICES"] = ",".join(uuids)
     env["CUDA_DEVICE_ORDER"] = "PCI_BUS_ID"
+    if devices.sim.index >= 0:
+        env.setdefault(
+            "MUJOCO_EGL_DEVICE_ID", str(devices.sim.index)
+        )  # EGL sees every GPU, whatever the mask above says
     conf = allocator_conf(outer)
     return env | dict.fromkeys(_ALLOCATOR_KEYS, conf)
 

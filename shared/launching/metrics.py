@@ -91,6 +91,7 @@ def summarize(row: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
     merged = dict.fromkeys(SUMMARY_KEYS) | {key: value for key, value in row.items() if key != "time"} | dict(own)
     for key in ("collect_fps", "updates_per_s"):  # a row's own are of its window, a summary's of the whole run
         merged[key] = row.get(f"{key}_mean", merged[key])
+    merged["wall_s"] = row.get("wall_s", own.get("launch_s"))  # of the whole run, all its launches together
     return {key: _finite(value) for key, value in merged.items()}
 
 

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from shared.launching.metrics import Forwarder
 
 TICK_S = 0.2
+CANNOT_START = 2  # the collector's exit code when its simulator cannot start at all: another try would end alike
 SLEPT_S = 5.0  # a pass later than this means that this process, or the whole machine, was suspended
 # A collector that lost its learner ends first; this long the learner may follow before that counts as a death.
 GRACE_S = 0.6
@@ -131,7 +132,7 @@ class Watch:
             return self._check_running_learner(learner)
         if self._ending is not None:
             planned = self._ending[0]
-            if returncode == 0:
+            if returncode in (0, -signal.SIGTERM):  # the latter: asked before it had come as far as the handler
                 return planned
             self._show_death(learner, describe_exit(returncode))
             return Outcome(planned.exit_code, f"{planned.reason}; the learner then died ({describe_exit(returncode)})")
@@ -175,6 +176,10 @@ class Watch:
                 return None
             self._collector_died_at = time.monotonic()
             self._collector_death = hang or describe_exit(returncode)
+            if returncode == CANNOT_START:
+                self._show_death(collector, self._collector_death)
+                self._end_learner(Outcome(1, "the simulator cannot start; the lines above say why"))
+                return None
         if self._snapshots["learner"].phase in LAST_PHASES or time.monotonic() - self._collector_died_at < GRACE_S:
             return None
         self._collector_died_at = None

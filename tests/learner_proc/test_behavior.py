@@ -100,6 +100,13 @@ def with_options(**options: Any) -> tuple[Behavior, torch.Tensor]:
     return behavior, golden()[1]
 
 
+def columns(behavior: Behavior) -> tuple[Column, Column]:
+    """The live critic and the slow one."""
+    live, slow = behavior.critic, behavior.slow_critic
+    assert isinstance(live, Column) and isinstance(slow, Column)
+    return live, slow
+
+
 def test_the_entropy_bonus_weighs_an_action_like_the_step_it_leads_to():
     behavior, features = with_options(entropy_scale=0.1)
     entropy = torch.tensor([[2.0, 3.0, 5.0]], requires_grad=True)
@@ -112,27 +119,27 @@ def test_the_entropy_bonus_weighs_an_action_like_the_step_it_leads_to():
 
 def test_the_lambda_return_takes_the_slow_critics_values_and_the_live_one_is_trained():
     behavior, features = with_options(slow_critic_decay=0.75)
+    live, slow = columns(behavior)
     with torch.no_grad():
-        behavior.critic.scale.fill_(5.0)
+        live.scale.fill_(5.0)
     actor = behavior.actor_loss(features, NO_END[:1], NO_BONUS[:1])
     torch.testing.assert_close(actor.target, torch.tensor([[23.05, 29.0]]), rtol=1e-6, atol=0.0)
     critic = behavior.critic_loss(features, actor.target, actor.weight)
     critic.total.backward()
-    assert behavior.slow_critic is not None
-    assert behavior.critic.scale.grad is not None and behavior.slow_critic.scale.grad is None
+    assert live.scale.grad is not None and slow.scale.grad is None
     # 50 and 100 against 23.05 and 29, weighted by 1 and 0.9
     assert critic.bias.item() == pytest.approx((26.95 + 0.9 * 71.0) / 1.9, rel=1e-5)
 
 
 def test_the_slow_critic_keeps_its_decay_of_itself_unless_the_step_was_skipped():
     behavior, _ = with_options(slow_critic_decay=0.75)
-    assert behavior.slow_critic is not None
+    live, slow = columns(behavior)
     with torch.no_grad():
-        behavior.critic.scale.fill_(5.0)
+        live.scale.fill_(5.0)
     for skipped, expected in ((True, 1.0), (False, 2.0), (False, 2.75)):
         behavior.update_slow_critic(torch.tensor(skipped))
-        assert behavior.slow_critic.scale.item() == pytest.approx(expected)
-    assert behavior.critic.scale.item() == 5.0
+        assert slow.scale.item() == pytest.approx(expected)
+    assert live.scale.item() == 5.0
 
 
 def test_percentile_normalisation_divides_the_actors_returns_and_not_the_critics_target():

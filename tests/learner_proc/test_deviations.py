@@ -22,6 +22,9 @@ import pytest
 import torch
 from tensordict import TensorDict
 
+from collector_proc.simulators.base import Arrival
+from collector_proc.simulators.pendulum import PendulumSimulator, pendulum_frame, pendulum_obs
+from collector_proc.writer import ChunkWriter
 from learner_proc.behavior import Behavior
 from learner_proc.gradient_step import GradientStep
 from learner_proc.heads import ScalarHead
@@ -30,7 +33,7 @@ from learner_proc.world_model import WorldModel
 from shared.config import CompileSettings, NetworkSettings, OptimizationSettings, Settings
 from shared.model.policy import Policy
 from shared.model.rssm import Belief, Posterior
-from shared.stream import ObsSpec, StreamSpec, plan_layout
+from shared.stream import ObsSpec, StreamSpec, plan_layout, ring_views
 
 TESTS = Path(__file__).parents[1]
 B, L, A, S, D = 3, 6, 2, 3, 5
@@ -42,7 +45,6 @@ HELD_ELSEWHERE = {
     6: "shared/model/test_rssm.py::test_the_first_step_of_an_episode_is_an_ordinary_step_from_zero_belief_and_zero_action",
     7: "learner_proc/test_world_model.py::"
     "test_scanning_recorded_rows_reproduces_the_acting_beliefs_when_the_executed_action_is_stored",
-    8: "collector_proc/test_actor.py::test_the_same_holds_for_a_simulator_that_resets_inside_step",
     9: "learner_proc/test_options.py::test_without_a_number_of_starts_all_beliefs_are_starts_in_order",
     11: "learner_proc/test_world_model.py::test_a_perfect_decoder_pays_half_log_two_pi_for_every_dimension",
     12: "learner_proc/test_world_model.py::test_the_loss_does_not_grow_with_the_number_of_windows_or_steps",
@@ -110,6 +112,31 @@ def test_deviation_3_rows_of_short_episodes_are_drawn_as_often_as_those_of_a_lon
     assert (starts < 1000).float().mean().item() == pytest.approx(0.5, abs=0.04)
     first_half = (starts[starts < 1000] < 300).float().mean().item()
     assert first_half == pytest.approx(0.5, abs=0.06)
+
+
+def test_deviation_8_the_row_of_an_ended_episode_holds_its_own_last_observation_not_the_next_ones_first():
+    layout = plan_layout(StreamSpec(2, {"policy": ObsSpec((1,), "float32")}, 1), 1)
+    ring = ring_views(torch.zeros(layout.num_bytes, dtype=torch.uint8), layout)
+    writer = ChunkWriter(ring, layout, ticks=1, device=torch.device("cpu"))
+    true, fresh = {"policy": torch.tensor([[7.0], [8.0]])}, {"policy": torch.tensor([[7.0], [-1.0]])}
+    ended = torch.tensor([False, True])
+    arrival = Arrival(true, torch.ones(2), torch.zeros_like(ended), ended, ended, acting_obs=fresh)
+    writer.add(arrival, torch.zeros(2, 1), policy_version=0)
+    writer.write(0)
+    assert ring["obs", "policy"][0, :, 0].tolist() == [7.0, 8.0]
+
+
+def test_deviation_8_the_last_observation_of_an_episode_is_one_step_of_the_physics_from_the_one_before():
+    settings = Settings()
+    settings.env.backend, settings.env.num_envs, settings.env.horizon = "pendulum", 5, 3
+    simulator = PendulumSimulator(settings, seed=0, device="cpu")
+    arrivals = [simulator.reset(), *(simulator.step(torch.full((5, 1), 0.5)) for _ in range(4))]
+    cosine, sine, speed = arrivals[2].obs["policy"].unbind(-1)
+    state = torch.stack([torch.atan2(sine, cosine), speed * 8], -1)
+    for _ in range(simulator.frames_per_step):
+        state, _ = pendulum_frame(state, torch.full((5, 1), 0.5))
+    assert arrivals[3].is_last.all() and arrivals[4].is_first.all()
+    torch.testing.assert_close(arrivals[3].obs["policy"], pendulum_obs(state), rtol=0.0, atol=1e-4)
 
 
 def world_model(cont: bool = False, **optimization: Any) -> WorldModel:

@@ -159,8 +159,8 @@ def test_images_count_per_pixel_between_minus_half_and_half_and_vectors_in_stand
     for param in step.world_model.decoder.parameters():
         torch.nn.init.zeros_(param)
     step.observe_statistics({"policy": torch.tensor([[[2.0] * 3], [[6.0] * 3]])})  # mean 4, std 2
-    batch["obs", "pixels"].fill_(255)
-    batch["obs", "policy"].fill_(10.0)
+    batch["obs", "pixels"][:] = 255
+    batch["obs", "policy"][:] = 10.0
     batch["obs", "policy"][:, 2] = 4.0  # the last row of the context
     expected = {"open_loop_pixels_5": 0.25, "repeat_last_pixels_5": 0.0}
     expected |= {"open_loop_policy_5": 9.0, "repeat_last_policy_5": 9.0}
@@ -186,7 +186,7 @@ def test_looking_neither_waits_for_the_device_nor_draws_from_its_random_stream()
 
 def test_a_trained_model_predicts_a_turning_hand_better_than_a_still():
     step, diagnostics, batch = make({"policy": ObsSpec((2,), "float32")}, 12)
-    batch = torch.cat([batch] * 4)
+    batch = cast(TensorDict, torch.cat(cast(Any, [batch] * 4)))
     angle = torch.rand(4 * B, 1) * 6.28 + 0.5 * torch.arange(12)
     batch["obs", "policy"] = torch.stack([angle.cos(), angle.sin()], -1)
     untrained = errors(diagnostics, batch)

@@ -41,7 +41,7 @@ def test_there_is_no_state_in_which_neither_side_can_move(chunk, step, ratio, pr
 
 def test_the_search_finds_the_deadlock_of_the_rule_that_looks_alike():
     class Natural(Pacing):
-        def may_step(self) -> bool:
+        def may_step(self, granted: int = 0) -> bool:
             assert self.ratio is not None
             return self.prefilled and self.replayed + self.step_frames <= self.ratio * self.collected
 

@@ -1,5 +1,7 @@
 """The ring: windows hold consecutive rows of one environment, and never a granted or unwritten one."""
 
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -140,11 +142,40 @@ def test_a_checkpoint_of_another_stream_is_refused(tmp_path):
 def test_only_the_newest_checkpoints_are_kept_and_a_partial_one_is_never_named(tmp_path):
     for step in (1, 2, 3):
         checkpoint.save(tmp_path, step, {"step": step}, None, spec_digest="x", keep=2)
-    (tmp_path / ".partial-00000009").mkdir()
-    assert sorted(p.name for p in tmp_path.iterdir() if p.name.isdigit()) == ["00000002", "00000003"]
-    assert checkpoint.load_state(checkpoint.newest(tmp_path), torch.device("cpu")) == {"step": 3}
+    (tmp_path / ".partial-00000009").mkdir()  # a save that was killed
+    checkpoint.save(tmp_path, 3, {"step": 3}, None, spec_digest="x", keep=2)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["00000002", "00000003", "latest"]
+    assert checkpoint.load_state(checkpoint.newest(tmp_path)) == {"step": 3}
 
 
 def test_resuming_without_a_checkpoint_says_so(tmp_path):
     with pytest.raises(SettingError, match="without --resume"):
         checkpoint.newest(tmp_path)
+
+
+def test_a_save_killed_between_its_renames_leaves_a_complete_checkpoint(tmp_path, monkeypatch):
+    checkpoint.save(tmp_path, 3, {"life": 1}, None, spec_digest="x", keep=1)
+
+    def killed(self, target):
+        if target.name == "00000003":
+            raise KeyboardInterrupt
+        return rename(self, target)
+
+    rename = Path.rename
+    monkeypatch.setattr(Path, "rename", killed)
+    with pytest.raises(KeyboardInterrupt):
+        checkpoint.save(tmp_path, 3, {"life": 2}, None, spec_digest="x", keep=1)
+    assert checkpoint.load_state(checkpoint.newest(tmp_path))["life"] in (1, 2)
+
+
+def test_a_checkpoint_is_written_in_blocks_smaller_than_a_field(tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoint, "BLOCK_BYTES", 50)
+    replay = make()
+    fill(replay, 9)
+    folder = checkpoint.save(tmp_path, 5, {}, replay, spec_digest=SPEC.digest(), keep=2)
+    fresh = make()
+    checkpoint.load_replay(folder, fresh, spec_digest=SPEC.digest())
+    for entry in replay.layout.fields:
+        assert torch.equal(fresh.views.get(entry.key)[fresh.rows()], replay.views.get(entry.key)[replay.rows()]), (
+            entry.name
+        )

@@ -52,16 +52,17 @@ def test_training_evaluation_and_random_episodes_are_kept_apart(tmp_path):
     assert (row["episodes"], row["agent_steps"], row["env_frames"], row["policy_lag_mean"]) == (4, 100, 200, 2.0)
 
 
-def test_a_window_of_skipped_steps_alone_is_noticed_and_counted(tmp_path):
+def test_windows_without_a_finite_step_are_noticed_and_counted(tmp_path):
     report, counters = make(tmp_path)
     report.add_step(torch.tensor([1.0, 0.0]))
     report.add_step(torch.tensor([float("nan"), 1.0]))
     report.request_row()
-    assert not report.all_skipped and counters.nan_skips == 1
+    assert report.skipped_in_a_row == 0 and counters.nan_skips == 1
     assert rows(tmp_path)[0]["loss"] is None, "JSON has no NaN"
-    report.add_step(torch.tensor([1.0, 1.0]))
-    report.request_row()
-    assert report.all_skipped and counters.nan_skips == 2
+    for _ in range(2):
+        report.add_step(torch.tensor([1.0, 1.0]))
+        report.request_row()
+    assert report.skipped_in_a_row == 2 and counters.nan_skips == 3
     assert rows(tmp_path)[1]["loss"] == 1.0, "one bad window does not poison the next"
 
 
