@@ -29,6 +29,7 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 
 AUTOCAST_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "false": None}
 INITIAL_LOSS_SCALE = 2.0**16
+SCALE_GROUP = "loss_scale_"  # of a snapshot: there with float16 alone, so that a run may resume in another precision
 LOSS_SCALE_INTERVAL = 2000  # finite steps between two doublings
 
 
@@ -65,9 +66,11 @@ class Updater:
 
     def gradients(self, loss: Tensor) -> list[Tensor]:
         """The gradients of the unscaled loss; the graph is freed."""
-        if self.loss_scale is None:
-            return list(torch.autograd.grad(loss, self.params))
-        grads = list(torch.autograd.grad(loss * self.loss_scale.scale, self.params))
+        # without this a GPU's backward runs in a thread of its own, and compiled backwards are Python: law 3
+        with torch.autograd.set_multithreading_enabled(False):
+            if self.loss_scale is None:
+                return list(torch.autograd.grad(loss, self.params))
+            grads = list(torch.autograd.grad(loss * self.loss_scale.scale, self.params))
         torch._foreach_div_(grads, self.loss_scale.scale)  # pyright: ignore[reportPrivateImportUsage]
         return grads
 
@@ -88,14 +91,11 @@ class Updater:
 
     def tensors(self) -> dict[str, Tensor]:
         """Everything that moves with the updates but the parameters themselves, by name."""
-        moving = {
+        return {
             f"{index}.{key}": value
             for index, param in enumerate(self.params)
             for key, value in self.optimizer.state[param].items()
         }
-        if self.loss_scale is not None:
-            moving |= {"scale": self.loss_scale.scale, "num_finite": self.loss_scale.num_finite}
-        return moving
 
 
 class GradientStep:
@@ -207,7 +207,9 @@ class GradientStep:
             "critic": self.critic,
         } | self._behavior.state()
         groups = {name: dict(module.state_dict()) for name, module in modules.items()}
-        return groups | {f"adam_{name}": updater.tensors() for name, updater in self._updaters.items()}
+        groups |= {f"adam_{name}": updater.tensors() for name, updater in self._updaters.items()}
+        scales = {f"{SCALE_GROUP}{name}": updater.loss_scale for name, updater in self._updaters.items()}
+        return groups | {name: vars(scale) for name, scale in scales.items() if scale is not None}
 
     def state_dict(self) -> dict[str, dict[str, Tensor]]:
         """A snapshot of parameters, normaliser, optimisers and loss scales; later steps do not change it."""
@@ -217,9 +219,15 @@ class GradientStep:
     def load_state_dict(self, state: dict[str, dict[str, Tensor]]) -> None:
         """Copy a snapshot into place; every address stays, so compiled code and graphs stay valid.
 
-        Raises: ValueError if names or shapes differ from this learner's; nothing is copied then.
+        Loss scales are taken over where both sides have them. Raises: ValueError if other names or shapes differ from
+        this learner's; nothing is copied then.
         """
         live = self._tensors()
+        both = live.keys() & state.keys()
+        live, state = (
+            {name: group for name, group in groups.items() if name in both or not name.startswith(SCALE_GROUP)}
+            for groups in (live, state)
+        )
         expected = {(group, k): tuple(v.shape) for group, tensors in live.items() for k, v in tensors.items()}
         found = {(group, k): tuple(v.shape) for group, tensors in state.items() for k, v in tensors.items()}
         if expected != found:

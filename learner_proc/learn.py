@@ -88,6 +88,7 @@ class Learner:
         self._step: GradientStep | None = None
         self._saved_at = self._status_at = self._published_at = time.monotonic()
         self._published_step = -1
+        self._adopted = 0  # policy version of the last commit
 
     def run(self) -> None:
         """Raises: TransportError if no collector says hello in time; FloatingPointError if training diverged for good."""
@@ -229,9 +230,10 @@ class Learner:
         return self._pacing.may_step(self._link.replay.num_granted)
 
     def _idle(self) -> None:
-        """Neither a step nor a message is due; a lockstep collector may still be waiting for weights it missed."""
+        """Neither a step nor a message is due. A collector that subscribed late may be waiting for weights it missed."""
         self._progress.advance()
-        if self._pacing.lockstep and time.monotonic() - self._published_at > REPUBLISH_S:
+        missed = self._adopted < self._publisher.version
+        if missed and time.monotonic() - self._published_at > REPUBLISH_S:
             self._published_at = time.monotonic()
             self._publisher.republish()
         self._link.wait(IDLE_S)
@@ -262,8 +264,7 @@ class Learner:
             return
         self._observe(chunk)
         self._report.add_commit(commit, newest_version=self._publisher.version)
-        if commit.policy_version == 0:  # it may have subscribed after the last publication
-            self._publisher.republish()
+        self._adopted = commit.policy_version
 
     def _observe(self, chunk: TensorDict) -> None:
         """Newly committed vectors to the normaliser, from wherever the replay lies."""

@@ -262,6 +262,7 @@ def check_settings(settings: Settings, num_envs: int) -> None:
     _check_lockstep(settings)
     _check_columns(settings, num_envs)
     _check_batch(settings)
+    _check_starts(settings)
     _check_ring(settings, geometry(settings, num_envs))
 
 
@@ -289,6 +290,15 @@ def _check_batch(settings: Settings) -> None:
         raise SettingError(
             f"replay_buffer.batch_size={size} is not a whole number of windows of batch_length={length}; "
             f"wanted a multiple of {length}; set replay_buffer.batch_size={nearest}"
+        )
+
+
+def _check_starts(settings: Settings) -> None:
+    starts, size = settings.optimization.imagination_starts, settings.replay_buffer.batch_size
+    if starts is not None and starts > size:
+        raise SettingError(
+            f"optimization.imagination_starts={starts} is more than the replay_buffer.batch_size={size} beliefs of a "
+            f"gradient step; wanted at most {size}; lower it, or set it to null for all of them"
         )
 
 

@@ -82,6 +82,11 @@ REFUSED: dict[str, tuple[list[str], list[str]]] = {
     "ring too short": (["replay_buffer.buffer_size=300"], ["buffer_size=300", "at least 320"]),
     "prefill too short": (["collector.init_random_frames=1", "replay_buffer.batch_length=32"], ["at least 256"]),
     "prefill above the ring": (["replay_buffer.buffer_size=900"], ["init_random_frames=1600", "buffer_size=900"]),
+    "more starts than beliefs": (["optimization.imagination_starts=300"], ["imagination_starts=300", "at most 256"]),
+    "lockstep without a ratio": (
+        ["collector.mode=lockstep", "optimization.replay_ratio=null"],
+        ["collector.mode=lockstep", "replay_ratio=64"],
+    ),
     "wrong task": (["env.task=swngup"], ["env.task", "swingup"]),
     "images of nothing": (["env.grayscale=true"], ["env.grayscale=true", "env.from_pixels"]),
     "resume of nothing": (["--resume", "nowhere"], ["nowhere", "config.yaml"]),

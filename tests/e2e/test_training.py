@@ -38,10 +38,11 @@ DMC = [
 ]
 
 
-def start(run_dir: Path, *arguments: str) -> subprocess.Popen:
+def start(run_dir: Path, *arguments: str, mujoco_gl: str | None = None) -> subprocess.Popen:
     where = ["--run-dir", str(run_dir)] if "--resume" not in arguments else []
     command = [sys.executable, str(REPO / "launch.py"), *where, *arguments]
-    env = {key: value for key, value in os.environ.items() if key != "MUJOCO_GL"}
+    env = {key: value for key, value in os.environ.items() if key not in ("MUJOCO_GL", "DISPLAY")}
+    env |= {"MUJOCO_GL": mujoco_gl} if mujoco_gl else {}
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=REPO, env=env)
 
 
@@ -177,3 +178,52 @@ def test_lockstep_twice_with_one_seed_gives_identical_metrics(tmp_path):
     assert len(made[0]) == 12 and made[0] == made[1]
     assert made[0] != made[2], "another seed is another run"
     assert made[0][-1]["policy_version"] > 1 and made[0][-1]["policy_lag_mean"] == 0
+
+
+def test_a_refused_resume_leaves_the_run_resumable(tmp_path):
+    run_dir = tmp_path / "run"
+    launch = start(run_dir, *PENDULUM, "optimization.total_optim_steps=10")
+    output = finish(launch)
+    assert launch.returncode == 0, output
+    before = (run_dir / "config.yaml").read_text()
+    for change, part in (
+        ("networks.hidden_dim=24", "saved learner does not fit"),
+        ("env.num_envs=4", "start a new run"),
+    ):
+        launch = start(run_dir, "--resume", str(run_dir), change)
+        output = finish(launch)
+        assert launch.returncode == 2 and part in output and "Traceback" not in output, output
+        assert (run_dir / "config.yaml").read_text() == before
+    launch = start(run_dir, "--resume", str(run_dir), "optimization.total_optim_steps=15")
+    output = finish(launch)
+    assert launch.returncode == 0 and summary(run_dir)["gradient_steps"] == 15, output
+
+
+def test_ctrl_c_during_start_up_ends_within_seconds(tmp_path):
+    launch = start(tmp_path / "run", *PENDULUM)
+    end = time.monotonic() + 60
+    while not (tmp_path / "run" / "collector.progress").exists():
+        assert time.monotonic() < end
+        time.sleep(0.02)
+    launch.send_signal(signal.SIGINT)
+    output = finish(launch, 20)
+    assert launch.returncode == 130, output
+    assert summary(tmp_path / "run")["exit_reason"] == "interrupted by SIGINT"
+
+
+def test_a_closed_terminal_saves_like_sigterm(tmp_path):
+    run_dir = tmp_path / "run"
+    launch = start(run_dir, *PENDULUM, "optimization.total_optim_steps=100000")
+    wait_for_steps(run_dir, 10, launch)
+    launch.send_signal(signal.SIGHUP)
+    output = finish(launch)
+    assert launch.returncode == 129, output
+    assert summary(run_dir)["gradient_steps"] == int((run_dir / "checkpoints" / "latest").read_text()) >= 10
+
+
+def test_a_simulator_that_cannot_start_is_not_started_again_and_again(tmp_path):
+    command = ["env.name=cartpole", "env.task=balance", "collector.num_collectors=0", *TINY]
+    launch = start(tmp_path / "run", *command, mujoco_gl="glfw")
+    output = finish(launch, 60)
+    assert launch.returncode == 1 and "MUJOCO_GL" in output, output
+    assert summary(tmp_path / "run")["collector_restarts"] == 0

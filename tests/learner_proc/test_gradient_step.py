@@ -248,6 +248,14 @@ def test_a_snapshot_of_other_networks_is_refused_and_nothing_is_copied():
     assert_same(before, step.state_dict())
 
 
+def test_a_run_may_resume_in_another_precision():
+    half, full = make(autocast="float16"), make(autocast="false", seed=4)
+    full.load_state_dict(half.state_dict())
+    assert_same(full.state_dict(), {k: v for k, v in half.state_dict().items() if not k.startswith("loss_scale_")})
+    half.load_state_dict(full.state_dict())
+    assert half.state_dict()["loss_scale_model"]["scale"] == 2.0**16
+
+
 @pytest.mark.parametrize("autocast", ["bfloat16", "float16"])
 @pytest.mark.parametrize("obs", [VECTOR, PIXELS], ids=["vector", "pixels"])
 def test_lower_precision_stays_close_to_float32(autocast, obs):
