@@ -13,20 +13,20 @@ from tensordict import TensorDict
 
 from learner_proc import checkpoint
 from learner_proc.diagnostics import WINDOW_LENGTH, Diagnostics
-from learner_proc.gradient_step import GradientStep
 from learner_proc.link import CollectorLink
 from learner_proc.pacing import Pacing
 from learner_proc.publisher import Publisher
 from learner_proc.replay import Replay
 from learner_proc.report import Counters, Report
+from learner_proc.startup import allocate_replay, build_gradient_step
 from shared.checksum import checksum
 from shared.config import Geometry, Settings
 from shared.errors import SettingError, TransportError
-from shared.handover import create_memfd_slab, pin_slab
 from shared.messages import Commit
-from shared.stream import StreamSpec, plan_layout
+from shared.stream import StreamSpec
 
 if TYPE_CHECKING:
+    from learner_proc.gradient_step import GradientStep
     from shared.run_folder import Run
     from shared.supervision import Progress, StopFlag
 
@@ -114,25 +114,12 @@ class Learner:
     # ---- start-up -------------------------------------------------------------------------------------------------
 
     def _allocate(self, spec: StreamSpec) -> tuple[Replay, int | None]:
-        """The slab before anything else, so that its CUDA segment holds nothing but itself."""
-        layout = plan_layout(spec, self._geometry.capacity)
-        on_gpu = self._device.type == "cuda" and self._settings.replay_buffer.gpu_storage
-        fd = None
-        if on_gpu:
-            slab = torch.zeros(layout.num_bytes, dtype=torch.uint8, device=self._device)
-        else:
-            slab, fd = create_memfd_slab(layout.num_bytes)
-            if self._device.type == "cuda":
-                pin_slab(slab)
-        ticks, seed = self._geometry.ticks_per_chunk, self._settings.env.seed
-        replay = Replay(slab, layout, ticks_per_chunk=ticks, seed=seed, device=self._device)
+        replay, fd = allocate_replay(spec, self._settings, self._geometry, device=self._device)
         if self._folder is not None:
             rows = checkpoint.load_replay(self._folder, replay, spec_digest=spec.digest())
             self._pacing.prefill = max(0, self._pacing.prefill - rows * spec.num_envs)
             self._log.info("replay restored", rows=rows, checkpoint=str(self._folder))
-        self._log.info(
-            "replay allocated", num_bytes=layout.num_bytes, device=str(slab.device), capacity=layout.capacity
-        )
+        self._log.info("replay allocated", num_bytes=replay.slab.numel(), device=str(replay.slab.device))
         return replay, fd
 
     def _random_frames(self) -> int:
@@ -142,23 +129,13 @@ class Learner:
         return max(0, self._geometry.prefill_frames - self._pacing.collected)
 
     def _build(self) -> None:
-        """Networks, compiled while the collector fills the replay, then restored: warming up must leave no trace."""
+        """Networks, compiled while the collector fills the replay; then everything that speaks of them."""
         self._progress.phase("compiling")
         assert self._link.spec is not None and self._link.replay is not None
         self._serve()  # the grants of the whole prefill go out before the long silence
-        began = time.monotonic()
-        torch.manual_seed(self._settings.env.seed)
-        self._step = GradientStep(self._link.spec, self._settings, device=self._device)
-        random_state = checkpoint.random_state(self._link.replay, self._device)
-        if self._settings.optimization.compile.enabled:
-            snapshot = _cloned(self._step.state_dict())
-            self._step(self._blank_batch())
-            self._step.load_state_dict(snapshot)
-        if self._saved is not None:
-            self._restore_networks(self._saved["gradient_step"])
-            random_state = self._saved["random_state"]
-        checkpoint.restore_random_state(random_state, self._link.replay, self._device)
-        self._saved = None
+        began, replay = time.monotonic(), self._link.replay
+        self._step = build_gradient_step(self._link.spec, self._settings, self._geometry, replay, device=self._device)
+        self._restore()
         self._diagnostics = Diagnostics(
             self._link.spec, self._step.world_model, self._step.policy.normaliser, length=self._diagnostic_rows()
         )
@@ -173,7 +150,7 @@ class Learner:
             diagnostic_names=self._diagnostics.names,
             constants={
                 "replay_ratio_target": self._settings.optimization.replay_ratio,
-                "transport": "cuda_ipc" if self._link.replay.slab.is_cuda else "memfd",
+                "transport": "cuda_ipc" if replay.slab.is_cuda else "memfd",
                 "transport_bytes_per_s": round(self._link.bandwidth),
                 "startup_s": round(seconds, 3),
             },
@@ -182,7 +159,7 @@ class Learner:
             self._report.add_commit(commit, newest_version=0)
         self._early.clear()
         while self._unseen:
-            self._observe(self._link.replay.chunk(self._unseen.popleft()))
+            self._observe(replay.chunk(self._unseen.popleft()))
         self._publisher = Publisher(
             self._step.policy,
             socket_dir=self._run.socket_dir,
@@ -191,22 +168,17 @@ class Learner:
         )
         self._publish()
 
-    def _restore_networks(self, state: dict) -> None:
-        assert self._step is not None
+    def _restore(self) -> None:
+        """Networks, optimisers and random states of the checkpoint, if the run is resumed. Raises: SettingError."""
+        if self._saved is None:
+            return
+        assert self._step is not None and self._link.replay is not None
         try:
-            self._step.load_state_dict(state)
+            self._step.load_state_dict(self._saved["gradient_step"])
         except ValueError as error:
             raise SettingError(f"{self._folder}: {error}") from error
-
-    def _blank_batch(self) -> TensorDict:
-        """A batch of the shapes to come; its values do not matter."""
-        assert self._link.spec is not None
-        lead = (self._geometry.num_sequences, self._geometry.sequence_length)
-        batch = TensorDict({"obs": TensorDict({}, lead)}, lead, device=self._device)
-        for entry in self._link.spec.fields():
-            dtype = getattr(torch, entry.dtype)
-            batch[entry.key] = torch.zeros(*lead, *entry.shape, dtype=dtype, device=self._device)
-        return batch
+        checkpoint.restore_random_state(self._saved["random_state"], self._link.replay, self._device)
+        self._saved = None
 
     # ---- the steady loop ------------------------------------------------------------------------------------------
 
@@ -387,14 +359,3 @@ class Learner:
         self._publisher.close()
         self._link.close()
         self._log.info("ended", gradient_steps=self.counters.gradient_steps, asked=self._stop.requested)
-
-
-def _cloned(value):
-    """A deep copy of a state dict whose tensors no longer share storage."""
-    if isinstance(value, torch.Tensor):
-        return value.clone()
-    if isinstance(value, dict):
-        return {key: _cloned(entry) for key, entry in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_cloned(entry) for entry in value]
-    return value

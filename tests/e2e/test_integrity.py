@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from collector_proc.simulators.pendulum import pendulum_frame
-from learner_proc import learn
+from learner_proc import learn, startup
 from shared.compose import compose, save_settings
 from shared.config import geometry, num_envs
 from shared.logs import configure
@@ -24,6 +24,7 @@ from shared.run_folder import create_run_folder, make_socket_dir, read_run, remo
 from shared.supervision import Progress, StopFlag
 
 SECONDS = 60.0
+MIN_KILLS, GRACE_S = 3, 180.0  # a busy machine starts processes slowly
 LOUD = 0xAB
 OVERRIDES = [
     "env.num_envs=64",
@@ -109,7 +110,8 @@ class Checker:
         self.steps += 1
         self.threads = max(self.threads, threading.active_count())
         TEST["killer"].poll(streaming=learner._link.streaming)
-        if time.monotonic() > TEST["end"]:
+        now, killer = time.monotonic(), TEST["killer"]
+        if now > TEST["end"] and (killer.kills >= MIN_KILLS or now > TEST["end"] + GRACE_S):
             TEST["stop"].requested = True
         return torch.ones(1)
 
@@ -197,16 +199,16 @@ def test_no_sampled_window_is_ever_torn_stale_or_unwritten_while_collectors_are_
         made.append(Checker(*args, **kwargs))
         return made[-1]
 
-    monkeypatch.setattr(learn, "GradientStep", make)
+    monkeypatch.setattr(startup, "GradientStep", make)
     monkeypatch.setattr(learn, "Diagnostics", NoDiagnostics)
-    loud = learn.create_memfd_slab
+    loud = startup.create_memfd_slab
 
     def create_loud(num_bytes):
         slab, fd = loud(num_bytes)
         slab.fill_(LOUD)  # unwritten memory must show if it is read
         return slab, fd
 
-    monkeypatch.setattr(learn, "create_memfd_slab", create_loud)
+    monkeypatch.setattr(startup, "create_memfd_slab", create_loud)
     stop = StopFlag()
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -230,7 +232,7 @@ def test_no_sampled_window_is_ever_torn_stale_or_unwritten_while_collectors_are_
         killer.end()
         torch.set_num_threads(threads)
     (checker,) = made
-    assert killer.kills >= 3 and table.commits > 200 and checker.windows > 10_000
+    assert killer.kills >= MIN_KILLS and table.commits > 200 and checker.windows > 10_000
     assert checker.threads == 1, "the learner's loop has one Python thread"
     assert set(os.listdir("/dev/shm")) == before
     record_property("kills_commits_windows", (killer.kills, table.commits, checker.windows))
