@@ -6,32 +6,17 @@ python -m benchmarks.show_frames runs/cheetah --out frames.png
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 
 import torch
 from PIL import Image
 
-from learner_proc import checkpoint
-from learner_proc.replay import Replay
-from shared.compose import load_settings
-from shared.config import geometry, num_envs
-from shared.stream import ObsSpec, StreamSpec, plan_layout
+from learner_proc.startup import open_run
 
 
 def sample_frames(run_dir: Path, windows: int, steps: int) -> torch.Tensor:
     """Images (windows, steps, 64, 64, C) uint8, drawn by the learner's own sampler from the newest checkpoint."""
-    settings = load_settings(run_dir / "config.yaml")
-    sizes = geometry(settings, num_envs(settings))
-    folder = checkpoint.newest(run_dir / "checkpoints")
-    fields = {field["name"]: field for field in json.loads((folder / "manifest.json").read_text())["fields"]}
-    pixels, action = fields["obs.pixels"]["shape"], fields["action"]["shape"]
-    spec = StreamSpec(sizes.num_envs, {"pixels": ObsSpec(tuple(pixels[1:]), "uint8")}, action[-1])
-    layout = plan_layout(spec, sizes.capacity)
-    slab = torch.zeros(layout.num_bytes, dtype=torch.uint8)
-    replay = Replay(slab, layout, ticks_per_chunk=sizes.ticks_per_chunk, seed=0, device=torch.device("cpu"))
-    checkpoint.load_replay(folder, replay, spec_digest=spec.digest())
-    return replay.sample(windows, steps)["obs", "pixels"]
+    return open_run(run_dir)[2].sample(windows, steps)["obs", "pixels"]
 
 
 def main() -> None:

@@ -22,7 +22,7 @@ import torch
 
 from learner_proc.replay import Replay
 from shared.errors import SettingError
-from shared.stream import DTYPE_BYTES
+from shared.stream import DTYPE_BYTES, ObsSpec, StreamSpec
 
 BLOCK_BYTES = 64 * 1024 * 1024  # of a field, on its way between the replay and the file
 
@@ -68,6 +68,20 @@ def newest(root: Path) -> Path:
             f"no complete checkpoint under {root}; wanted one named by {latest}; start a new run without --resume"
         )
     return max(complete, key=lambda path: json.loads(path.read_text())["step"]).parent
+
+
+def stream_spec(folder: Path) -> StreamSpec:
+    """What the run streamed, from the replay stored with its checkpoint. Raises: SettingError if none was stored."""
+    fields = {field["name"]: field for field in json.loads((folder / "manifest.json").read_text())["fields"]}
+    if not fields:
+        raise SettingError(
+            f"{folder} holds no replay; wanted rows to look at; run with checkpoint.replay=true until the prefill is done"
+        )
+    obs = {
+        name[4:]: ObsSpec(tuple(f["shape"][1:]), f["dtype"]) for name, f in fields.items() if name.startswith("obs.")
+    }
+    num_envs, action_dim = fields["action"]["shape"]
+    return StreamSpec(num_envs, obs, action_dim)
 
 
 def load_state(folder: Path) -> dict[str, Any]:

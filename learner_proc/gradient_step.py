@@ -116,6 +116,7 @@ class GradientStep:
         Raises: ValueError if an observation entry is neither a 64x64 image nor a vector.
         """
         networks, optimization = settings.networks, settings.optimization
+        self.spec = spec
         self.policy = Policy(spec, networks).to(device)
         self.world_model = WorldModel(spec, settings, self.policy).to(device)
         self.critic = ScalarHead(self.policy.rssm.feat_dim, CRITIC_LAYERS, networks).to(device)

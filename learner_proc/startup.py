@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
 from tensordict import TensorDict
 
 from learner_proc import checkpoint
 from learner_proc.gradient_step import GradientStep
 from learner_proc.replay import Replay
-from shared.config import Geometry, Settings
+from shared.compose import load_settings
+from shared.config import Geometry, Settings, geometry
 from shared.handover import create_memfd_slab, pin_slab
 from shared.stream import StreamSpec, plan_layout
 
@@ -44,6 +47,23 @@ def build_gradient_step(
         step.load_state_dict(snapshot)
         checkpoint.restore_random_state(random_state, replay, device)
     return step
+
+
+def open_run(run_dir: Path) -> tuple[Settings, GradientStep, Replay]:
+    """Networks and replay of a run's newest checkpoint on the CPU, to look at; nothing of the run is changed.
+
+    Raises: SettingError if the run has no checkpoint with a replay.
+    """
+    settings = load_settings(run_dir / "config.yaml")
+    settings.optimization.compile.enabled = False
+    folder, device = checkpoint.newest(run_dir / "checkpoints"), torch.device("cpu")
+    spec = checkpoint.stream_spec(folder)
+    sizes = geometry(settings, spec.num_envs)
+    replay, _ = allocate_replay(spec, settings, sizes, device=device)
+    checkpoint.load_replay(folder, replay, spec_digest=spec.digest())
+    step = build_gradient_step(spec, settings, sizes, replay, device=device)
+    step.load_state_dict(checkpoint.load_state(folder)["gradient_step"])
+    return settings, step, replay
 
 
 def blank_batch(spec: StreamSpec, sizes: Geometry, *, device: torch.device) -> TensorDict:

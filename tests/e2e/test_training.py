@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from benchmarks.show_frames import sample_frames
+from learner_proc.run_report import write_report
 from shared.launching.metrics import SUMMARY_KEYS
 from shared.supervision import read
 
@@ -92,6 +93,8 @@ def test_a_run_ends_by_itself_and_leaves_a_complete_folder(tmp_path):
     for line in (run_dir / "logs" / "learner.jsonl").read_text().splitlines():
         assert {"event", "level", "timestamp", "process"} <= json.loads(line).keys()
     assert not Path(json.loads((run_dir / "run.json").read_text())["socket_dir"]).exists()
+    pictures = {path.name for path in write_report(run_dir).parent.glob("*.png")}
+    assert pictures == {"curves.png", "open_loop_error.png", "open_loop_policy.png"}
 
 
 def test_sigterm_saves_and_resume_goes_on_where_the_run_was(tmp_path):
@@ -154,6 +157,7 @@ def test_dm_control_trains_from_state_and_from_pixels(tmp_path):
     assert frames.dtype == torch.uint8 and frames.shape[2:] == (64, 64, 3)
     assert frames.float().std() > 10, "an image, not a blank"
     assert (frames[:, 1:] != frames[:, :-1]).any(), "that moves"
+    assert (write_report(tmp_path / "pixels").parent / "open_loop_pixels.png").exists()
 
 
 def without_times(rows: list[dict]) -> list[dict]:
