@@ -24,8 +24,8 @@ def setting(
 @dataclass
 class EnvSettings:
     backend: str = setting("dm_control", "simulator backend", choices=("dm_control", "pendulum", "isaaclab"))
-    name: str = setting("cheetah", "domain (dm_control), task id (isaaclab); pendulum has one: 'pendulum'")
-    task: str = setting("run", "task of the domain (dm_control); pendulum has one: 'swingup'")
+    name: str = setting("cheetah", "domain (dm_control), task id (isaaclab); pendulum: 'pendulum'")
+    task: str = setting("run", "task of the domain (dm_control); pendulum: 'swingup' or 'lean'")
     seed: int = setting(0, "seed of simulator, networks and sampling", minimum=0)
     frame_skip: int = setting(2, "simulator steps per agent step; rewards are summed over them", minimum=1)
     from_pixels: bool = setting(True, "observe 64x64 images (uint8) instead of state vectors")

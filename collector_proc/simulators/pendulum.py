@@ -1,12 +1,18 @@
 """Backend `pendulum`: a torque pendulum in torch, any number of environments at once on any device; no dependency.
 
-Task swingup: 200 frames an episode, reward (1 + cos theta) / 2 a frame, so at most 200. Observation "policy":
-(cos theta, sin theta, theta_dot / 8). It never terminates; a uniformly random policy returns 64 +- 42.
-Source: the classic gym Pendulum-v1 dynamics, with a reward that lies in [0, 1].
+Observation "policy": (cos theta, sin theta, theta_dot / 8). Episodes are cut after 200 frames. Two tasks:
+
+swingup   any start angle, reward (1 + cos theta) / 2 a frame, so at most 200; never terminates; random play 64 +- 42
+lean      starts upright, reward max(0, sin theta) a frame: leaning pays, but beyond 0.8 rad (46 degrees) the episode
+          terminates, and the torque holds no more than 0.41 rad (24 degrees). Leaning there for the whole episode is
+          worth about 75, falling about 4: whoever ignores that episodes end lets it fall
+
+Source: the classic gym Pendulum-v1 dynamics, with rewards that lie in [0, 1].
 """
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
 from collector_proc.simulators.base import Arrival
@@ -20,6 +26,9 @@ if TYPE_CHECKING:
 GRAVITY, MASS, LENGTH, FRAME_S = 10.0, 1.0, 1.0, 0.05  # m/s^2, kg, m, s
 MAX_TORQUE, MAX_SPEED = 2.0, 8.0  # N m, rad/s
 EPISODE_FRAMES = 200
+FALLEN = 0.8  # rad: beyond it "lean" terminates
+START_RANGES = {"swingup": (math.pi, 1.0), "lean": (0.1, 0.1)}  # half widths: rad, rad/s
+TASKS = tuple(START_RANGES)
 
 
 def pendulum_frame(state: Tensor, action: Tensor) -> tuple[Tensor, Tensor]:
@@ -63,8 +72,8 @@ class PendulumSimulator:
         self._state = torch.zeros(num_envs, 2, device=device)
         self._frames = torch.zeros(num_envs, dtype=torch.int64, device=device)  # of the running episode
         self._over = torch.ones(num_envs, dtype=torch.bool, device=device)
-        self._start_range = torch.tensor((torch.pi, 1.0), device=device)  # half widths: rad, rad/s
-        self._never = torch.zeros(num_envs, dtype=torch.bool, device=device)
+        self._start_range = torch.tensor(START_RANGES[settings.env.task], device=device)
+        self._lean = settings.env.task == "lean"
 
     def reset(self) -> Arrival:
         """Start every environment anew."""
@@ -83,9 +92,10 @@ class PendulumSimulator:
             state, frames, reward = self._repeat(action)
             self._state = torch.where(first[:, None], self._draw_start(), state)
             self._frames = torch.where(first, 0, frames)
-            self._over = self._frames >= self._frame_limit
+            fallen = self._fallen(self._state)
+            self._over = fallen | (self._frames >= self._frame_limit)
             obs, reward = pendulum_obs(self._state), torch.where(first, 0.0, reward)
-        return Arrival({"policy": obs}, reward, is_first=first, is_last=self._over, is_terminal=self._never)
+        return Arrival({"policy": obs}, reward, is_first=first, is_last=self._over, is_terminal=fallen)
 
     def close(self) -> None:
         """Nothing to free."""
@@ -96,15 +106,20 @@ class PendulumSimulator:
 
         state, frames, total = self._state, self._frames, torch.zeros_like(action[:, 0])
         for _ in range(self.frames_per_step):
-            alive = frames < self._frame_limit
+            alive = (frames < self._frame_limit) & ~self._fallen(state)
             moved, reward = pendulum_frame(state, action)
+            reward = moved[:, 0].sin().clamp_min(0.0) if self._lean else reward
             state = torch.where(alive[:, None], moved, state)
             total = torch.where(alive, total + reward, total)
             frames = frames + alive
         return state, frames, total
 
+    def _fallen(self, state: Tensor) -> Tensor:
+        """(E,) bool: where the task has ended; swing-up never does."""
+        return (state[:, 0].abs() > FALLEN) & self._lean
+
     def _draw_start(self) -> Tensor:
-        """(E, 2): angles over the full circle, speeds within +-1 rad/s."""
+        """(E, 2): uniform within the task's half widths."""
         import torch
 
         noise = torch.rand(self.spec.num_envs, 2, generator=self._generator, device=self.device)

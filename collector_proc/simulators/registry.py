@@ -9,6 +9,7 @@ import subprocess
 import sys
 from typing import TYPE_CHECKING
 
+from collector_proc.simulators.pendulum import TASKS
 from collector_proc.simulators.suite import NO_RENDERER
 from shared.errors import SettingError
 
@@ -62,10 +63,10 @@ def build_simulator(settings: Settings, *, seed: int, device: str) -> Simulator:
 
 
 def _check_pendulum(env: EnvSettings) -> None:
-    if (env.name, env.task) != ("pendulum", "swingup"):
+    if env.name != "pendulum" or env.task not in TASKS:
         raise SettingError(
-            f"env.backend=pendulum has one task: met env.name={env.name} env.task={env.task}, "
-            "wanted pendulum and swingup; set env.name=pendulum env.task=swingup"
+            f"env.backend=pendulum has other tasks: met env.name={env.name} env.task={env.task}, wanted pendulum and one "
+            f"of {', '.join(TASKS)}; set env.name=pendulum env.task={_nearest(env.task, TASKS).split(',')[0]}"
         )
     if env.from_pixels:
         raise SettingError(

@@ -8,15 +8,21 @@ import pytest
 import torch
 from torch import Tensor
 
-from collector_proc.simulators.pendulum import PendulumSimulator, pendulum_frame, pendulum_obs
+from collector_proc.simulators.pendulum import FALLEN, PendulumSimulator, pendulum_frame, pendulum_obs
 from shared.config import Settings
 
 
 def simulator_of(
-    num_envs: int, *, seed: int = 0, frame_skip: int = 2, horizon: int | None = None, device: str = "cpu"
+    num_envs: int,
+    *,
+    seed: int = 0,
+    frame_skip: int = 2,
+    horizon: int | None = None,
+    device: str = "cpu",
+    task: str = "swingup",
 ) -> PendulumSimulator:
     settings = Settings()
-    settings.env.backend, settings.env.name, settings.env.task = "pendulum", "pendulum", "swingup"
+    settings.env.backend, settings.env.name, settings.env.task = "pendulum", "pendulum", task
     settings.env.from_pixels, settings.env.num_envs = False, num_envs
     settings.env.frame_skip, settings.env.horizon = frame_skip, horizon
     return PendulumSimulator(settings, seed=seed, device=device)
@@ -165,3 +171,33 @@ def test_a_tick_on_cuda_never_waits_for_the_device() -> None:
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert arrival.reward.is_cuda
+
+
+def test_leaning_pays_and_falling_terminates():
+    simulator = simulator_of(64, task="lean")
+    arrival, fell, best = simulator.reset(), torch.zeros(64), torch.zeros(64)
+    for _ in range(30):  # full torque to one side: every pendulum falls, and each is set up again
+        arrival = simulator.step(torch.ones(64, 1))
+        theta = torch.atan2(arrival.obs["policy"][:, 1], arrival.obs["policy"][:, 0])
+        assert torch.equal(arrival.is_terminal, theta.abs() > FALLEN) and torch.equal(
+            arrival.is_last, arrival.is_terminal
+        )
+        assert (theta[arrival.is_first].abs() <= 0.1).all() and (arrival.reward[arrival.is_first] == 0).all()
+        moving = ~arrival.is_first
+        assert (arrival.reward[moving] <= 2 * theta[moving].sin().clamp_min(0.0) + 1e-6).all()
+        fell += arrival.is_terminal
+        best = torch.maximum(best, arrival.reward)
+    assert (fell >= 2).all() and (best > 0.5).all()
+
+
+def test_a_controller_that_leans_within_its_torque_outlives_the_episode():
+    simulator = simulator_of(16, seed=1, task="lean")
+    arrival, total = simulator.reset(), torch.zeros(16)
+    for _ in range(100):
+        _, sine, speed = arrival.obs["policy"].unbind(-1)
+        # hold 0.33 rad: the torque that balances gravity there, corrected by angle and speed
+        action = (-15.0 * sine - 20.0 * (sine - 0.33) - 8.0 * 8.0 * speed) / 6.0
+        arrival = simulator.step(action.clamp(-1, 1)[:, None])
+        assert not arrival.is_terminal.any()
+        total += arrival.reward
+    assert arrival.is_last.all() and (total > 55).all(), total
