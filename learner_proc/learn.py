@@ -18,6 +18,7 @@ from learner_proc.pacing import Pacing
 from learner_proc.publisher import Publisher
 from learner_proc.replay import Replay
 from learner_proc.report import Counters, Report
+from learner_proc.return_check import ReturnCheck
 from learner_proc.startup import allocate_replay, build_gradient_step
 from shared.checksum import checksum
 from shared.config import Geometry, Settings
@@ -139,6 +140,9 @@ class Learner:
         self._diagnostics = Diagnostics(
             self._link.spec, self._step.world_model, self._step.policy.normaliser, length=self._diagnostic_rows()
         )
+        self._returns = ReturnCheck(
+            self._step.world_model, self._step.policy.normaliser, self._step.critic, self._settings.optimization
+        )
         seconds = time.monotonic() - began
         self._log.info("networks ready", seconds=round(seconds, 2), parameters=self._step.parameter_counts())
         self._report = Report(
@@ -147,7 +151,7 @@ class Learner:
             self._device,
             self.counters,
             streaming_since=began,
-            diagnostic_names=self._diagnostics.names,
+            diagnostic_names=(*self._diagnostics.names, *self._returns.names, "sampled_version_mean"),
             constants={
                 "replay_ratio_target": self._settings.optimization.replay_ratio,
                 "transport": "cuda_ipc" if replay.slab.is_cuda else "memfd",
@@ -279,11 +283,14 @@ class Learner:
             self._published_step, self._published_at = self.counters.gradient_steps, time.monotonic()
 
     def _request_row(self) -> None:
-        """A row of metrics.jsonl, with the open-loop error on freshly sampled windows."""
+        """A row of metrics.jsonl, with what the model and the critic say of freshly sampled windows."""
         replay, length = self._link.replay, self._diagnostic_rows()
         assert replay is not None
-        batch = replay.sample(DIAGNOSTIC_WINDOWS, length) if replay.num_rows >= length else None
-        errors = None if batch is None else self._diagnostics(batch)
+        errors = None
+        if replay.num_rows >= length:
+            batch = replay.sample(DIAGNOSTIC_WINDOWS, length)
+            age = batch["policy_version"].float().mean()[None]
+            errors = torch.cat([self._diagnostics(batch), self._returns(batch), age])
         self._report.request_row(
             errors,
             replay_ratio=self._replay_ratio(),

@@ -23,7 +23,7 @@ from shared.errors import SettingError
 
 PANELS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("returns", ("eval_return_mean", "episode_return_mean", "random_return_mean")),
-    ("imagined return (scaled, discounted)", ("imagined_return", "value_mean")),
+    ("imagined against recorded return (scaled, discounted)", ("imagined_return", "imagined_value", "recorded_return")),
     ("world model, nats", ("loss_obs", "loss_reward", "loss_cont")),
     ("KL, nats", ("kl",)),
     (
@@ -32,7 +32,7 @@ PANELS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ),
     ("actor", ("actor_entropy", "actor_std")),
     ("value bias (scaled)", ("value_bias",)),
-    ("pace", ("replay_ratio", "policy_lag_mean")),
+    ("policy version: newest, and mean of sampled rows", ("policy_version", "sampled_version_mean")),
 )
 MAX_DIMENSIONS, STRIP_STEPS = 6, 10
 

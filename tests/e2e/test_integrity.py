@@ -84,7 +84,8 @@ class Checker:
     metric_names = ("checked",)
 
     def __init__(self, spec, settings, *, device) -> None:
-        self.spec, self.policy, self.world_model = spec, Policy(spec, settings.networks), None
+        self.spec, self.policy = spec, Policy(spec, settings.networks)
+        self.world_model = self.critic = None
         self.windows = self.steps = 0
         self.threads = 0
 
@@ -201,6 +202,7 @@ def test_no_sampled_window_is_ever_torn_stale_or_unwritten_while_collectors_are_
 
     monkeypatch.setattr(startup, "GradientStep", make)
     monkeypatch.setattr(learn, "Diagnostics", NoDiagnostics)
+    monkeypatch.setattr(learn, "ReturnCheck", NoDiagnostics)
     loud = startup.create_memfd_slab
 
     def create_loud(num_bytes):

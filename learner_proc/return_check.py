@@ -1,0 +1,58 @@
+"""Imagined against real: the critic's value of a recorded belief beside the rewards that were really met after it.
+
+The critic learns from imagination alone. Where its values stand far above the recorded returns of the same states, the
+actor has found errors of the model, not rewards. Recorded actions are those of older, noisier policies, so a small gap
+upwards is what progress looks like.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from learner_proc.diagnostics import MAX_CONTEXT
+from shared.model.rssm import feat
+
+if TYPE_CHECKING:
+    from tensordict import TensorDict
+
+    from learner_proc.heads import ScalarHead
+    from learner_proc.world_model import WorldModel
+    from shared.config import OptimizationSettings
+    from shared.model.layers import Normaliser
+
+
+class ReturnCheck:
+    """Mean value and mean recorded return of the same replayed states, in scaled rewards; for log points."""
+
+    names = ("imagined_value", "recorded_return")
+
+    def __init__(
+        self, world_model: WorldModel, normaliser: Normaliser, critic: ScalarHead, optimization: OptimizationSettings
+    ) -> None:
+        self._world_model, self._normaliser, self._critic = world_model, normaliser, critic
+        self._gamma, self._reward_scale = optimization.gamma, optimization.reward_scale
+
+    @torch.no_grad()
+    def __call__(self, batch: TensorDict) -> Tensor:
+        """Two means over the windows in which no episode begins after row 0, NaN where there is none.
+
+        The recorded return sums the discounted rewards from the first row past the context to the window's end and the
+        critic's value there. Shapes: batch [B, L] in the arrival layout of `shared.stream`; result (2,). Does not
+        synchronise.
+        """
+        reward, first = batch["reward"], batch["is_first"]
+        num_windows, length = reward.shape
+        start = min(MAX_CONTEXT, length - 1) - 1
+        obs = self._normaliser(batch["obs"].to_dict())
+        noise = torch.zeros(length, num_windows, self._world_model.rssm.stoch_dim, device=reward.device)
+        features = feat(self._world_model.observe(obs, batch["action"], first, noise).belief)  # (B, L, F)
+        value = self._critic(features[:, [start, length - 1]])  # (B, 2); a value includes its own state's reward
+        steps = length - 1 - start
+        discount = torch.pow(self._gamma, torch.arange(steps, device=reward.device))
+        recorded = (reward[:, start:-1] * self._reward_scale * discount).sum(1) + self._gamma**steps * value[:, 1]
+        whole = ~first[:, 1:].any(1)
+        both = torch.stack([value[:, 0], recorded], 1).masked_fill(~whole[:, None], 0.0)
+        return both.sum(0) / whole.sum()
