@@ -53,6 +53,6 @@ class ReturnCheck:
         steps = length - 1 - start
         discount = torch.pow(self._gamma, torch.arange(steps, device=reward.device))
         recorded = (reward[:, start:-1] * self._reward_scale * discount).sum(1) + self._gamma**steps * value[:, 1]
-        whole = ~first[:, 1:].any(1)
+        whole = torch.logical_not(first[:, 1:].any(1))
         both = torch.stack([value[:, 0], recorded], 1).masked_fill(~whole[:, None], 0.0)
         return both.sum(0) / whole.sum()
