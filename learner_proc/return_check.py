@@ -43,16 +43,16 @@ class ReturnCheck:
         critic's value there. Shapes: batch [B, L] in the arrival layout of `shared.stream`; result (2,). Does not
         synchronise.
         """
-        reward, first = batch["reward"], batch["is_first"]
+        reward, first = batch.get("reward"), batch.get("is_first")
         num_windows, length = reward.shape
         start = min(MAX_CONTEXT, length - 1) - 1
-        obs = self._normaliser(batch["obs"].to_dict())
+        obs = self._normaliser(batch.get("obs").to_dict())
         noise = torch.zeros(length, num_windows, self._world_model.rssm.stoch_dim, device=reward.device)
         features = feat(self._world_model.observe(obs, batch["action"], first, noise).belief)  # (B, L, F)
         value = self._critic(features[:, [start, length - 1]])  # (B, 2); a value includes its own state's reward
         steps = length - 1 - start
         discount = torch.pow(self._gamma, torch.arange(steps, device=reward.device))
         recorded = (reward[:, start:-1] * self._reward_scale * discount).sum(1) + self._gamma**steps * value[:, 1]
-        whole = torch.logical_not(first[:, 1:].any(1))
+        whole = ~first[:, 1:].any(1)
         both = torch.stack([value[:, 0], recorded], 1).masked_fill(~whole[:, None], 0.0)
         return both.sum(0) / whole.sum()
