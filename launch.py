@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import difflib
 import os
 import shutil
 import sys
@@ -28,6 +29,7 @@ from shared.run_folder import (
     RunFolder,
     RunLock,
     check_resumable,
+    check_unfinished,
     create_run_folder,
     default_run_dir,
     describe_run,
@@ -51,7 +53,8 @@ exit codes:
   0    finished
   1    a process died and could not be replaced
   2    a setting or option cannot work, or a checkpoint does not fit it; nothing was trained
-  130  ended by Ctrl-C, 143 by SIGTERM, 129 by a closed terminal: the learner has saved a checkpoint; --resume goes on from it
+  130  ended by Ctrl-C, 143 by SIGTERM, 129 by a closed terminal: once training has begun, the learner has saved a
+       checkpoint; --resume goes on from it
 """
 
 
@@ -69,7 +72,13 @@ class Options:
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        raise SettingError(f"the command line cannot be read: {message}; wanted the options of --help; mend it")
+        hint = "see --help"
+        if message.startswith("unrecognized arguments:"):
+            flag = message.split()[2].split("=")[0]
+            known = [option for action in self._actions for option in action.option_strings]
+            nearest = difflib.get_close_matches(flag, known, n=1)
+            hint = f"write {nearest[0]}" if nearest else "settings are given as key=value, such as env.seed=3"
+        raise SettingError(f"the command line cannot be read: {message}; wanted the options of --help; {hint}")
 
 
 def parse_options(argv: Sequence[str]) -> Options:
@@ -102,6 +111,7 @@ def read_settings(options: Options) -> Settings:
         folder = RunFolder(options.resume.resolve())
         check_resumable(folder)
         settings = load_settings(folder.config, options.overrides)
+        check_unfinished(folder, settings)
     else:
         settings = compose(options.config or DEFAULT_CONFIG, options.overrides)
     check_env(settings)
@@ -114,7 +124,7 @@ def read_settings(options: Options) -> Settings:
 def check_compiler(settings: Settings) -> None:
     """Pass if torch.compile finds the compiler it needs. Raises: SettingError."""
     compile = settings.optimization.compile
-    compilers = [os.environ["CXX"]] if "CXX" in os.environ else ["g++", "clang++"]
+    compilers = [os.environ["CXX"]] if os.environ.get("CXX") else ["g++", "clang++"]
     if compile.enabled and compile.backend == "inductor" and not any(map(shutil.which, compilers)):
         raise SettingError(
             f"optimization.compile.enabled=true, but there is no C++ compiler ({' or '.join(compilers)}); wanted one on "

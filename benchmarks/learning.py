@@ -104,7 +104,7 @@ def draw(result: dict[str, Any], out: Path) -> None:
         axes[1].plot(*zip(*points, strict=True), "k--", label="published V1") if points else None
     for axis in axes:
         if random:
-            axis.axhline(sum(random) / len(random), color="grey", linewidth=1, label="random play")
+            axis.axhline(sum(random) / len(random), color="grey", linewidth=1, label="random play, prefill")
         axis.grid(alpha=0.25)
         axis.spines[["top", "right"]].set_visible(False)
         axis.set_xlim(left=0)

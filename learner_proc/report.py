@@ -51,7 +51,8 @@ class Report:
         self._names, self._counters, self._constants = metric_names, counters, constants
         self._diagnostic_names = diagnostic_names
         self._sum = torch.zeros(len(metric_names), device=device)
-        self._count = self._num_rows = 0
+        self._count = 0
+        self._num_rows = int(path.exists() and path.stat().st_size > 0)
         width = len(metric_names) + len(diagnostic_names)
         self._pinned = torch.zeros(width, pin_memory=device.type == "cuda")
         self._pending: tuple[dict, int, torch.cuda.Event | None] | None = None

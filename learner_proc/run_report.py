@@ -42,9 +42,15 @@ def write_report(run_dir: Path) -> Path:
 
     Raises: SettingError if the run has no rows or no checkpoint with a replay, or matplotlib is missing.
     """
-    rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    metrics = run_dir / "metrics.jsonl"
+    lines = metrics.read_text().splitlines() if metrics.is_file() else []
+    rows = [row for row in map(json.loads, lines) if row["loss_model"] is not None]
     if not rows:
-        raise SettingError(f"{run_dir}/metrics.jsonl is empty; wanted at least one row; let the run log once")
+        raise SettingError(
+            f"{metrics} holds no row of a gradient step; wanted the folder of a run that has trained; mend the path, "
+            "or let the run go on for optimization.log_every steps"
+        )
+    _pyplot()
     folder = run_dir / "report"
     folder.mkdir(exist_ok=True)
     settings, step, replay = open_run(run_dir)
@@ -89,7 +95,7 @@ def _draw_curves(rows: list[dict], free_nats: float | None, out: Path) -> None:
             axis.axhline(free_nats, color="grey", linestyle=":", label="free nats")
         axis.set_title(title, fontsize=10)
         axis.grid(alpha=0.25)
-        axis.legend(frameon=False, fontsize=8)
+        axis.legend(frameon=False, fontsize=7, loc="upper left", bbox_to_anchor=(1.0, 1.0))
     for axis in axes[-1]:
         axis.set_xlabel("gradient steps")
     _save(figure, out)
@@ -124,7 +130,9 @@ def _draw_vectors(rollout: OpenLoop, name: str, out: Path) -> None:
             axis.axvspan(0, rollout.context - 1, color="grey", alpha=0.2)
             axis.grid(alpha=0.2)
     axes[0][0].legend(frameon=False, fontsize=8)
-    figure.suptitle(f"{name}, normalised: the model sees the grey part, then predicts", fontsize=10)
+    for dimension in range(size):
+        axes[dimension][0].set_ylabel(f"[{dimension}]")
+    figure.suptitle(f"observation '{name}', normalised: the model sees the grey part, then predicts", fontsize=10)
     _save(figure, out)
 
 
@@ -152,13 +160,25 @@ def _save(figure: Any, out: Path) -> None:
     _pyplot().close(figure)
 
 
+CAPTIONS = {
+    "open_loop_error": "Below 1 the model predicts better than a still picture. Read 5 steps first, then the imagination "
+    "horizon (15). At 50 steps a task near an unstable balance is beyond prediction, and what rests is best predicted by "
+    "a still.",
+    "curves": "Clipped gradients are not a fault: Adam is indifferent to their scale. A KL under the free nats trains no "
+    "prior. A value far above the recorded return says that the actor found errors of the model.",
+}
+
+
 def _page(run_dir: Path, row: dict, pictures: list[str]) -> str:
     shown = "".join(
         f"<tr><td>{html.escape(key)}</td><td>{value:.5g}</td></tr>"
         for key, value in row.items()
         if isinstance(value, int | float) and key != "time"
     )
-    images = "".join(f'<h2>{name[:-4].replace("_", " ")}</h2><img src="{name}">' for name in pictures)
+    images = "".join(
+        f'<h2>{name[:-4].replace("_", " ")}</h2><p>{CAPTIONS.get(name[:-4], "")}</p><img src="{name}">'
+        for name in pictures
+    )
     return (
         f"<!doctype html><meta charset=utf-8><title>{html.escape(run_dir.name)}</title>"
         "<style>body{font:15px sans-serif;max-width:1050px;margin:2em auto}img{max-width:100%}td{padding:1px 12px}</style>"

@@ -219,7 +219,9 @@ def _nearest_key(key: str, known: Iterable[str]) -> str:
     names = list(known)
     last = key.split(".")[-1]
     by_name = [name for name in names if name.split(".")[-1] == last]
-    found = _nearest(key, names, cutoff=0.75) or _nearest(key, by_name) or _nearest(key, names)
+    by_word = [name for name in names if last in name.split(".")[-1].split("_")]  # lr: world_model_lr
+    found = _nearest(key, names, cutoff=0.85) or _nearest(key, by_name) or _nearest(key, by_word)
+    found = found or _nearest(key, names)
     return found or names[0]
 
 

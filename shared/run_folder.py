@@ -1,6 +1,6 @@
 """The run folder `runs/<name>/`: where each file lies, the lock that keeps it to one launch, and run.json.
 
-    config.yaml run.json lock | collector.progress learner.progress | logs/ tb/ checkpoints/ video/ crash/
+    config.yaml run.json lock | collector.progress learner.progress | logs/ tb/ checkpoints/ crash/
     metrics.jsonl (learner)   | summary.json (at the end)
 
 Outside it lies only the socket folder: ipc paths end at 107 bytes, so sockets need a short path of their own.
@@ -79,10 +79,6 @@ class RunFolder:
     @property
     def checkpoints(self) -> Path:
         return self.path / "checkpoints"
-
-    @property
-    def video(self) -> Path:
-        return self.path / "video"
 
     @property
     def crash(self) -> Path:
@@ -190,6 +186,16 @@ def check_resumable(folder: RunFolder) -> None:
         )
 
 
+def check_unfinished(folder: RunFolder, settings: Settings) -> None:
+    """Raises: SettingError if the newest checkpoint already has every gradient step the settings ask for."""
+    done, total = int((folder.checkpoints / "latest").read_text()), settings.optimization.total_optim_steps
+    if done >= total:
+        raise SettingError(
+            f"{folder.path} has already made {done} gradient steps, optimization.total_optim_steps={total}; wanted steps "
+            f"still to do; add optimization.total_optim_steps={2 * done} to go on"
+        )
+
+
 def _take_lock(folder: RunFolder) -> RunLock:
     file = folder.lock.open("a+")
     try:
@@ -209,7 +215,7 @@ def _take_lock(folder: RunFolder) -> RunLock:
 
 
 def _make_subfolders(folder: RunFolder) -> None:
-    for path in (folder.logs, folder.tensorboard, folder.checkpoints, folder.video, folder.crash):
+    for path in (folder.logs, folder.tensorboard, folder.checkpoints, folder.crash):
         path.mkdir(exist_ok=True)
 
 

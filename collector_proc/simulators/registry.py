@@ -42,8 +42,7 @@ def check_env(settings: Settings) -> None:
     else:
         raise SettingError(
             f"env.backend={env.backend} cannot run yet: its simulator is not part of this version; "
-            "wanted dm_control or pendulum; for many environments in one batch use env.backend=pendulum "
-            "env.name=pendulum env.task=swingup env.num_envs=64"
+            "wanted dm_control or pendulum; for many environments in one batch use --config quickstart env.num_envs=64"
         )
 
 

@@ -13,6 +13,7 @@ from rich.text import Text
 from shared.supervision import Snapshot
 
 PLAIN_EVERY_S = 10.0
+SAYINGS = {"hello": "waiting for the other process", "waiting": "waiting for the learner"}
 LIVE_PER_S = 2.0
 
 
@@ -34,10 +35,10 @@ def learner_line(snapshot: Snapshot | None, row: Mapping[str, Any], *, now: floa
         for key, value in numbers.items()
         if key in ("loss_model", "loss_actor", "loss_value") and _is_number(value)
     ]
-    parts += ["loss " + " ".join(losses)] if losses else []
     parts += [f"ETA {duration(eta)}" for eta in [_eta_s(numbers)] if eta is not None]
     if snapshot.phase != "training":
         parts.append(_phase(snapshot, now))
+    parts += ["loss " + " ".join(losses)] if losses else []
     return "learner    " + "  ".join(parts)
 
 
@@ -105,7 +106,11 @@ class Display:
 
 
 def _phase(snapshot: Snapshot | None, now: float) -> str:
-    return "starting" if snapshot is None else f"{snapshot.phase} {duration(now - snapshot.phase_since)}"
+    return (
+        "starting"
+        if snapshot is None
+        else f"{SAYINGS.get(snapshot.phase, snapshot.phase)} {duration(now - snapshot.phase_since)}"
+    )
 
 
 def _known(numbers: Mapping[str, Any], *entries: tuple[str, str]) -> list[str]:

@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     from shared.launching.metrics import Forwarder
 
 TICK_S = 0.2
+PHASES_BEFORE_TRAINING = ("starting", "hello", "compiling")  # of the learner
+UNTRAINED_S = 5.0
 CANNOT_START = 2  # the collector's exit code when its simulator cannot start at all: another try would end alike
 SLEPT_S = 5.0  # a pass later than this means that this process, or the whole machine, was suspended
 # A collector that lost its learner ends first; this long the learner may follow before that counts as a death.
@@ -98,8 +100,9 @@ class Watch:
 
     def _forward_rows(self) -> None:
         for row in self._tail.new_rows():
-            if not self._said_ready and isinstance(row.get("startup_s"), float):
-                self._display.say(f"networks built and compiled in {row['startup_s']:.1f} s")
+            compiled = self._settings.optimization.compile.enabled
+            if compiled and not self._said_ready and isinstance(row.get("startup_s"), float):
+                self._display.say(f"networks were built and compiled in {row['startup_s']:.1f} s")
                 self._said_ready = True
             self._row = row
             self._forwarder.add(row)
@@ -113,7 +116,7 @@ class Watch:
             self._log.warning("second signal: both processes are killed, nothing more is saved")
             return Outcome(code, f"interrupted by {name}, then killed by a second signal")
         if self._ending is None:
-            self._display.say("stopping: the learner saves a checkpoint and ends; once more kills both at once")
+            self._display.say("stopping: the learner saves what it has trained; once more kills both at once")
             self._end_learner(Outcome(code, f"interrupted by {name}"))
         return None
 
@@ -121,8 +124,13 @@ class Watch:
         return self._stop.count >= 2
 
     def _end_learner(self, outcome: Outcome) -> None:
-        self._log.info("asking the learner to save and end", reason=outcome.reason)
-        self._ending = (outcome, time.monotonic() + self._settings.deadlines.save_s)
+        """Ask it to save and end; before it has trained there is nothing to save, and a compiler cannot be asked."""
+        phase = self._snapshots["learner"].phase
+        self._log.info("asking the learner to save and end", reason=outcome.reason, phase=phase)
+        patience = self._settings.deadlines.save_s
+        if phase in PHASES_BEFORE_TRAINING:
+            outcome, patience = Outcome(outcome.exit_code, f"{outcome.reason} before training began"), UNTRAINED_S
+        self._ending = (outcome, time.monotonic() + patience)
         self._children["learner"].terminate()
 
     def _check_learner(self) -> Outcome | None:
@@ -153,6 +161,9 @@ class Watch:
             outcome, deadline = self._ending
             if time.monotonic() < deadline:
                 return None
+            if self._snapshots["learner"].phase in PHASES_BEFORE_TRAINING:
+                learner.kill()
+                return outcome
             waited = f"the learner did not end within deadlines.save_s={self._settings.deadlines.save_s:g} s"
             self._log.error(f"{waited}; it is killed", pid=learner.pid)
             learner.dump_stacks()

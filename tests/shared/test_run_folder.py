@@ -58,7 +58,7 @@ def test_an_empty_folder_and_a_new_one_both_become_run_folders(tmp_path: Path) -
     for path in (tmp_path / "empty", tmp_path / "deep" / "new"):
         lock = create_run_folder(path)
         folder = lock.folder
-        for part in (folder.logs, folder.tensorboard, folder.checkpoints, folder.video, folder.crash):
+        for part in (folder.logs, folder.tensorboard, folder.checkpoints, folder.crash):
             assert part.is_dir()
         assert folder.lock.read_text() == f"{os.getpid()}\n"
         lock.release()

@@ -31,7 +31,7 @@ def test_the_learners_line_has_steps_pace_ratio_losses_and_the_time_left() -> No
     }
     row = {"updates_per_s": 40.0, "loss_model": 12.345, "loss_actor": -3.0, "loss_value": 0.5, "gradient_steps": 11_900}
     assert learner_line(_snapshot("training", 0.0, **status), row, now=60.0) == (
-        "learner    step 12,000/100,000  40.0 updates/s  ratio 499/500  loss model 12.3 actor -3 value 0.5  ETA 36 min 40 s"
+        "learner    step 12,000/100,000  40.0 updates/s  ratio 499/500  ETA 36 min 40 s  loss model 12.3 actor -3 value 0.5"
     )
     free = {**status, "replay_ratio_target": None}
     line = learner_line(_snapshot("saving", 57.0, **free), {}, now=60.0)
