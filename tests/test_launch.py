@@ -234,6 +234,16 @@ def test_an_interrupt_lets_the_learner_save_and_then_ends(signum: signal.Signals
     _assert_nothing_is_left(run)
 
 
+def test_before_training_a_stop_takes_seconds_whatever_the_learner_is_in(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    process = _start(run, "compile", "deadlines.save_s=600", "deadlines.compile_s=600")
+    process.send_signal(signal.SIGTERM)
+    said = process.communicate(timeout=DEADLINE_S)[0]
+    assert process.returncode == 143, said
+    assert _summary(run)["exit_reason"] == "interrupted by SIGTERM before training began"
+    _assert_nothing_is_left(run)
+
+
 def test_a_second_interrupt_kills_at_once(tmp_path: Path) -> None:
     run = tmp_path / "run"
     process = _start(run, "stubborn", "deadlines.save_s=600", "deadlines.step_s=600")

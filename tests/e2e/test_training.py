@@ -189,12 +189,15 @@ def test_a_refused_resume_leaves_the_run_resumable(tmp_path):
     launch = start(run_dir, *PENDULUM, "optimization.total_optim_steps=10")
     output = finish(launch)
     assert launch.returncode == 0, output
-    before = (run_dir / "config.yaml").read_text()
+    before, told = (run_dir / "config.yaml").read_text(), summary(run_dir)
+    launch = start(run_dir, "--resume", str(run_dir))
+    assert "already made 10 gradient steps" in finish(launch) and launch.returncode == 2
+    assert summary(run_dir) == told, "a finished run keeps its summary"
     for change, part in (
         ("networks.hidden_dim=24", "saved learner does not fit"),
         ("env.num_envs=4", "start a new run"),
     ):
-        launch = start(run_dir, "--resume", str(run_dir), change)
+        launch = start(run_dir, "--resume", str(run_dir), change, "optimization.total_optim_steps=15")
         output = finish(launch)
         assert launch.returncode == 2 and part in output and "Traceback" not in output, output
         assert (run_dir / "config.yaml").read_text() == before
@@ -212,7 +215,7 @@ def test_ctrl_c_during_start_up_ends_within_seconds(tmp_path):
     launch.send_signal(signal.SIGINT)
     output = finish(launch, 20)
     assert launch.returncode == 130, output
-    assert summary(tmp_path / "run")["exit_reason"] == "interrupted by SIGINT"
+    assert summary(tmp_path / "run")["exit_reason"] == "interrupted by SIGINT before training began"
 
 
 def test_a_closed_terminal_saves_like_sigterm(tmp_path):

@@ -97,6 +97,12 @@ def main() -> int:
             signal.signal(signum, signal.SIG_IGN)
         child.serve()
         return 0
+    if behaviour == "compile":  # a compiler cannot be asked to stop
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        child.progress.phase("compiling")
+        child.mark(f"{role}-serves")
+        time.sleep(DEADLINE_S)
+        return 0
     if behaviour == "hang":
         child.stand_still()
         return 0
