@@ -90,7 +90,9 @@ def _draw_curves(rows: list[dict], free_nats: float | None, out: Path) -> None:
     figure, axes = plt.subplots(4, 2, figsize=(11, 11), sharex=True)
     for axis, (title, keys) in zip(axes.flat, PANELS, strict=True):
         for key in keys:
-            axis.plot(*_series(rows, key), label=key, linewidth=1.3)
+            steps, values = _series(rows, key)
+            if values:
+                axis.plot(steps, values, label=key, linewidth=1.3)
         if keys == ("kl",) and free_nats is not None:
             axis.axhline(free_nats, color="grey", linestyle=":", label="free nats")
         axis.set_title(title, fontsize=10)

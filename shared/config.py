@@ -25,7 +25,7 @@ def setting(
 class EnvSettings:
     backend: str = setting("dm_control", "simulator backend", choices=("dm_control", "pendulum", "isaaclab"))
     name: str = setting("cheetah", "domain (dm_control), task id (isaaclab); pendulum: 'pendulum'")
-    task: str = setting("run", "task of the domain (dm_control); pendulum: 'swingup' or 'lean'")
+    task: str = setting("run", "task of the domain (dm_control); pendulum: 'swingup' or 'balance'")
     seed: int = setting(0, "seed of simulator, networks and sampling", minimum=0)
     frame_skip: int = setting(2, "simulator steps per agent step; rewards are summed over them", minimum=1)
     from_pixels: bool = setting(True, "observe 64x64 images (uint8) instead of state vectors")

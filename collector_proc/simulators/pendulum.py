@@ -3,9 +3,8 @@
 Observation "policy": (cos theta, sin theta, theta_dot / 8). Episodes are cut after 200 frames. Two tasks:
 
 swingup   any start angle, reward (1 + cos theta) / 2 a frame, so at most 200; never terminates; random play 64 +- 42
-lean      starts upright, reward max(0, sin theta) a frame: leaning pays, but beyond 0.8 rad (46 degrees) the episode
-          terminates, and the torque holds no more than 0.41 rad (24 degrees). Leaning there for the whole episode is
-          worth about 75, falling about 4: whoever ignores that episodes end lets it fall
+balance   starts upright, reward 1 a frame whatever it does, but beyond 0.8 rad (46 degrees) the episode terminates:
+          whoever ignores that episodes end finds every action equally good
 
 Source: the classic gym Pendulum-v1 dynamics, with rewards that lie in [0, 1].
 """
@@ -26,8 +25,8 @@ if TYPE_CHECKING:
 GRAVITY, MASS, LENGTH, FRAME_S = 10.0, 1.0, 1.0, 0.05  # m/s^2, kg, m, s
 MAX_TORQUE, MAX_SPEED = 2.0, 8.0  # N m, rad/s
 EPISODE_FRAMES = 200
-FALLEN = 0.8  # rad: beyond it "lean" terminates
-START_RANGES = {"swingup": (math.pi, 1.0), "lean": (0.1, 0.1)}  # half widths: rad, rad/s
+FALLEN = 0.8  # rad: beyond it "balance" terminates
+START_RANGES = {"swingup": (math.pi, 1.0), "balance": (0.1, 0.1)}  # half widths: rad, rad/s
 TASKS = tuple(START_RANGES)
 
 
@@ -73,7 +72,7 @@ class PendulumSimulator:
         self._frames = torch.zeros(num_envs, dtype=torch.int64, device=device)  # of the running episode
         self._over = torch.ones(num_envs, dtype=torch.bool, device=device)
         self._start_range = torch.tensor(START_RANGES[settings.env.task], device=device)
-        self._lean = settings.env.task == "lean"
+        self._balance = settings.env.task == "balance"
 
     def reset(self) -> Arrival:
         """Start every environment anew."""
@@ -108,7 +107,7 @@ class PendulumSimulator:
         for _ in range(self.frames_per_step):
             alive = (frames < self._frame_limit) & ~self._fallen(state)
             moved, reward = pendulum_frame(state, action)
-            reward = moved[:, 0].sin().clamp_min(0.0) if self._lean else reward
+            reward = torch.ones_like(reward) if self._balance else reward
             state = torch.where(alive[:, None], moved, state)
             total = torch.where(alive, total + reward, total)
             frames = frames + alive
@@ -116,7 +115,7 @@ class PendulumSimulator:
 
     def _fallen(self, state: Tensor) -> Tensor:
         """(E,) bool: where the task has ended; swing-up never does."""
-        return (state[:, 0].abs() > FALLEN) & self._lean
+        return (state[:, 0].abs() > FALLEN) & self._balance
 
     def _draw_start(self) -> Tensor:
         """(E, 2): uniform within the task's half widths."""

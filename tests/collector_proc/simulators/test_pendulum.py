@@ -173,31 +173,30 @@ def test_a_tick_on_cuda_never_waits_for_the_device() -> None:
     assert arrival.reward.is_cuda
 
 
-def test_leaning_pays_and_falling_terminates():
-    simulator = simulator_of(64, task="lean")
-    arrival, fell, best = simulator.reset(), torch.zeros(64), torch.zeros(64)
+def test_falling_terminates_and_every_frame_before_it_pays_one():
+    simulator = simulator_of(64, task="balance")
+    arrival, fell = simulator.reset(), torch.zeros(64)
     for _ in range(30):  # full torque to one side: every pendulum falls, and each is set up again
         arrival = simulator.step(torch.ones(64, 1))
         theta = torch.atan2(arrival.obs["policy"][:, 1], arrival.obs["policy"][:, 0])
-        assert torch.equal(arrival.is_terminal, theta.abs() > FALLEN) and torch.equal(
-            arrival.is_last, arrival.is_terminal
-        )
+        assert torch.equal(arrival.is_terminal, theta.abs() > FALLEN)
+        assert torch.equal(arrival.is_last, arrival.is_terminal)
         assert (theta[arrival.is_first].abs() <= 0.1).all() and (arrival.reward[arrival.is_first] == 0).all()
         moving = ~arrival.is_first
-        assert (arrival.reward[moving] <= 2 * theta[moving].sin().clamp_min(0.0) + 1e-6).all()
+        assert torch.isin(arrival.reward[moving], torch.tensor([1.0, 2.0])).all(), (
+            "it may fall in the first frame of two"
+        )
         fell += arrival.is_terminal
-        best = torch.maximum(best, arrival.reward)
-    assert (fell >= 2).all() and (best > 0.5).all()
+    assert (fell >= 2).all()
 
 
-def test_a_controller_that_leans_within_its_torque_outlives_the_episode():
-    simulator = simulator_of(16, seed=1, task="lean")
+def test_a_controller_that_balances_outlives_the_episode_by_a_time_out():
+    simulator = simulator_of(16, seed=1, task="balance")
     arrival, total = simulator.reset(), torch.zeros(16)
     for _ in range(100):
         _, sine, speed = arrival.obs["policy"].unbind(-1)
-        # hold 0.33 rad: the torque that balances gravity there, corrected by angle and speed
-        action = (-15.0 * sine - 20.0 * (sine - 0.33) - 8.0 * 8.0 * speed) / 6.0
+        action = (-15.0 * sine - 20.0 * sine - 8.0 * 8.0 * speed) / 6.0  # against gravity, the angle and the speed
         arrival = simulator.step(action.clamp(-1, 1)[:, None])
         assert not arrival.is_terminal.any()
         total += arrival.reward
-    assert arrival.is_last.all() and (total > 55).all(), total
+    assert arrival.is_last.all() and (total == 200).all()
