@@ -3,7 +3,8 @@
 Observation "policy": (cos theta, sin theta, theta_dot / 8). Episodes are cut after 200 frames. Two tasks:
 
 swingup   any start angle, reward (1 + cos theta) / 2 a frame, so at most 200; never terminates; random play 64 +- 42
-balance   starts upright, reward 1 a frame whatever it does, but beyond 0.8 rad (46 degrees) the episode terminates:
+balance   starts upright, reward 1 a frame whatever it does, but an agent step that ends beyond 0.8 rad (46 degrees)
+          terminates the episode:
           whoever ignores that episodes end finds every action equally good
 
 Source: the classic gym Pendulum-v1 dynamics, with rewards that lie in [0, 1].
@@ -105,7 +106,7 @@ class PendulumSimulator:
 
         state, frames, total = self._state, self._frames, torch.zeros_like(action[:, 0])
         for _ in range(self.frames_per_step):
-            alive = (frames < self._frame_limit) & ~self._fallen(state)
+            alive = frames < self._frame_limit
             moved, reward = pendulum_frame(state, action)
             reward = torch.ones_like(reward) if self._balance else reward
             state = torch.where(alive[:, None], moved, state)

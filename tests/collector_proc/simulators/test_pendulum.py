@@ -173,7 +173,7 @@ def test_a_tick_on_cuda_never_waits_for_the_device() -> None:
     assert arrival.reward.is_cuda
 
 
-def test_falling_terminates_and_every_frame_before_it_pays_one():
+def test_falling_terminates_and_every_step_pays_the_same():
     simulator = simulator_of(64, task="balance")
     arrival, fell = simulator.reset(), torch.zeros(64)
     for _ in range(30):  # full torque to one side: every pendulum falls, and each is set up again
