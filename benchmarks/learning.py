@@ -154,6 +154,7 @@ def main() -> None:
             )
     name = options.name or f"learning_{options.config}"
     argv = [argument for argument in sys.argv[1:] if argument not in ("--runs", str(options.runs))]
+    argv = [f"runs/{Path(a).name}" if Path(a).is_dir() else a for a in argv]  # where runs lie is nobody's business
     result = collect(folders, name=name, command="python -m benchmarks.learning " + shlex.join(argv))
     RESULTS.mkdir(parents=True, exist_ok=True)
     (RESULTS / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n")
