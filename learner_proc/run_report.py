@@ -97,7 +97,8 @@ def _draw_curves(rows: list[dict], free_nats: float | None, out: Path) -> None:
             axis.axhline(free_nats, color="grey", linestyle=":", label="free nats")
         axis.set_title(title, fontsize=10)
         axis.grid(alpha=0.25)
-        axis.legend(frameon=False, fontsize=7, loc="upper left", bbox_to_anchor=(1.0, 1.0))
+        if axis.lines:
+            axis.legend(frameon=False, fontsize=7, loc="upper left", bbox_to_anchor=(1.0, 1.0))
     for axis in axes[-1]:
         axis.set_xlabel("gradient steps")
     _save(figure, out)

@@ -129,6 +129,7 @@ def test_deviation_8_the_row_of_an_ended_episode_holds_its_own_last_observation_
 def test_deviation_8_the_last_observation_of_an_episode_is_one_step_of_the_physics_from_the_one_before():
     settings = Settings()
     settings.env.backend, settings.env.num_envs, settings.env.horizon = "pendulum", 5, 3
+    settings.env.name, settings.env.task = "pendulum", "swingup"
     simulator = PendulumSimulator(settings, seed=0, device="cpu")
     arrivals = [simulator.reset(), *(simulator.step(torch.full((5, 1), 0.5)) for _ in range(4))]
     cosine, sine, speed = arrivals[2].obs["policy"].unbind(-1)
