@@ -105,10 +105,6 @@ class Replay:
         rest = {key[0]: value for key, value in shaped.items() if len(key) == 1}
         return TensorDict({"obs": TensorDict(obs, [num_sequences, length]), **rest}, [num_sequences, length])
 
-    def rows(self) -> Tensor:
-        """Ring rows in the sampler's reach, oldest first."""
-        return torch.arange(self.first, self.committed, device=self.slab.device) % self.layout.capacity
-
     def restore(self, num_rows: int) -> None:
         """Declare that ring rows 0..num_rows were filled from a checkpoint; a whole number of chunks."""
         assert num_rows % self.ticks_per_chunk == 0 and num_rows <= self.layout.capacity, num_rows
