@@ -3,9 +3,9 @@
 Observation "policy": (cos theta, sin theta, theta_dot / 8). Episodes are cut after 200 frames. Two tasks:
 
 swingup   any start angle, reward (1 + cos theta) / 2 a frame, so at most 200; never terminates; random play 64 +- 42
-balance   starts upright, reward 1 a frame whatever it does, but an agent step that ends beyond 0.8 rad (46 degrees)
-          terminates the episode:
-          whoever ignores that episodes end finds every action equally good
+balance   starts upright; a frame pays 0.5 upright and more the further it leans, but an agent step that ends beyond
+          0.8 rad (46 degrees) terminates the episode: standing pays 100, falling at once about 10, and whoever ignores
+          that episodes end falls for the better pay
 
 Source: the classic gym Pendulum-v1 dynamics, with rewards that lie in [0, 1].
 """
@@ -44,6 +44,11 @@ def pendulum_frame(state: Tensor, action: Tensor) -> tuple[Tensor, Tensor]:
     state = speed.new_empty(*speed.shape, 2)
     state[..., 0], state[..., 1] = theta, speed
     return state, (1 + theta.cos()) / 2
+
+
+def leaning_reward(state: Tensor) -> Tensor:
+    """(E,): what a frame of "balance" pays, from 0.5 upright to 1 at the angle where the task ends."""
+    return 0.5 + 0.5 * (state[:, 0].abs() / FALLEN).clamp(max=1.0)
 
 
 def pendulum_obs(state: Tensor) -> Tensor:
@@ -108,7 +113,7 @@ class PendulumSimulator:
         for _ in range(self.frames_per_step):
             alive = frames < self._frame_limit
             moved, reward = pendulum_frame(state, action)
-            reward = torch.ones_like(reward) if self._balance else reward
+            reward = leaning_reward(moved) if self._balance else reward
             state = torch.where(alive[:, None], moved, state)
             total = torch.where(alive, total + reward, total)
             frames = frames + alive

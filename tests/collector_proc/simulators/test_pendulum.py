@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from collector_proc.simulators.pendulum import FALLEN, PendulumSimulator, pendulum_frame, pendulum_obs
+from collector_proc.simulators.pendulum import FALLEN, PendulumSimulator, leaning_reward, pendulum_frame, pendulum_obs
 from shared.config import Settings
 
 
@@ -173,7 +173,7 @@ def test_a_tick_on_cuda_never_waits_for_the_device() -> None:
     assert arrival.reward.is_cuda
 
 
-def test_falling_terminates_and_every_step_pays_the_same():
+def test_falling_terminates_and_leaning_pays_until_then():
     simulator = simulator_of(64, task="balance")
     arrival, fell = simulator.reset(), torch.zeros(64)
     for _ in range(30):  # full torque to one side: every pendulum falls, and each is set up again
@@ -183,9 +183,9 @@ def test_falling_terminates_and_every_step_pays_the_same():
         assert torch.equal(arrival.is_last, arrival.is_terminal)
         assert (theta[arrival.is_first].abs() <= 0.1).all() and (arrival.reward[arrival.is_first] == 0).all()
         moving = ~arrival.is_first
-        assert torch.isin(arrival.reward[moving], torch.tensor([1.0, 2.0])).all(), (
-            "it may fall in the first frame of two"
-        )
+        last_frame = 0.5 + 0.5 * (theta.abs() / FALLEN).clamp(max=1.0)  # of the two that an agent step sums
+        first_frame = arrival.reward - last_frame
+        assert (first_frame[moving] >= 0.5 - 1e-5).all() and (first_frame[moving] <= 1 + 1e-5).all()
         fell += arrival.is_terminal
     assert (fell >= 2).all()
 
@@ -199,4 +199,11 @@ def test_a_controller_that_balances_outlives_the_episode_by_a_time_out():
         arrival = simulator.step(action.clamp(-1, 1)[:, None])
         assert not arrival.is_terminal.any()
         total += arrival.reward
-    assert arrival.is_last.all() and (total == 200).all()
+    assert arrival.is_last.all()
+    assert ((total > 100) & (total < 105)).all(), total  # upright is half the pay of leaning
+
+
+def test_balance_pays_half_upright_and_all_of_it_at_the_angle_where_it_ends():
+    angles = torch.tensor([0.0, 0.4, -0.4, -0.8, 1.2])
+    reward = leaning_reward(torch.stack((angles, torch.zeros(5)), 1))
+    torch.testing.assert_close(reward, torch.tensor([0.5, 0.75, 0.75, 1.0, 1.0]), rtol=0, atol=1e-6)
