@@ -69,11 +69,20 @@ class Behavior(nn.Module):
         """
         assert feat.dim() == 3 and start_terminal.shape == feat.shape[:1], (feat.shape, start_terminal.shape)
         assert entropy.shape == feat.shape[:2], (entropy.shape, feat.shape)
-        reward, value = self.frozen_reward(feat), self.frozen_value(feat)  # (N, H)
-        if self.frozen_cont is None:
+        cont = None if self.frozen_cont is None else self.frozen_cont(feat)
+        return self.objective(self.frozen_reward(feat), self.frozen_value(feat), start_terminal, entropy, cont)
+
+    def objective(
+        self, reward: Tensor, value: Tensor, start_terminal: Tensor, entropy: Tensor, cont: Tensor | None = None
+    ) -> ActorLoss:
+        """The actor's loss as a function of what the heads say of the imagined features.
+
+        Shapes: reward, value, cont (the continue head's logit), entropy (N, H), start_terminal (N,) bool.
+        """
+        if cont is None:
             discount, start_weight = torch.full_like(reward, self.gamma), torch.ones_like(reward[:, 0])
         else:
-            discount = torch.sigmoid(self.frozen_cont(feat))  # its target is gamma, so gamma is already in it
+            discount = torch.sigmoid(cont)  # its target is gamma, so gamma is already in it
             start_weight = (~start_terminal).float()
         target = lambda_return(reward, discount, value, lam=self.lam)  # (N, H - 1)
         weight = trajectory_weight(discount, start_weight)
@@ -90,11 +99,19 @@ class Behavior(nn.Module):
         Shapes: feat (N, H, F), target and weight (N, H - 1), all taken as constants. Source: arXiv 1912.01603, eq. 8.
         """
         assert target.shape == weight.shape == (feat.shape[0], feat.shape[1] - 1), (feat.shape, target.shape)
-        value = self.critic(feat[:, :-1].detach())
+        return self.regression(self.critic(feat[:, :-1].detach()), target, weight)
+
+    def regression(self, value: Tensor, target: Tensor, weight: Tensor) -> CriticLoss:
+        """The critic's loss as a function of its values; shapes (N, H - 1)."""
         total = (weight * unit_gaussian_nll(target, value, event_dims=0)).mean()
         # not a number where nothing counts: every start is the end of a task
         bias = (weight * (value.detach() - target)).sum() / weight.sum()
         return CriticLoss(total, bias)
+
+    def heads(self) -> dict[str, ScalarHead]:
+        """What `objective` reads, by the names of its arguments; frozen, or with the value a frozen twin of the critic."""
+        heads = {"reward": self.frozen_reward, "value": self.frozen_value}
+        return heads if self.frozen_cont is None else heads | {"cont": self.frozen_cont}
 
     @torch.no_grad()
     def update_slow_critic(self, skipped: Tensor) -> None:

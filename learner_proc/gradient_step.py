@@ -6,15 +6,19 @@ of torch.compile: the cells and heads are compiled, Python unrolls time around t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from learner_proc.behavior import Behavior
+from learner_proc.behavior import ActorLoss, Behavior, CriticLoss
 from learner_proc.heads import CRITIC_LAYERS, ScalarHead
 from learner_proc.imagination import Dreamer, Imagined, frozen_twin, random_subset
+from learner_proc.scan import Scan
+from learner_proc.slopes import Reading, read_head, weight_gradients
+from learner_proc.updater import Updater
 from learner_proc.world_model import ModelLoss, WorldModel
 from shared.model.policy import Policy
 from shared.model.rssm import Belief
@@ -28,74 +32,7 @@ if TYPE_CHECKING:
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 AUTOCAST_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "false": None}
-INITIAL_LOSS_SCALE = 2.0**16
 SCALE_GROUP = "loss_scale_"  # of a snapshot: there with float16 alone, so that a run may resume in another precision
-LOSS_SCALE_INTERVAL = 2000  # finite steps between two doublings
-
-
-class LossScale:
-    """The factor that keeps float16 gradients in range; moves on the device, one number per optimiser."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.scale = torch.full((), INITIAL_LOSS_SCALE, device=device)
-        self.num_finite = torch.zeros((), device=device)
-
-    def update(self, bad: Tensor) -> None:
-        """Halve after a bad step, double after `LOSS_SCALE_INTERVAL` good ones in a row. Shapes: bad () bool."""
-        num_finite = (self.num_finite + 1).masked_fill(bad, 0.0)
-        grow = num_finite >= LOSS_SCALE_INTERVAL
-        self.scale.mul_(torch.where(bad, 0.5, torch.where(grow, 2.0, 1.0)))
-        self.num_finite.copy_(num_finite.masked_fill(grow, 0.0))
-
-
-class Updater:
-    """One Adam over a fixed list of parameters: clips the global norm, skips non-finite gradients on the device."""
-
-    def __init__(self, params: Sequence[nn.Parameter], *, lr: float, eps: float, clip: float, scaled: bool) -> None:
-        self.params, self.clip = list(params), clip
-        device = self.params[0].device
-        self.optimizer = torch.optim.Adam(self.params, lr=lr, eps=eps, fused=True, capturable=device.type == "cuda")
-        self.loss_scale = LossScale(device) if scaled else None
-        # what Adam would make lazily exists from the start, so that its addresses never change
-        for param in self.params:
-            self.optimizer.state[param] = {
-                "step": torch.zeros((), device=device),
-                "exp_avg": torch.zeros_like(param),
-                "exp_avg_sq": torch.zeros_like(param),
-            }
-
-    def gradients(self, loss: Tensor) -> list[Tensor]:
-        """The gradients of the unscaled loss; the graph is freed."""
-        # without this a GPU's backward runs in a thread of its own, and compiled backwards are Python: law 3
-        with torch.autograd.set_multithreading_enabled(False):
-            if self.loss_scale is None:
-                return list(torch.autograd.grad(loss, self.params))
-            grads = list(torch.autograd.grad(loss * self.loss_scale.scale, self.params))
-        torch._foreach_div_(grads, self.loss_scale.scale)  # pyright: ignore[reportPrivateImportUsage]
-        return grads
-
-    def apply(self, grads: list[Tensor]) -> tuple[Tensor, Tensor]:
-        """Clip and step in place; returns the norm before clipping and whether the step was skipped, () bool."""
-        norm = torch.nn.utils.get_total_norm(grads)
-        bad = ~torch.isfinite(norm)
-        for param, grad in zip(self.params, grads, strict=True):
-            param.grad = grad
-        torch.nn.utils.clip_grads_with_norm_(self.params, self.clip, norm)
-        # read by the fused kernels: a set flag leaves parameters, moments and step count as they are
-        self.optimizer.found_inf = bad.float()  # type: ignore[attr-defined]
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        if self.loss_scale is not None:
-            self.loss_scale.update(bad)
-        return norm, bad
-
-    def tensors(self) -> dict[str, Tensor]:
-        """Everything that moves with the updates but the parameters themselves, by name."""
-        return {
-            f"{index}.{key}": value
-            for index, param in enumerate(self.params)
-            for key, value in self.optimizer.state[param].items()
-        }
 
 
 class GradientStep:
@@ -133,11 +70,14 @@ class GradientStep:
             "value": self._updater(self.critic, optimization.value_lr, settings),
         }
         compiled = compiler(optimization.compile)
-        self._posterior_step = compiled(self.policy.rssm.posterior_step)
-        self._imagined_step = compiled(self._dreamer.step)
+        rssm, actor, dtype = self.policy.rssm, dense_layers(self.policy.actor), self._dtype or torch.float32
+        observing = [rssm.input, rssm.gru.input, rssm.gru.recurrent, rssm.posterior_deter, rssm.posterior_out]
+        dreaming = [*actor, twin.input, twin.gru.input, twin.gru.recurrent, twin.prior_hidden, twin.prior_out]
+        self._observing = Scan(rssm.posterior_step, observing, learned=observing, dtype=dtype, compiled=compiled)
+        self._dreaming = Scan(self._dreamer.step, dreaming, learned=actor, dtype=dtype, compiled=compiled)
         self._model_loss = compiled(self.world_model.loss)
-        self._actor_loss = compiled(self._behavior.actor_loss)
-        self._critic_loss = compiled(self._behavior.critic_loss)
+        self._objective, self._regression = compiled(self._behavior.objective), compiled(self._behavior.regression)
+        self._read_head, self._weight_gradients = compiled(read_head), compiled(weight_gradients)
 
     @staticmethod
     def _updater(module: nn.Module, lr: float, settings: Settings) -> Updater:
@@ -151,16 +91,18 @@ class GradientStep:
 
         Shapes: batch [B, L] in the arrival layout of `shared.stream`. Does not synchronise.
         """
-        with torch.autocast(self._device.type, self._dtype, enabled=self._dtype is not None, cache_enabled=False):
+        # without the second a GPU's backward runs in a thread of its own, and compiled backwards are Python: law 3
+        autocast = torch.autocast(self._device.type, self._dtype, enabled=self._dtype is not None, cache_enabled=False)
+        with autocast, torch.autograd.set_multithreading_enabled(False):
             model, beliefs = self._learn_model(batch)
             start, terminal = self._choose_starts(beliefs, batch["is_terminal"].reshape(-1))
             imagined = self._imagine(start)
-            actor = self._actor_loss(imagined.feat, terminal, imagined.entropy)
-            critic = self._critic_loss(imagined.feat.detach(), actor.target, actor.weight)
-        losses = {"model": model.total, "actor": actor.total, "value": critic.total}
-        # all gradients before any update: the three losses belong to the same parameters
-        grads = {name: self._updaters[name].gradients(loss) for name, loss in losses.items()}
-        applied = {name: self._updaters[name].apply(grads[name]) for name in losses}
+            actor, actor_grads, critic, critic_grads = self._learn_behavior(imagined, terminal)
+            # all gradients before any update: the three losses belong to the same parameters
+            updater = self._updaters["model"]
+            model_grads = list(torch.autograd.grad(updater.scaled(model.total), updater.params))
+        grads = {"model": model_grads, "actor": actor_grads, "value": critic_grads}
+        applied = {name: self._updaters[name].apply(grads[name]) for name in grads}
         self._behavior.update_slow_critic(applied["value"][1])
         norms = torch.stack([norm for norm, _ in applied.values()])
         skipped = torch.stack([bad for _, bad in applied.values()]).any()
@@ -177,7 +119,11 @@ class GradientStep:
         obs = self.policy.normaliser({name: batch["obs", name] for name in self._obs_names})
         noise = torch.randn(length, num_sequences, self.policy.rssm.stoch_dim, device=self._device)
         posterior = self.world_model.observe(
-            obs, batch["action"], batch["is_first"], noise, posterior_step=self._posterior_step
+            obs,
+            batch["action"],
+            batch["is_first"],
+            noise,
+            posterior_step=self._observing.unroll(length, num_sequences),
         )
         loss = self._model_loss(obs, posterior, batch["reward"], batch["is_terminal"])
         return loss, Belief(*(part.detach().flatten(0, 1) for part in posterior.belief))
@@ -193,7 +139,35 @@ class GradientStep:
         lead = (self._horizon, start.deter.shape[0])
         action_noise = torch.randn(*lead, self._action_dim, device=self._device)
         noise = torch.randn(*lead, self.policy.rssm.stoch_dim, device=self._device)
-        return self._dreamer.imagine(start, action_noise, noise, step=self._imagined_step)
+        return self._dreamer.imagine(start, action_noise, noise, step=self._dreaming.unroll(*lead))
+
+    def _learn_behavior(
+        self, imagined: Imagined, terminal: Tensor
+    ) -> tuple[ActorLoss, list[Tensor], CriticLoss, list[Tensor]]:
+        """Both behaviour losses and their gradients, by one reading of each head on the imagined features."""
+        actor_updater, critic_updater = self._updaters["actor"], self._updaters["value"]
+        behavior, lead, feat = self._behavior, imagined.feat.shape[:2], imagined.feat.detach().flatten(0, 1)
+        heads = behavior.heads()
+        readings = [self._read(head, feat) for head in heads.values()]
+        said = {name: one.value.view(lead).requires_grad_() for name, one in zip(heads, readings, strict=True)}
+        actor = self._objective(**said, start_terminal=terminal, entropy=imagined.entropy)
+        # through the heads to the features, then through the imagined steps to the actor
+        asked = [*said.values(), *([imagined.entropy] if imagined.entropy.requires_grad else [])]
+        grads = torch.autograd.grad(actor_updater.scaled(actor.total), asked)
+        slopes = [grad.reshape(-1, 1) * one.slope for grad, one in zip(grads, readings, strict=False)]
+        feat_grad = torch.stack(slopes).sum(0).view_as(imagined.feat)
+        ends = [imagined.feat, imagined.entropy][: 1 + len(grads) - len(readings)]
+        actor_grads = torch.autograd.grad(ends, actor_updater.params, [feat_grad, *grads[len(readings) :]])
+        # the critic's own loss: of the same reading, unless a slow copy of it was read
+        own = readings[list(heads).index("value")] if behavior.slow_critic is None else self._read(self.critic, feat)
+        value = own.value.view(lead)[:, :-1].detach().requires_grad_()
+        critic = self._regression(value, actor.target, actor.weight)
+        (value_grad,) = torch.autograd.grad(critic_updater.scaled(critic.total), value)
+        critic_grads = self._weight_gradients(own, F.pad(value_grad, (0, 1)).flatten())  # the last step has no target
+        return actor, list(actor_grads), critic, critic_grads
+
+    def _read(self, head: ScalarHead, feat: Tensor) -> Reading:
+        return self._read_head(head.layers, feat, self._dtype or torch.float32)
 
     def observe_statistics(self, obs: dict[str, Tensor]) -> None:
         """Take newly committed rows (K, E, *shape) into the normaliser, once each; nothing without vectors."""
@@ -254,6 +228,11 @@ class GradientStep:
             parts["cont"] = world_model.cont
         parts |= {"model": world_model, "actor": self.policy.actor, "critic": self.critic}
         return {name: sum(p.numel() for p in part.parameters()) for name, part in parts.items()}
+
+
+def dense_layers(module: nn.Module) -> list[nn.Linear]:
+    """Its linear layers in the order of their names, which is that of their use in a stack."""
+    return [layer for layer in module.modules() if isinstance(layer, nn.Linear)]
 
 
 def compiler(settings: CompileSettings) -> Callable[[Function], Function]:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from shared.model.distributions import tanh_normal_entropy
+from shared.model.layers import Linear, plain
 from shared.model.policy import Actor
 from shared.model.rssm import RSSM, Belief, feat
 
@@ -63,15 +64,15 @@ class Dreamer(nn.Module):
         super().__init__()
         self.rssm, self.actor, self.entropy_gradient = rssm, actor, entropy_gradient
 
-    def step(self, belief: Belief, action_noise: Tensor, noise: Tensor) -> ImaginedStep:
+    def step(self, belief: Belief, action_noise: Tensor, noise: Tensor, *, linear: Linear = plain) -> ImaginedStep:
         """One sampled action and the belief after it. Shapes: action_noise (N, A), noise (N, S).
 
         The policy's input is detached: the actor learns through its actions and the states they lead to.
         """
-        mean, std = self.actor(feat(belief).detach())
+        mean, std = self.actor(feat(belief).detach(), linear)
         action = torch.tanh(mean + std * action_noise)
         stats = (mean, std) if self.entropy_gradient else (mean.detach(), std.detach())
-        return ImaginedStep(self.rssm.prior_step(belief, action, noise), *stats)
+        return ImaginedStep(self.rssm.prior_step(belief, action, noise, linear=linear), *stats)
 
     def imagine(
         self,

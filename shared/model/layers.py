@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
@@ -11,8 +12,20 @@ if TYPE_CHECKING:
     from shared.stream import StreamSpec
 
 ACTIVATIONS: dict[str, type[nn.Module]] = {"elu": nn.ELU, "relu": nn.ReLU, "silu": nn.SiLU}
+# gradient at an activation's input from the gradient at its output, its input and its output
+BACKWARDS: dict[type[nn.Module], Callable[[Tensor, Tensor, Tensor], Tensor]] = {
+    nn.ELU: lambda grad, x, y: torch.ops.aten.elu_backward(grad, 1.0, 1.0, 1.0, True, y),
+    nn.ReLU: lambda grad, x, y: torch.ops.aten.threshold_backward(grad, y, 0.0),
+    nn.SiLU: lambda grad, x, y: torch.ops.aten.silu_backward(grad, x),
+}
+Linear = Callable[[nn.Linear, Tensor], Tensor]  # how a linear layer is applied; scans bring their own
 NORMALISED_LIMIT = 10.0  # standard deviations; what lies further out is clipped
 MIN_STD = 1e-3  # a dimension that never moves must not be blown up by its rounding noise
+
+
+def plain(layer: nn.Linear, x: Tensor) -> Tensor:
+    """A linear layer applied as it is: what every cell does unless a scan asks for something else."""
+    return layer(x)
 
 
 def glorot(layer: nn.Linear | nn.Conv2d | nn.ConvTranspose2d) -> None:
@@ -61,11 +74,11 @@ class GRU(nn.Module):
         self.recurrent = dense(num_units, 3 * num_units)
         nn.init.orthogonal_(self.recurrent.weight)
 
-    def forward(self, x: Tensor, state: Tensor) -> Tensor:
+    def forward(self, x: Tensor, state: Tensor, linear: Linear = plain) -> Tensor:
         """Shapes: x (N, num_in), state (N, num_units) float32; result like state."""
         sizes = [2 * self.num_units, self.num_units]
-        gates_x, candidate_x = self.input(x).float().split(sizes, -1)
-        gates_h, candidate_h = self.recurrent(state).float().split(sizes, -1)
+        gates_x, candidate_x = linear(self.input, x).float().split(sizes, -1)
+        gates_h, candidate_h = linear(self.recurrent, state).float().split(sizes, -1)
         reset, update = torch.sigmoid(gates_x + gates_h).chunk(2, -1)
         candidate = torch.tanh(candidate_x + reset * candidate_h)
         return torch.lerp(candidate, state, update)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from shared.model.distributions import tanh_normal_mode
 from shared.model.encoder import Encoder
-from shared.model.layers import Normaliser, mlp
+from shared.model.layers import Linear, Normaliser, mlp, plain
 from shared.model.rssm import RSSM, Belief, feat
 
 if TYPE_CHECKING:
@@ -32,9 +32,12 @@ class Actor(nn.Module):
         # the inverse of softplus at init_std, in the form that does not overflow
         self.raw_init_std = networks.init_std + math.log(-math.expm1(-networks.init_std))
 
-    def forward(self, feat: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, feat: Tensor, linear: Linear = plain) -> tuple[Tensor, Tensor]:
         """Mean and std before the tanh, float32: (..., F) to two of (..., A)."""
-        mean, raw_std = self.layers(feat).float().chunk(2, -1)
+        x = feat
+        for layer in self.layers:
+            x = linear(layer, x) if isinstance(layer, nn.Linear) else layer(x)
+        mean, raw_std = x.float().chunk(2, -1)
         return MEAN_SCALE * torch.tanh(mean / MEAN_SCALE), F.softplus(raw_std + self.raw_init_std) + MIN_STD
 
 

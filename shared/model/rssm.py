@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from shared.model.layers import ACTIVATIONS, GRU, dense
+from shared.model.layers import ACTIVATIONS, GRU, Linear, dense, plain
 
 if TYPE_CHECKING:
     from shared.config import NetworkSettings
@@ -76,19 +76,19 @@ class RSSM(nn.Module):
             torch.zeros(num, self.stoch_dim, device=weight.device),
         )
 
-    def transition(self, belief: Belief, action: Tensor) -> Tensor:
+    def transition(self, belief: Belief, action: Tensor, linear: Linear = plain) -> Tensor:
         """The deterministic state after `action`: (N, D)."""
-        x = self.activation(self.input(torch.cat([belief.stoch, action], -1)))
-        return self.gru(x, belief.deter)
+        x = self.activation(linear(self.input, torch.cat([belief.stoch, action], -1)))
+        return self.gru(x, belief.deter, linear)
 
-    def prior(self, deter: Tensor) -> tuple[Tensor, Tensor]:
+    def prior(self, deter: Tensor, linear: Linear = plain) -> tuple[Tensor, Tensor]:
         """Mean and std of p(z | h): (..., D) to two of (..., S)."""
-        return split_stats(self.prior_out(self.activation(self.prior_hidden(deter))))
+        return split_stats(linear(self.prior_out, self.activation(linear(self.prior_hidden, deter))))
 
-    def prior_step(self, belief: Belief, action: Tensor, noise: Tensor) -> Belief:
+    def prior_step(self, belief: Belief, action: Tensor, noise: Tensor, *, linear: Linear = plain) -> Belief:
         """One imagined step. Shapes: action (N, A), noise (N, S)."""
-        deter = self.transition(belief, action)
-        mean, std = self.prior(deter)
+        deter = self.transition(belief, action, linear)
+        mean, std = self.prior(deter, linear)
         return Belief(deter, mean + std * noise)
 
     def embed_share(self, embed: Tensor) -> Tensor:
@@ -96,7 +96,14 @@ class RSSM(nn.Module):
         return self.posterior_embed(embed)
 
     def posterior_step(
-        self, belief: Belief, action: Tensor, embed_share: Tensor, is_first: Tensor, noise: Tensor
+        self,
+        belief: Belief,
+        action: Tensor,
+        embed_share: Tensor,
+        is_first: Tensor,
+        noise: Tensor,
+        *,
+        linear: Linear = plain,
     ) -> Posterior:
         """One observed step: blank the belief and action where `is_first`, move on, correct by the observation.
 
@@ -105,7 +112,7 @@ class RSSM(nn.Module):
         """
         # selection, never multiplication: 0 * NaN is NaN
         blank = Belief(belief.deter.masked_fill(is_first, 0.0), belief.stoch.masked_fill(is_first, 0.0))
-        deter = self.transition(blank, action.masked_fill(is_first, 0.0))
-        hidden = self.activation(self.posterior_deter(deter) + embed_share)
-        mean, std = split_stats(self.posterior_out(hidden))
+        deter = self.transition(blank, action.masked_fill(is_first, 0.0), linear)
+        hidden = self.activation(linear(self.posterior_deter, deter) + embed_share)
+        mean, std = split_stats(linear(self.posterior_out, hidden))
         return Posterior(Belief(deter, mean + std * noise), mean, std)

@@ -4,12 +4,14 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from tensordict import TensorDict
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from learner_proc.gradient_step import GradientStep, LossScale, Updater
+from learner_proc.gradient_step import GradientStep
 from shared.config import CompileSettings, NetworkSettings, OptimizationSettings, Settings
 from shared.model.distributions import tanh_normal_entropy
+from shared.model.rssm import Belief
 from shared.stream import ObsSpec, StreamSpec
 
 B, L, A = 3, 5, 2
@@ -125,12 +127,70 @@ def test_the_world_model_loss_touches_neither_actor_nor_critic():
     assert not start.deter.requires_grad and not start.stoch.requires_grad
 
 
-def test_the_actor_loss_touches_the_actor_alone():
-    step, batch = make(cont=True), make_batch()
-    imagined = step._imagine(step._learn_model(batch)[1])
-    step._actor_loss(imagined.feat, batch["is_terminal"].flatten(), imagined.entropy).total.backward()
-    assert all(p.grad is not None and p.grad.any() for p in step.policy.actor.parameters())
-    assert all(p.grad is None for m in (step.world_model, step.critic) for p in m.parameters())
+def plain_gradients(step: GradientStep, batch: TensorDict) -> dict[str, list[torch.Tensor]]:
+    """The gradients of all three losses by nothing but autograd: live layers at every step, every head read anew."""
+    obs = step.policy.normaliser({name: batch["obs", name] for name in step._obs_names})
+    noise = torch.randn(L, B, step.policy.rssm.stoch_dim)
+    posterior = step.world_model.observe(obs, batch["action"], batch["is_first"], noise)
+    model = step.world_model.loss(obs, posterior, batch["reward"], batch["is_terminal"])
+    start = Belief(*(part.detach().flatten(0, 1) for part in posterior.belief))
+    lead = (step._horizon, B * L)
+    action_noise, noise = torch.randn(*lead, A), torch.randn(*lead, step.policy.rssm.stoch_dim)
+    imagined = step._dreamer.imagine(start, action_noise, noise)
+    actor = step._behavior.actor_loss(imagined.feat, batch["is_terminal"].flatten(), imagined.entropy)
+    critic = step._behavior.critic_loss(imagined.feat, actor.target, actor.weight)
+    losses = {"model": model.total, "actor": actor.total, "value": critic.total}
+    owners = {"model": step.world_model, "actor": step.policy.actor, "value": step.critic}
+    grads = {}
+    for name, loss in losses.items():
+        grads[name] = list(torch.autograd.grad(loss, list(owners[name].parameters()), retain_graph=True))
+    return grads
+
+
+GRADIENT_OPTIONS: list[dict[str, Any]] = [
+    {},
+    {"cont": True, "entropy_scale": 0.1},
+    {"slow_critic_decay": 0.9, "return_norm": "percentile"},
+    {"kl_balance": 0.8, "free_nats": 0.0},
+]
+
+
+@pytest.mark.parametrize("options", GRADIENT_OPTIONS)
+def test_the_step_takes_the_gradients_that_autograd_takes_of_the_plain_losses(options, monkeypatch):
+    step, batch = make(**options), make_batch()
+    torch.manual_seed(3)
+    expected = plain_gradients(step, batch)
+    taken = record_gradients(step, monkeypatch)
+    torch.manual_seed(3)
+    step(batch)
+    for name, grads in expected.items():
+        for mine, other in zip(taken[name], grads, strict=True):
+            torch.testing.assert_close(mine, other, rtol=1e-4, atol=1e-5 * float(other.abs().max()))
+
+
+def test_the_fast_gradients_hold_in_bfloat16_within_its_rounding(monkeypatch):
+    taken = {}
+    for autocast in ("false", "bfloat16"):
+        step = make(cont=True, autocast=autocast)
+        taken[autocast] = record_gradients(step, monkeypatch)
+        run(step, 1)
+    for name in taken["false"]:
+        mine, other = (torch.cat([g.flatten() for g in found[name]]) for found in (taken["bfloat16"], taken["false"]))
+        assert F.cosine_similarity(mine, other, dim=0) > 0.99, name
+
+
+def record_gradients(step: GradientStep, monkeypatch) -> dict[str, list[torch.Tensor]]:
+    """What the step hands to each of its optimisers, by name, filled when it is called."""
+    taken: dict[str, list[torch.Tensor]] = {}
+    for name, updater in step._updaters.items():
+        apply = updater.apply
+
+        def spy(grads, name=name, apply=apply):
+            taken[name] = [grad.clone() for grad in grads]
+            return apply(grads)
+
+        monkeypatch.setattr(updater, "apply", spy)
+    return taken
 
 
 @pytest.mark.parametrize(("moving", "still"), [("world_model_lr", ("actor", "critic")), ("value_lr", ("actor",))])
@@ -291,35 +351,6 @@ def test_actor_entropy_is_that_of_actions_between_minus_one_and_one():
     expected = tanh_normal_entropy(mean, std, torch.randn(100_000, A)).mean()
     torch.testing.assert_close(found, expected, rtol=0.0, atol=0.15)
     assert expected < A * 0.6931472  # ln 2 for a uniform action
-
-
-def test_a_loss_scale_halves_on_a_bad_step_and_doubles_after_many_good_ones():
-    scale = LossScale(CPU)
-    for bad, expected in ((True, 2.0**15), (True, 2.0**14), (False, 2.0**14)):
-        scale.update(torch.tensor(bad))
-        assert scale.scale.item() == expected
-    for _ in range(1998):
-        scale.update(torch.tensor(False))
-    assert scale.scale.item() == 2.0**14
-    scale.update(torch.tensor(False))
-    assert (scale.scale.item(), scale.num_finite.item()) == (2.0**15, 0.0)
-
-
-def test_a_loss_scale_leaves_the_gradient_as_it_was():
-    param = torch.nn.Parameter(torch.tensor([1.0, -2.0]))
-    updaters = [Updater([param], lr=0.1, eps=1e-5, clip=100.0, scaled=scaled) for scaled in (False, True)]
-    grads = [updater.gradients((param**2).sum())[0] for updater in updaters]
-    assert grads[0].tolist() == grads[1].tolist() == [2.0, -4.0]
-
-
-def test_gradients_are_clipped_to_the_global_norm_and_the_norm_before_is_reported():
-    params = [torch.nn.Parameter(torch.zeros(1)), torch.nn.Parameter(torch.zeros(1))]
-    updater = Updater(params, lr=0.5, eps=1e-5, clip=1.0, scaled=False)
-    norm, bad = updater.apply([torch.tensor([30.0]), torch.tensor([-40.0])])
-    assert (norm.item(), bad.item()) == (50.0, False)
-    moments = [updater.optimizer.state[p]["exp_avg"].item() for p in params]
-    assert moments == pytest.approx([0.1 * 0.6, 0.1 * -0.8], rel=1e-4)
-    assert [p.item() for p in params] == pytest.approx([-0.5, 0.5], rel=1e-3)  # Adam's first step is lr in size
 
 
 def test_statistics_reach_acting_and_learning_and_pixels_need_none():
