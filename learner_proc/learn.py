@@ -19,7 +19,7 @@ from learner_proc.publisher import Publisher
 from learner_proc.replay import Replay
 from learner_proc.report import Counters, Report
 from learner_proc.return_check import ReturnCheck
-from learner_proc.startup import allocate_replay, build_gradient_step
+from learner_proc.startup import allocate_replay, build_gradient_step, build_update
 from shared.checksum import checksum
 from shared.config import Geometry, Settings
 from shared.errors import SettingError, TransportError
@@ -135,7 +135,8 @@ class Learner:
         assert self._link.spec is not None and self._link.replay is not None
         self._serve()  # the grants of the whole prefill go out before the long silence
         began, replay = time.monotonic(), self._link.replay
-        self._step = build_gradient_step(self._link.spec, self._settings, self._geometry, replay, device=self._device)
+        self._step = build_gradient_step(self._link.spec, self._settings, device=self._device)
+        self._update = build_update(self._step, replay, self._settings, self._geometry, device=self._device)
         self._restore()
         self._diagnostics = Diagnostics(
             self._link.spec, self._step.world_model, self._step.policy.normaliser, length=self._diagnostic_rows()
@@ -252,9 +253,7 @@ class Learner:
         assert self._step is not None and self._link.replay is not None
         if len(self._events) >= STEPS_AHEAD:
             self._events.popleft().synchronize()  # blocking event: no spin, the GIL is released
-        batch = self._link.replay.sample(self._geometry.num_sequences, self._geometry.sequence_length)
-        metrics = self._step(batch)
-        self._report.add_step(metrics)
+        self._report.add_step(self._update())
         if self._device.type == "cuda":
             self._events.append(torch.cuda.Event(blocking=True))
             self._events[-1].record()

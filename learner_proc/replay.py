@@ -89,6 +89,10 @@ class Replay:
         Returns: TensorDict [B, L] of every field; `policy_version` (B, L). No host synchronisation.
         """
         assert self.num_rows >= length, (self.num_rows, length)
+        return self.draw(num_sequences, length)
+
+    def draw(self, num_sequences: int, length: int) -> TensorDict:
+        """`sample` by the bounds on the device alone, as a graph captures it; with too few rows it draws nonsense."""
         device, generator = self.slab.device, self.generator
         first, num_rows = self._bounds[0], self._bounds[1]
         # float rand is biased beyond 2^24 rows and randint takes no tensor bound; 2^62 leaves a bias below 1e-9

@@ -32,7 +32,8 @@ class _WeightGradient(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+    def backward(ctx: Any, *grads: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        (grad,) = grads
         inputs = torch.cat(ctx.inputs)  # (T * N, in)
         return grad, (grad.flatten(0, 1).t() @ inputs).float(), None
 

@@ -10,6 +10,7 @@ from tensordict import TensorDict
 from learner_proc import checkpoint
 from learner_proc.gradient_step import GradientStep
 from learner_proc.replay import Replay
+from learner_proc.update import CapturedUpdate, PlainUpdate, Update
 from shared.compose import load_settings
 from shared.config import Geometry, Settings, geometry
 from shared.handover import create_memfd_slab, pin_slab
@@ -35,18 +36,31 @@ def allocate_replay(
     return replay, fd
 
 
-def build_gradient_step(
-    spec: StreamSpec, settings: Settings, sizes: Geometry, replay: Replay, *, device: torch.device
-) -> GradientStep:
-    """Networks and optimisers from the run's seed, compiled by one step on a blank batch that leaves no trace."""
+def build_gradient_step(spec: StreamSpec, settings: Settings, *, device: torch.device) -> GradientStep:
+    """Networks and optimisers from the run's seed."""
     torch.manual_seed(settings.env.seed)
-    step = GradientStep(spec, settings, device=device)
-    if settings.optimization.compile.enabled:
-        snapshot, random_state = step.state_dict(), checkpoint.random_state(replay, device)
-        step(blank_batch(spec, sizes, device=device))
-        step.load_state_dict(snapshot)
-        checkpoint.restore_random_state(random_state, replay, device)
-    return step
+    return GradientStep(spec, settings, device=device)
+
+
+def build_update(
+    step: GradientStep, replay: Replay, settings: Settings, sizes: Geometry, *, device: torch.device
+) -> Update:
+    """What the loop calls: compiled and captured as the settings say, by steps that leave no trace."""
+    options = settings.optimization.compile
+    shape = {"num_sequences": sizes.num_sequences, "length": sizes.sequence_length}
+    captured = device.type == "cuda" and options.cudagraphs
+    if not (captured or options.enabled):
+        return PlainUpdate(step, replay, **shape)
+    snapshot, random_state = step.state_dict(), checkpoint.random_state(replay, device)
+    blank = blank_batch(step.spec, sizes, device=device)
+    if captured:
+        update: Update = CapturedUpdate(step, replay, **shape, blank=blank)
+    else:
+        update = PlainUpdate(step, replay, **shape)
+        step(blank)
+    step.load_state_dict(snapshot)
+    checkpoint.restore_random_state(random_state, replay, device)
+    return update
 
 
 def open_run(run_dir: Path) -> tuple[Settings, GradientStep, Replay]:
@@ -61,7 +75,7 @@ def open_run(run_dir: Path) -> tuple[Settings, GradientStep, Replay]:
     sizes = geometry(settings, spec.num_envs)
     replay, _ = allocate_replay(spec, settings, sizes, device=device)
     checkpoint.load_replay(folder, replay, spec_digest=spec.digest())
-    step = build_gradient_step(spec, settings, sizes, replay, device=device)
+    step = build_gradient_step(spec, settings, device=device)
     step.load_state_dict(checkpoint.load_state(folder)["gradient_step"])
     return settings, step, replay
 
