@@ -123,7 +123,7 @@ class GradientStep:
             batch["action"],
             batch["is_first"],
             noise,
-            posterior_step=self._observing.unroll(length, num_sequences),
+            scan=self._observing,
         )
         loss = self._model_loss(obs, posterior, batch["reward"], batch["is_terminal"])
         return loss, Belief(*(part.detach().flatten(0, 1) for part in posterior.belief))
@@ -139,7 +139,7 @@ class GradientStep:
         lead = (self._horizon, start.deter.shape[0])
         action_noise = torch.randn(*lead, self._action_dim, device=self._device)
         noise = torch.randn(*lead, self.policy.rssm.stoch_dim, device=self._device)
-        return self._dreamer.imagine(start, action_noise, noise, step=self._dreaming.unroll(*lead))
+        return self._dreamer.imagine(start, action_noise, noise, scan=self._dreaming)
 
     def _learn_behavior(
         self, imagined: Imagined, terminal: Tensor

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
 
+from learner_proc.scan import unroll
 from shared.model.distributions import tanh_normal_entropy
 from shared.model.layers import Linear, plain
 from shared.model.policy import Actor
@@ -80,22 +82,16 @@ class Dreamer(nn.Module):
         action_noise: Tensor,
         noise: Tensor,
         *,
-        step: Callable[..., ImaginedStep] | None = None,
+        scan: Callable[[Belief, Sequence[Tensor]], ImaginedStep] | None = None,
     ) -> Imagined:
-        """Roll H steps from detached starts; `step` is this module's own or a compiled form of it.
+        """Roll H steps from detached starts; `scan` unrolls this module's step, by default plainly.
 
         Shapes: start (N, ...), action_noise (H, N, A), noise (H, N, S).
         """
         num_starts = start.deter.shape[0]
         assert action_noise.shape[:2] == noise.shape[:2] == (noise.shape[0], num_starts), action_noise.shape
-        step = step or self.step
-        # asks for a gradient like the later beliefs, so that one compiled graph serves every step
-        belief = Belief(*(part.detach().requires_grad_(torch.is_grad_enabled()) for part in start))
-        steps: list[ImaginedStep] = []
-        for step_action_noise, step_noise in zip(action_noise.unbind(0), noise.unbind(0), strict=True):
-            steps.append(step(belief, step_action_noise, step_noise))
-            belief = steps[-1].belief
-        deter, stoch = (torch.stack(parts, 1) for parts in zip(*(s.belief for s in steps), strict=True))
-        mean, std = torch.stack([s.action_mean for s in steps], 1), torch.stack([s.action_std for s in steps], 1)
+        scan = scan or partial(unroll, self.step)
+        imagined = scan(Belief(*(part.detach() for part in start)), (action_noise, noise))
+        mean, std = imagined.action_mean, imagined.action_std
         entropy = tanh_normal_entropy(mean, std, action_noise.transpose(0, 1))  # (N, H)
-        return Imagined(feat(Belief(deter, stoch)), entropy, std.detach().mean())
+        return Imagined(feat(imagined.belief), entropy, std.detach().mean())

@@ -1,4 +1,4 @@
-"""Unrolled cells whose weight gradients wait until the end.
+"""Cells unrolled over time, whose weight gradients wait until the end.
 
 Left to autograd, every step of a scan makes a weight gradient of its own for every layer: T thin matrix products, T sums of
 whole matrices, and with autocast T casts of each weight. Here a step multiplies by a frozen copy of the weight, cast once,
@@ -18,8 +18,25 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.utils import _pytree as pytree
+
+from shared.model.rssm import Belief
 
 FEW_ROWS = 10  # of a product on the CPU, below which calling bfloat16 costs more than float32 arithmetic
+STEPS_PER_CALL = 10  # most steps that are compiled as one: a call costs as much as a cell's arithmetic on few rows
+
+
+def unroll(cell: Callable[..., Any], belief: Belief, inputs: Sequence[Tensor]) -> Any:
+    """What `cell(belief, *inputs of a step)` returned along the steps, every tensor stacked as (N, T, ...).
+
+    The result's `belief` goes into the next step. Shapes: belief (N, ...), inputs (T, N, ...).
+    """
+    results: list[Any] = []
+    # unbind, not indexing: the gradient of an index is a full tensor of zeros at every step
+    for step_inputs in zip(*(x.unbind(0) for x in inputs), strict=True):
+        results.append(cell(belief, *step_inputs))
+        belief = results[-1].belief
+    return pytree.tree_map(lambda *steps: torch.stack(steps, 1), *results)
 
 
 class _WeightGradient(torch.autograd.Function):
@@ -39,9 +56,9 @@ class _WeightGradient(torch.autograd.Function):
 
 
 class Scan:
-    """One cell, unrolled: the linear layers it applies, in the order in which it applies them.
+    """`unroll` of one cell: the linear layers it applies, in the order in which it applies them.
 
-    `cell(*arguments, linear=...)` calls `linear(layer, x)` for each of them. Layers in `learned` get weight gradients
+    `cell(belief, *inputs, linear=...)` calls `linear(layer, x)` for each of them. Layers in `learned` get weight gradients
     in the way above; the others are constants.
     """
 
@@ -54,35 +71,34 @@ class Scan:
         dtype: torch.dtype,
         compiled: Callable[[Callable[..., Any]], Callable[..., Any]],
     ) -> None:
-        """`dtype`: of the matrix products; `compiled`: what the step passes through, torch.compile or nothing."""
+        """`dtype`: of the matrix products; `compiled`: what a few steps at a time pass through."""
         self._layers = list(layers)
         self._learned = [any(layer is other for other in learned) for layer in self._layers]
-        masters = [layer.weight.detach() for layer in self._layers]
-        self._frozen = masters if dtype == torch.float32 else [master.to(dtype) for master in masters]
-        self._masters = masters
-        self._cell = compiled(_step_of(cell))
+        self._masters = [layer.weight.detach() for layer in self._layers]
+        self._frozen = self._masters if dtype == torch.float32 else [master.to(dtype) for master in self._masters]
+        self._steps = compiled(_steps_of(cell))
 
-    def unroll(self, num_steps: int, num_rows: int) -> Callable[..., Any]:
-        """The cell as a function of its arguments alone, to be called `num_steps` times on `num_rows` rows.
-
-        Weights are those of this moment. Gradients must be taken before the next unrolling.
-        """
+    def __call__(self, belief: Belief, inputs: Sequence[Tensor]) -> Any:
+        """As `unroll`, with the weights of this moment; gradients must be taken before the next call."""
+        num_steps, num_rows = inputs[0].shape[:2]
         frozen = self._masters if num_rows < FEW_ROWS and not self._masters[0].is_cuda else self._frozen
         if frozen is not self._masters:
             torch._foreach_copy_(frozen, self._masters)  # pyright: ignore[reportPrivateImportUsage]
-        inputs: list[list[Tensor]] = [[] for _ in self._layers]
+        kept: list[list[Tensor]] = [[] for _ in self._layers]
         lead, dtype = (num_steps, num_rows), frozen[0].dtype
-        rows = [self._rows(index, lead, inputs[index], dtype) for index in range(len(self._layers))]
-        steps = zip(*(one.unbind(0) for one in rows), strict=True)
-
-        def step(*arguments: Any) -> Any:
-            result, seen = self._cell(tuple(frozen), next(steps), *arguments)
-            for kept, x, learned in zip(inputs, seen, self._learned, strict=True):
+        rows = [self._rows(index, lead, kept[index], dtype) for index in range(len(self._layers))]
+        # asks for a gradient like all later beliefs, so that one compiled graph serves every call
+        belief = Belief(*(part.detach().requires_grad_(torch.is_grad_enabled()) for part in belief))
+        results: list[Any] = []
+        size = max(k for k in range(1, STEPS_PER_CALL + 1) if num_steps % k == 0)
+        for pieces in zip(*(x.split(size) for x in (*rows, *inputs)), strict=True):
+            some = self._steps(tuple(frozen), pieces[: len(rows)], belief, pieces[len(rows) :])
+            results.append(some[0])
+            belief = some[1]
+            for layer_inputs, seen, learned in zip(kept, some[2], self._learned, strict=True):
                 if learned:
-                    kept.append(x)
-            return result
-
-        return step
+                    layer_inputs.append(seen)
+        return pytree.tree_map(lambda *parts: torch.cat(parts, 1), *results)
 
     def _rows(self, index: int, lead: tuple[int, int], inputs: list[Tensor], dtype: torch.dtype) -> Tensor:
         """The layer's bias, seen once by every step and row: (T, N, out) without a copy."""
@@ -97,20 +113,34 @@ class Scan:
         return cast(Tensor, _WeightGradient.apply(rows, layer.weight, inputs)) if self._learned[index] else rows
 
 
-def _step_of(cell: Callable[..., Any]) -> Callable[..., Any]:
-    """The cell with its weights and rows as arguments; also returns the input of every product, detached."""
+def _steps_of(cell: Callable[..., Any]) -> Callable[..., Any]:
+    """A few steps of the cell with weights and rows as arguments.
 
-    def step(weights: tuple[Tensor, ...], rows: tuple[Tensor, ...], *arguments: Any) -> tuple[Any, tuple[Tensor, ...]]:
-        seen: list[Tensor] = []
+    Returns what `unroll` returns, the last belief, and per layer the inputs of its products (k * N, in), detached.
+    """
+
+    def steps(
+        weights: tuple[Tensor, ...], rows: tuple[Tensor, ...], belief: Belief, inputs: tuple[Tensor, ...]
+    ) -> tuple[Any, Belief, list[Tensor]]:
+        seen: list[list[Tensor]] = [[] for _ in weights]
+        calls = [
+            (index, row)
+            for step_rows in zip(*(r.unbind(0) for r in rows), strict=True)
+            for index, row in enumerate(step_rows)
+        ]
+        calls.reverse()
 
         def linear(layer: nn.Linear, x: Tensor) -> Tensor:
-            weight, row = weights[len(seen)], rows[len(seen)]
-            x = x.to(weight.dtype)
-            seen.append(x.detach())
-            return torch.addmm(row, x, weight.t())
+            index, row = calls.pop()
+            x = x.to(weights[index].dtype)
+            seen[index].append(x.detach())
+            return torch.addmm(row, x, weights[index].t())
+
+        def step(belief: Belief, *step_inputs: Tensor) -> Any:
+            return cell(belief, *step_inputs, linear=linear)
 
         with torch.autocast(weights[0].device.type, enabled=False):  # the casts are made above
-            result = cell(*arguments, linear=linear)
-        return result, tuple(seen)
+            results = unroll(step, belief, inputs)
+        return results, Belief(*(part[:, -1] for part in results.belief)), [torch.cat(xs) for xs in seen]
 
-    return step
+    return steps

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from learner_proc.heads import CONT_LAYERS, REWARD_LAYERS, Decoder, ScalarHead
+from learner_proc.scan import unroll
 from shared.model.distributions import bernoulli_nll, gaussian_kl, unit_gaussian_nll
 from shared.model.rssm import Belief, Posterior, feat
 
@@ -64,31 +66,21 @@ class WorldModel(nn.Module):
         is_first: Tensor,
         noise: Tensor,
         *,
-        posterior_step: Callable[..., Posterior] | None = None,
+        scan: Callable[[Belief, Sequence[Tensor]], Posterior] | None = None,
     ) -> Posterior:
         """Posterior beliefs along windows that start from a blank belief and are blanked again at every `is_first`.
 
-        `posterior_step` is the RSSM's own or a compiled form of it.
+        `scan` unrolls the RSSM's posterior step; by default plainly.
         Shapes: obs entries (B, L, *shape) with vectors normalised, action (B, L, A), is_first (B, L) bool,
         noise (L, B, S); result (B, L, ...).
         """
-        step = posterior_step or self.rssm.posterior_step
         num_sequences, length = is_first.shape
         assert action.shape[:2] == is_first.shape, action.shape
         assert noise.shape == (length, num_sequences, self.rssm.stoch_dim), noise.shape
         share = self.rssm.embed_share(self.encoder(obs))  # (B, L, D)
-        blank = self.rssm.initial(num_sequences)
-        # the first belief asks for a gradient like all later ones, so that one compiled graph serves every step
-        belief = Belief(*(part.requires_grad_(torch.is_grad_enabled()) for part in blank))
-        steps: list[Posterior] = []
-        # unbind, not indexing: the gradient of an index is a full tensor of zeros at every step
-        inputs = zip(action.unbind(1), share.unbind(1), is_first[..., None].unbind(1), noise.unbind(0), strict=True)
-        for prev_action, step_share, first, step_noise in inputs:
-            steps.append(step(belief, prev_action, step_share, first, step_noise))
-            belief = steps[-1].belief
-        deter, stoch = (torch.stack(parts, 1) for parts in zip(*(s.belief for s in steps), strict=True))
-        mean, std = torch.stack([s.mean for s in steps], 1), torch.stack([s.std for s in steps], 1)
-        return Posterior(Belief(deter, stoch), mean, std)
+        scan = scan or partial(unroll, self.rssm.posterior_step)
+        inputs = (action.transpose(0, 1), share.transpose(0, 1), is_first[..., None].transpose(0, 1), noise)
+        return scan(self.rssm.initial(num_sequences), inputs)
 
     def loss(self, obs: dict[str, Tensor], posterior: Posterior, reward: Tensor, is_terminal: Tensor) -> ModelLoss:
         """Negative log-likelihoods plus the KL, averaged over windows and steps.
