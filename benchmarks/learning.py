@@ -27,6 +27,7 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
+from benchmarks.provenance import cpu_name
 from benchmarks.published import DREAMER_V1_PIXELS, ENV_FRAMES
 from shared.compose import load_settings
 
@@ -83,7 +84,7 @@ def collect(folders: list[Path], *, name: str, command: str) -> dict[str, Any]:
         "git": run["git"],
         "versions": run["versions"],
         "devices": run["devices"],
-        "hardware": {"cpu": _cpu(), "cores": os.cpu_count(), "platform": platform.platform()},
+        "hardware": {"cpu": cpu_name(), "cores": os.cpu_count(), "platform": platform.platform()},
         "runs": [read_run(folder) for folder in folders],
     }
 
@@ -120,13 +121,6 @@ def draw(result: dict[str, Any], out: Path) -> None:
 
 def _rounded(value: float | None) -> float | None:
     return None if value is None else round(value, 3)
-
-
-def _cpu() -> str:
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    return next(
-        (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.processor()
-    )
 
 
 def main() -> None:

@@ -1,0 +1,162 @@
+"""That the compared updates compute the same thing, as far as they claim to.
+
+With the project's weights in TorchRL's modules, the same posterior noise and the project's floor under standard
+deviations (softplus + 0.1 where TorchRL clamps softplus at 0.1), three terms are the same mathematics: reconstruction,
+reward and KL, and so is the gradient of their sum. TorchRL's squared errors are twice our negative log-likelihoods less
+a constant, and its reconstruction is a sum over the batch; both are undone here. Nothing of the behaviour is compared:
+its returns are one-step returns of sampled rewards and values, summed over the horizon.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from benchmarks.step_cases import OBS_DIM, OBS_NAME, our_step, settings_for, synthetic_batch
+from benchmarks.torchrl_update import DreamerModelLoss, Sizes, TorchRLNetworks, to_torchrl
+from learner_proc.gradient_step import GradientStep
+from shared.model.distributions import HALF_LOG_TAU
+from shared.model.rssm import MIN_STD
+
+RTOL = 1e-4  # float32 sums in another order
+FRAMES = 100
+SEED = 1
+# bfloat16 keeps 8 bits: one rounding is 0.4 %. Losses average over many; norms of gradients do so less
+FAST_RTOL = {"loss_model": 0.01, "loss_value": 0.02, "loss_actor": 0.05} | {
+    "grad_norm_model": 0.03,
+    "grad_norm_actor": 0.1,
+    "grad_norm_value": 0.05,
+}
+
+
+class SoftplusPlusFloor(nn.Module):
+    """Mean and standard deviation from a layer's output, the project's way."""
+
+    def forward(self, raw: Tensor) -> tuple[Tensor, Tensor]:
+        mean, raw_std = raw.chunk(2, -1)
+        return mean, F.softplus(raw_std) + MIN_STD
+
+
+def with_torchrl(*, device: torch.device, tiny: bool = False, frames: int = FRAMES) -> dict[str, Any]:
+    """Ours against TorchRL's in float32, term by term: value, the peer's in our units, relative difference.
+
+    Our side is a whole gradient step as training runs it; its first random numbers are the posterior's noise (L, B, S).
+    """
+    settings = settings_for(frames, tiny=tiny)
+    settings.optimization.free_nats = 0.0
+    step = our_step(settings, device=device)
+    batch = synthetic_batch(frames, device=device)
+    torch.manual_seed(SEED)
+    noise = torch.randn(batch.shape[1], batch.shape[0], step.policy.rssm.stoch_dim, device=device)
+    theirs = _their_terms(step, batch, noise)  # takes the weights over, so before they move
+    torch.manual_seed(SEED)
+    metrics = dict(zip(step.metric_names, step(batch).tolist(), strict=True))
+    ours = {
+        "reconstruction": metrics["loss_obs"] - OBS_DIM * HALF_LOG_TAU,
+        "reward": metrics["loss_reward"] - HALF_LOG_TAU,
+        "kl": metrics["kl"],
+        "gradient norm": metrics["grad_norm_model"],
+    }
+    return {"frames": frames, "terms": [_term(name, ours[name], theirs[name], RTOL) for name in ours]}
+
+
+def fast_against_plain(
+    *, device: torch.device, compiled: bool = True, tiny: bool = False, frames: int = FRAMES
+) -> dict[str, Any]:
+    """Our losses in bfloat16, compiled, against uncompiled float32, from the same weights, batch and noise."""
+    batch = synthetic_batch(frames, device=device)
+    metrics = []
+    for precision, fast in (("false", False), ("bfloat16", compiled)):
+        step = our_step(settings_for(frames, precision=precision, compiled=fast, tiny=tiny), device=device)
+        torch.manual_seed(SEED)
+        metrics.append(dict(zip(step.metric_names, step(batch).tolist(), strict=True)))
+    plain, fast = metrics
+    terms = [_term(name, plain[name], fast[name], rtol) for name, rtol in FAST_RTOL.items()]
+    return {"frames": frames, "compiled": compiled, "terms": terms}
+
+
+def _term(name: str, ours: float, other: float, tolerance: float) -> dict[str, Any]:
+    difference = abs(ours - other) / max(abs(ours), 1e-12)
+    agrees = difference <= tolerance
+    return {
+        "name": name,
+        "ours": ours,
+        "other": other,
+        "difference": difference,
+        "tolerance": tolerance,
+        "agrees": agrees,
+    }
+
+
+def _their_terms(step: GradientStep, batch: Any, noise: Tensor) -> dict[str, float]:
+    sizes = sizes_of(step)
+    networks = TorchRLNetworks(sizes, noise_key=True)
+    copy_weights(step, networks)
+    networks.prior.rnn_to_prior_projector[-1] = SoftplusPlusFloor()
+    networks.posterior.obs_rnn_to_post_projector[-1] = SoftplusPlusFloor()
+    networks.to(noise.device)
+    loss = DreamerModelLoss(networks.world_model, free_nats=0, delayed_clamp=True)
+    loss.set_keys(pixels="policy", reco_pixels="reco_policy")
+    data = to_torchrl(batch, sizes).set("noise", noise.transpose(0, 1))
+    found, _ = loss(data)
+    reconstruction = 0.5 * found["loss_model_reco"].sum() / batch.numel()
+    reward, kl = 0.5 * found["loss_model_reward"].sum(), found["loss_model_kl"].sum()
+    total = reconstruction + reward + kl
+    grads = torch.autograd.grad(total, list(networks.world_model.parameters()))
+    return {
+        "reconstruction": reconstruction.item(),
+        "reward": reward.item(),
+        "kl": kl.item(),
+        "gradient norm": torch.nn.utils.get_total_norm(grads).item(),
+    }
+
+
+def sizes_of(step: GradientStep) -> Sizes:
+    """TorchRL's sizes for the networks of a step on vector observations."""
+    rssm, encoder, spec = step.policy.rssm, step.policy.encoder, step.spec
+    hidden = step.critic.layers[0].out_features
+    assert isinstance(hidden, int)
+    return Sizes(
+        obs=spec.obs[OBS_NAME].shape[0],
+        action=spec.action_dim,
+        state=rssm.stoch_dim,
+        deter=rssm.deter_dim,
+        hidden=hidden,
+        embed=encoder.embed_dim,
+        encoder_activated=True,
+        decoder_depth=3,
+        actor_depth=4,
+    )
+
+
+@torch.no_grad()
+def copy_weights(step: GradientStep, networks: TorchRLNetworks) -> None:
+    """The project's weights into TorchRL's modules, layer by layer, shapes checked."""
+    rssm, model, theirs = step.policy.rssm, step.world_model, networks
+    _copy_linears(step.policy.encoder, theirs.encoder)
+    _copy_linears(model.decoder, theirs.decoder)
+    _copy_linears(model.reward, theirs.reward)
+    _copy_linears(step.policy.actor, theirs.actor)
+    _copy_linears(step.critic, theirs.value)
+    _copy_linears(nn.Sequential(rssm.input), theirs.prior.action_state_projector)
+    _copy_linears(nn.Sequential(rssm.prior_hidden, rssm.prior_out), theirs.prior.rnn_to_prior_projector)
+    joint = nn.Linear(rssm.deter_dim + rssm.posterior_embed.in_features, rssm.deter_dim)
+    joint.weight.copy_(torch.cat([rssm.posterior_deter.weight, rssm.posterior_embed.weight], 1))
+    joint.bias.copy_(rssm.posterior_embed.bias)
+    _copy_linears(nn.Sequential(joint, copy.deepcopy(rssm.posterior_out)), theirs.posterior)
+    cell = theirs.prior.rnn
+    for name, layer in (("ih", rssm.gru.input), ("hh", rssm.gru.recurrent)):
+        getattr(cell, f"weight_{name}").copy_(layer.weight)
+        getattr(cell, f"bias_{name}").copy_(layer.bias)
+
+
+def _copy_linears(source: nn.Module, target: nn.Module) -> None:
+    """Every linear layer in order; the same number and shapes on both sides."""
+    pairs = zip(*([m for m in side.modules() if isinstance(m, nn.Linear)] for side in (source, target)), strict=True)
+    for ours, theirs in pairs:
+        assert ours.weight.shape == theirs.weight.shape, (ours.weight.shape, theirs.weight.shape)
+        theirs.load_state_dict(ours.state_dict())

@@ -1,0 +1,180 @@
+"""A real collector process beside the smallest learner that can serve it: link, ring and publisher, no gradient step."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.provenance import REPO
+from learner_proc.link import CollectorLink
+from learner_proc.pacing import MAX_GRANTED
+from learner_proc.publisher import Publisher
+from learner_proc.replay import Replay
+from learner_proc.startup import allocate_replay
+from shared.compose import compose, save_settings
+from shared.config import Geometry, Settings, geometry, num_envs
+from shared.logs import configure
+from shared.messages import Commit
+from shared.model.policy import Policy
+from shared.run_folder import create_run_folder, make_socket_dir, remove_socket_dir, write_json
+from shared.stream import StreamSpec
+
+START_S = 600.0  # a simulator may compile its kernels first
+STALLED_S = 300.0  # and others at its first tick
+
+
+def pair_settings(config: str, overrides: list[str], *, envs: int, ticks: int) -> Settings:
+    """A preset with chunks of `ticks` ticks and a ring of eight of them; no random actions."""
+    frames = envs * ticks
+    sizes = [
+        f"collector.frames_per_batch={frames}",
+        f"collector.init_random_frames={frames}",
+        f"replay_buffer.buffer_size={8 * frames}",
+        f"replay_buffer.batch_length={ticks}",
+        f"replay_buffer.batch_size={10 * ticks}",
+        "optimization.replay_ratio=null",
+        "logger.backend=none",
+    ]
+    return compose(config, [*sizes, *overrides])
+
+
+class LearnerEnd:
+    """Starts a collector in a process of its own and serves it from this one. Use as a context manager.
+
+    Raises: RuntimeError if the collector ends, or says nothing for minutes.
+    """
+
+    def __init__(self, settings: Settings, *, device: str = "cpu", module: str = "collector_proc") -> None:
+        self.settings, self.device = settings, torch.device(device)
+        self.sizes: Geometry = geometry(settings, num_envs(settings))
+        self._temporary = tempfile.TemporaryDirectory(prefix="tandem-benchmark-")
+        self.run_dir = Path(self._temporary.name) / "run"
+        self._lock, self._sockets = create_run_folder(self.run_dir), make_socket_dir()
+        write_json(self._lock.folder.run_json, {"run_id": "benchmark", "socket_dir": str(self._sockets)})
+        save_settings(settings, self._lock.folder.config)
+        self.link = CollectorLink(
+            self._sockets, run_id="benchmark", num_envs=self.sizes.num_envs, allocate=self._allocate,
+            random_frames=lambda: 0, agent_steps=lambda: 0, log=configure(self.run_dir, "learner"),
+        )  # fmt: skip
+        self._output = (self.run_dir / "collector.out").open("w")
+        command = [sys.executable, "-m", module, "--run-dir", str(self.run_dir), "--device", device]
+        environment = dict(os.environ, OMP_NUM_THREADS=str(torch.get_num_threads()))
+        self._child = subprocess.Popen(
+            command, cwd=REPO, env=environment, stdout=self._output, stderr=subprocess.STDOUT
+        )
+        self.publisher: Publisher | None = None
+
+    def __enter__(self) -> LearnerEnd:
+        try:
+            self._start()
+        except BaseException:
+            self.close()  # `with` leaves only what it has entered
+            raise
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def _start(self) -> None:
+        end = time.monotonic() + START_S
+        while not self.link.streaming:
+            self._check(end)
+            self.serve(grant=False)
+            self.link.wait(0.01)
+        assert self.link.spec is not None
+        torch.manual_seed(self.settings.env.seed)
+        policy = Policy(self.link.spec, self.settings.networks).to(self.device)
+        self.publisher = Publisher(policy, socket_dir=self._sockets, run_id="benchmark")
+        self.publisher.publish()
+        self.run_chunks(1)  # the chunk granted after the self-test; everything is warm after it
+
+    def close(self) -> None:
+        """End the collector and remove what was made for it."""
+        self._child.terminate()
+        try:
+            self._child.wait(timeout=10.0)
+        except subprocess.TimeoutExpired:
+            self._child.kill()
+            self._child.wait()
+        if self.publisher is not None:
+            self.publisher.close()
+        self.link.close()
+        self._output.close()
+        self._lock.release()
+        remove_socket_dir(self._sockets)
+        self._temporary.cleanup()
+
+    @property
+    def replay(self) -> Replay:
+        assert self.link.replay is not None
+        return self.link.replay
+
+    def serve(self, *, grant: bool = True) -> list[Commit]:
+        """One pass of a learner's loop without its gradient step: commits into the ring, room for the next chunks."""
+        commits = self.link.poll()
+        for commit in commits:
+            self.replay.commit(commit.row)
+        while grant and self.link.streaming and self.replay.num_granted < MAX_GRANTED:
+            self.link.grant()
+        self.link.flush()
+        if self.publisher is not None:
+            self.publisher.flush()
+        return commits
+
+    def run_chunks(self, count: int) -> dict[str, float]:
+        """Let the collector stream at least `count` chunks as fast as it can; wall and CPU seconds of both for each."""
+        done, end, published = 0, time.monotonic() + STALLED_S, time.monotonic()
+        wall, own, child = time.perf_counter(), time.process_time(), self.child_cpu_s()
+        while done < count or self.replay.num_granted:
+            commits = self.serve(grant=done + self.replay.num_granted < count)
+            if commits:
+                done, end = done + len(commits), time.monotonic() + STALLED_S
+                continue
+            self._check(end)
+            if self.publisher is not None and done == 0 and time.monotonic() - published > 0.2:
+                published = time.monotonic()
+                self.publisher.republish()  # a subscriber that came late missed the first push
+            self.link.wait(0.01)
+        return {
+            "chunks": done,
+            "wall_s": time.perf_counter() - wall,
+            "learner_cpu_s": time.process_time() - own,
+            "collector_cpu_s": self.child_cpu_s() - child,
+        }
+
+    def child_cpu_s(self) -> float:
+        """CPU seconds the collector has used, over all its threads (10 ms ticks)."""
+        fields = Path(f"/proc/{self._child.pid}/stat").read_text().rpartition(")")[2].split()
+        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+    def trace(self) -> dict[str, dict[int, float]]:
+        """What `benchmarks.traced_collector` wrote down: event -> number -> monotonic seconds."""
+        events: dict[str, dict[int, float]] = {"commit": {}, "adopt": {}}
+        for line in (self.run_dir / "trace.txt").read_text().splitlines():
+            what, number, when = line.split()
+            events[what][int(number)] = float(when)
+        return events
+
+    def _allocate(self, spec: StreamSpec) -> tuple[Replay, int | None]:
+        return allocate_replay(spec, self.settings, self.sizes, device=self.device)
+
+    def _check(self, end: float) -> None:
+        returncode = self._child.poll()
+        if returncode is None and time.monotonic() <= end:
+            return
+        what = "is silent" if returncode is None else f"ended with {returncode}"
+        said = (self.run_dir / "collector.out").read_text()[-2000:]
+        raise RuntimeError(f"the collector {what}; wanted a message within minutes; it said:\n{said}")
+
+
+def per_chunk(figures: dict[str, float]) -> dict[str, Any]:
+    """Milliseconds for each chunk out of `LearnerEnd.run_chunks`."""
+    names = ("wall_s", "learner_cpu_s", "collector_cpu_s")
+    return {f"{name[:-1]}ms": round(figures[name] / figures["chunks"] * 1e3, 4) for name in names}

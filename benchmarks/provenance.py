@@ -1,0 +1,72 @@
+"""Where figures come from: sources, versions, hardware and command, in the sections every result file here has.
+
+run        benchmark, command, started, git
+versions   python and the packages that matter
+hardware   processor, cores, memory, GPUs, load when it began
+runtime    the figures, one entry for each benchmark
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import shlex
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from shared.run_folder import git_state, package_versions, write_json
+
+REPO = Path(__file__).resolve().parent.parent
+
+
+def document(name: str, runtime: dict[str, Any]) -> dict[str, Any]:
+    """A whole result file: provenance of this process beside its figures. Runs stay comparable, paths stay private."""
+    return {
+        "run": {
+            "benchmark": name,
+            "command": f"python -m benchmarks{'' if name == 'all' else f'.{name}'} {command_line(sys.argv[1:])}".strip(),
+            "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+            "git": git_state(REPO),
+        },
+        "versions": {"python": platform.python_version(), **package_versions()},
+        "hardware": hardware(),
+        "runtime": runtime,
+    }
+
+
+def hardware() -> dict[str, Any]:
+    """The machine under this process, as far as figures depend on it."""
+    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    pages = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return {
+        "cpu": cpu_name(),
+        "cores": len(os.sched_getaffinity(0)),
+        "memory_gib": round(pages / 2**30, 1),
+        "gpus": gpus,
+        "platform": platform.platform(),
+        "load_average": [round(value, 2) for value in os.getloadavg()],
+    }
+
+
+def cpu_name() -> str:
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    return next(
+        (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.processor()
+    )
+
+
+def command_line(arguments: list[str]) -> str:
+    """Arguments as one line, absolute paths cut to their last part: where files lie is nobody's business."""
+    return shlex.join([Path(argument).name if argument.startswith("/") else argument for argument in arguments])
+
+
+def save(path: Path | None, content: dict[str, Any]) -> None:
+    """Write a result file at once or not at all; None keeps nothing."""
+    if path is not None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_json(path, json.loads(json.dumps(content)))  # fails here, not half-written, on what JSON cannot hold

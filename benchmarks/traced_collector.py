@@ -1,0 +1,69 @@
+"""The real collector, writing down when it sends a commit and when it adopts weights. Torch-free until its simulator runs.
+
+Run as `python -m benchmarks.traced_collector --run-dir DIR ...`, like `python -m collector_proc`. DIR/trace.txt gets one
+line for each event: what happened, its number (commit's seq, policy version), time.monotonic() seconds.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, TextIO
+
+import collector_proc.__main__ as entry
+from shared.handover import Channel
+from shared.messages import Commit
+
+if TYPE_CHECKING:
+    from shared.messages import Message
+
+
+def main() -> int:
+    run_dir = Path(sys.argv[sys.argv.index("--run-dir") + 1])
+    trace = (run_dir / "trace.txt").open("w", buffering=1)
+    build, connect = entry.build_simulator, entry.connect
+
+    def connect_and_trace(*args, **kwargs) -> Channel:
+        return _TracedChannel(connect(*args, **kwargs), trace)
+
+    def build_and_trace(*args, **kwargs):
+        simulator = build(*args, **kwargs)
+        _trace_adoption(trace)  # imports torch, which may come now
+        return simulator
+
+    entry.connect, entry.build_simulator = connect_and_trace, build_and_trace
+    return entry.main()
+
+
+class _TracedChannel(Channel):
+    """Writes down every commit just before it is sent."""
+
+    def __init__(self, channel: Channel, trace: TextIO) -> None:
+        super().__init__(channel._socket)
+        self._trace = trace
+
+    def send(self, message: Message, *args, **kwargs) -> None:
+        now = time.monotonic()
+        super().send(message, *args, **kwargs)
+        if isinstance(message, Commit):
+            self._trace.write(f"commit {message.seq} {now:.6f}\n")
+
+
+def _trace_adoption(trace: TextIO) -> None:
+    """Write down every version just after it was adopted."""
+    from collector_proc.actor import WeightsReceiver
+
+    adopt = WeightsReceiver.adopt
+
+    def traced(self: WeightsReceiver) -> bool:
+        adopted = adopt(self)
+        if adopted:
+            trace.write(f"adopt {self.version} {time.monotonic():.6f}\n")
+        return adopted
+
+    WeightsReceiver.adopt = traced
+
+
+if __name__ == "__main__":
+    sys.exit(main())

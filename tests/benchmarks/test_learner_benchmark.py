@@ -1,0 +1,93 @@
+import json
+
+import pytest
+import torch
+
+from benchmarks import learner, provenance
+from benchmarks.floor import ADAM_BYTES, Operand, ProductRecorder, measure_floor
+from benchmarks.phases import BACKWARDS, OPTIMISERS, PARTS, REST, PhaseClock
+from benchmarks.step_cases import settings_for
+from learner_proc import startup
+
+CPU = torch.device("cpu")
+
+
+def test_recorded_products_carry_shapes_strides_types_and_counts():
+    a, weight = torch.randn(3, 5), torch.randn(7, 5)
+    with ProductRecorder() as recorder:
+        for _ in range(2):
+            torch.mm(a, weight.t())
+        torch.mm(a.bfloat16(), weight.t().bfloat16())
+        (a + 1).tanh()
+    left = Operand((3, 5), (5, 1), torch.float32)
+    found = {(func._overloadpacket, args): count for (func, args, _), count in recorder.products.items()}
+    assert found[torch.ops.aten.mm, (left, Operand((5, 7), (1, 5), torch.float32))] == 2
+    assert recorder.products.total() == 3
+
+
+def test_a_floor_counts_every_product_forward_and_backward():
+    rows, num_in, num_out = 6, 4, 3
+    weight = torch.randn(num_out, num_in, requires_grad=True)
+    x = torch.randn(rows, num_in, requires_grad=True)
+
+    def step():
+        torch.autograd.grad((x @ weight.t()).sum(), [x, weight])
+
+    floor = measure_floor(step, num_params=12, device=CPU, bandwidth=1e9)
+    assert floor.flops == 3 * 2 * rows * num_in * num_out
+    assert floor.num_products == 3
+    assert floor.optimiser_s == pytest.approx(12 * ADAM_BYTES / 1e9)
+    assert floor.products_s > 0
+
+
+@pytest.mark.parametrize("stride", [(5, 1), (1, 3), (0, 1)])
+def test_an_operand_is_made_in_its_layout(stride):
+    made = Operand((3, 5), stride, torch.bfloat16).make(CPU)
+    assert made.shape == (3, 5) and made.stride() == stride and made.dtype == torch.bfloat16
+
+
+def test_the_adam_floor_is_bytes_of_seven_passes():
+    assert ADAM_BYTES == 7 * 4
+
+
+def test_a_run_reports_every_variant_its_phases_and_its_scaling(tmp_path):
+    result = learner.run(
+        [20], compiled=[False], phases=True, scaling=True, scaling_frames=[20, 50], repetitions=2, tiny=True
+    )
+    assert [row["variant"] for row in result["steps"]] == ["fp32 eager", "bf16 eager"]
+    for row in result["steps"]:
+        assert row["steps_per_s"] > 0 and row["flops"] > 0 and row["share_of_floor"] > 0
+        assert row["tflops"] == pytest.approx(row["flops"] * row["steps_per_s"] / 1e12)
+    assert set(result["phases"][0]["ms"]) == {*PARTS.values(), *BACKWARDS.values(), OPTIMISERS, REST}
+    assert [row["frames"] for row in result["scaling"]["rows"]] == [20, 50]
+    assert all(row["peak_gib"] > 0 for row in result["scaling"]["rows"])
+    learner.draw(result["scaling"], tmp_path / "scaling.png")
+    assert (tmp_path / "scaling.png").stat().st_size > 1000
+    assert len(learner.rows(result)) == 2 + 2 * len(result["phases"][0]["ms"]) + 2
+    provenance.save(tmp_path / "out.json", provenance.document(learner.NAME, result))
+    assert json.loads((tmp_path / "out.json").read_text())["runtime"]["steps"] == result["steps"]
+
+
+def test_without_a_gpu_captured_graphs_are_named_as_left_out():
+    result = learner.run([20], precisions=["false"], compiled=[False], repetitions=1, tiny=True)
+    assert result["left_out"] == ["captured graphs: no CUDA device"]
+
+
+def test_an_inner_phase_is_taken_out_of_the_outer_one():
+    watch = PhaseClock(CPU, "wall")
+    ticks = iter(range(100))
+    watch.now = lambda: float(next(ticks))  # every look at the clock is one second later
+    inner = watch.timed("inner", lambda: None)
+    watch.timed("outer", lambda: (inner(), inner()))()
+    assert watch.seconds == {"outer": 3.0, "inner": 2.0}
+
+
+def test_a_captured_step_gets_a_full_replay_of_noise(monkeypatch):
+    settings = settings_for(20, tiny=True)
+    settings.replay_buffer.buffer_size = 2000
+    build = lambda spec, settings, sizes, replay, *, device: lambda: replay.sample(3, 20)  # noqa: E731
+    monkeypatch.setattr(startup, learner.CAPTURING, build, raising=False)
+    batch = learner.captured_step(settings, device=CPU)()
+    assert batch.shape == (3, 20)
+    assert batch["obs", "policy"].std() > 0.5 and batch["reward"].std() > 0.5
+    assert not batch["is_first"].any()
