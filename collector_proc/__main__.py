@@ -11,6 +11,7 @@ import os
 import sys
 from pathlib import Path
 
+from collector_proc.simulators import ending
 from collector_proc.simulators.registry import build_simulator
 from shared.compose import load_settings
 from shared.config import geometry, num_envs
@@ -38,7 +39,7 @@ def main() -> int:
     die_with_parent()
     seed = settings.env.seed + 1000 * arguments.incarnation + 1_000_000 * run.num_resumes
     sizes = geometry(settings, num_envs(settings))
-    simulator = None
+    simulator, code = None, 1
 
     def alive() -> None:
         progress.advance()
@@ -47,7 +48,7 @@ def main() -> int:
 
     try:
         progress.phase("simulator")
-        simulator = build_simulator(settings, seed=seed, device=arguments.device)
+        simulator = build_simulator(settings, seed=seed, device=arguments.device, crash_dir=arguments.run_dir / "crash")
         stop.install()  # simulators may have taken the handlers
         progress.phase("hello")
         channel = connect(run.socket_dir, deadline_s=settings.deadlines.start_s, alive=alive)
@@ -56,26 +57,30 @@ def main() -> int:
 
         from collector_proc.collect import Collector
 
+        # a simulator may have had to name its GPU differently; one on the CPU leaves the policy where it was told
+        acting = torch.device(simulator.device if simulator.device.startswith("cuda") else arguments.device)
         torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
         collector = Collector(
             settings, sizes, simulator, channel, socket_dir=run.socket_dir, run_id=run.run_id,
-            incarnation=arguments.incarnation, seed=seed + 7919, device=torch.device(arguments.device), progress=progress, stop=stop,
+            incarnation=arguments.incarnation, seed=seed + 7919, device=acting, progress=progress, stop=stop,
         )  # fmt: skip
         log.info("collecting", incarnation=arguments.incarnation, spec=simulator.spec.to_dict())
         collector.run()
         log.info("ended", agent_steps=collector.agent_steps, asked=stop.requested)
-        return 0
+        code = 0
     except Disconnected:
         log.info("learner gone")
-        return 0
+        code = 0
     except (SettingError, SimulatorError, TransportError) as error:
         log.error("failed", error=str(error))
-        return 2 if simulator is None and arguments.incarnation == 0 else 1
+        code = 2 if simulator is None and arguments.incarnation == 0 else 1
     finally:
         progress.phase("stopping")
         if simulator is not None:
-            simulator.close()
+            with ending.closing_deadline(settings.deadlines.stop_s / 2, code):
+                simulator.close()
+    return code
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    ending.run(main)

@@ -23,17 +23,39 @@ def setting(
 
 @dataclass
 class EnvSettings:
-    backend: str = setting("dm_control", "simulator backend", choices=("dm_control", "pendulum", "isaaclab"))
-    name: str = setting("cheetah", "domain (dm_control), task id (isaaclab); pendulum: 'pendulum'")
+    backend: str = setting(
+        "dm_control", "simulator backend", choices=("dm_control", "pendulum", "isaaclab", "mjlab", "torchrl")
+    )
+    name: str = setting(
+        "cheetah",
+        "domain (dm_control), task id (isaaclab, mjlab), gym:Id or module:callable (torchrl); pendulum: 'pendulum'",
+    )
     task: str = setting("run", "task of the domain (dm_control); pendulum: 'swingup' or 'balance'")
     seed: int = setting(0, "seed of simulator, networks and sampling", minimum=0)
     frame_skip: int = setting(2, "simulator steps per agent step; rewards are summed over them", minimum=1)
     from_pixels: bool = setting(True, "observe 64x64 images (uint8) instead of state vectors")
     grayscale: bool = setting(False, "one image channel instead of three")
     n_parallel_envs: int = setting(8, "dm_control: environments stepped by each worker process", minimum=1)
-    num_envs: Optional[int] = setting(None, "batched simulators (pendulum, isaaclab): environments", minimum=1)
+    num_envs: Optional[int] = setting(None, "all but dm_control: environments stepped together", minimum=1)
     horizon: Optional[int] = setting(
         None, "cut episodes as time-outs after this many agent steps; null: the task's own limit", minimum=2
+    )
+    action_scale: float = setting(
+        1.0,
+        "isaaclab, mjlab, torchrl: what actions in [-1, 1] are multiplied by where the task sets no bounds",
+        minimum=1e-6,
+    )
+    obs_groups: Optional[list[str]] = setting(
+        None, "isaaclab, mjlab, torchrl: observation groups to stream; null: 'policy' or 'actor', else all of them"
+    )
+    image_low: float = setting(0.0, "isaaclab, mjlab, torchrl: the value in float images that becomes byte 0")
+    image_high: float = setting(1.0, "isaaclab, mjlab, torchrl: the value in float images that becomes byte 255")
+    randomize_start: bool = setting(
+        True,
+        "isaaclab, mjlab: first training episodes start at random ages, so that time-outs do not coincide for good",
+    )
+    reward_per_second: bool = setting(
+        False, "isaaclab, mjlab: divide rewards by the agent step's seconds, which these simulators multiply them by"
     )
 
 
@@ -57,12 +79,14 @@ class CollectorSettings:
         "action of evaluation columns: most likely of 100 samples, or tanh of the mean",
         choices=("mode", "mean"),
     )
+    cudagraphs: bool = setting(True, "on a GPU: the acting step as one CUDA graph")
     max_restarts: int = setting(10, "times a dead collector is started again before the run ends", minimum=0)
 
 
 @dataclass
 class CompileSettings:
     enabled: bool = setting(True, "torch.compile the cells and heads of the gradient step")
+    cudagraphs: bool = setting(True, "on a GPU: sampling and gradient step as one CUDA graph, compiled or not")
     backend: str = setting("inductor", "backend of torch.compile", choices=("inductor", "aot_eager", "eager"))
 
 

@@ -20,7 +20,8 @@ RECIPE_KEYS = {
     "collector.device": _DEVICE,
     "collector.optim_steps_per_collect": "the two processes never wait on a schedule: the share of learning is "
     "optimization.replay_ratio",
-    "collector.compile.": "acting is one small forward pass for all environments and runs uncompiled",
+    "collector.compile.": "acting is one small forward pass for all environments and runs uncompiled, on a GPU as one "
+    "CUDA graph: see collector.cudagraphs",
     "optimization.compile.losses": _GRAPHS,
     "optimization.actor_value_warmup_steps": "there is no learning-rate warm-up: see optimization.actor_lr "
     "and optimization.value_lr",

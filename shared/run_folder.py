@@ -257,13 +257,13 @@ def describe_run(
         "socket_dir": str(socket_dir),
         "seed": settings.env.seed,
         "devices": dict(devices),
-        "git": _git_state(repo),
-        "versions": {"python": platform.python_version(), **_versions()},
+        "git": git_state(repo),
+        "versions": {"python": platform.python_version(), **package_versions()},
         "platform": platform.platform(),
     }
 
 
-def _versions() -> dict[str, str]:
+def package_versions() -> dict[str, str]:
     """Versions of installed packages, from their metadata: importing them would import torch."""
     installed = {}
     for name in _PACKAGES:
@@ -274,7 +274,7 @@ def _versions() -> dict[str, str]:
     return installed
 
 
-def _git_state(repo: Path) -> dict[str, Any] | None:
+def git_state(repo: Path) -> dict[str, Any] | None:
     """Commit and whether the tree differs from it; None without git or outside a repository."""
     try:
         commit = _git(repo, "rev-parse", "HEAD")

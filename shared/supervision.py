@@ -234,6 +234,12 @@ def enable_stack_dumps(crash_dir: Path, process: str) -> Path:
     return path
 
 
+def renew_stack_dumps() -> None:
+    """Take the fatal signals back from a simulator that has caught them: they dump the stacks and end the process."""
+    faulthandler.disable()
+    faulthandler.enable(file=_dump_files[-1] if _dump_files else 2, all_threads=True)
+
+
 class ChildProcess:
     """One started process: leader of its own group, its output in a file, never left as a zombie."""
 

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import difflib
 import json
 import os
 import subprocess
 import sys
 from typing import TYPE_CHECKING
 
+from collector_proc.simulators.checks import check_isaaclab, check_mjlab, check_torchrl, nearest
 from collector_proc.simulators.pendulum import TASKS
 from collector_proc.simulators.suite import NO_RENDERER
 from shared.errors import SettingError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from pathlib import Path
 
     from collector_proc.simulators.base import Simulator
     from shared.config import EnvSettings, Settings
@@ -39,23 +39,37 @@ def check_env(settings: Settings) -> None:
         _check_dm_control(env)
     elif env.backend == "pendulum":
         _check_pendulum(env)
+    elif env.backend == "torchrl":
+        check_torchrl(env, suite_tasks=_suite_tasks() if env.name.startswith("dm_control:") else ())
+    elif env.backend == "mjlab":
+        check_mjlab(env)
     else:
-        raise SettingError(
-            f"env.backend={env.backend} cannot run yet: its simulator is not part of this version; "
-            "wanted dm_control or pendulum; for many environments in one batch use --config quickstart env.num_envs=64"
-        )
+        check_isaaclab(env)
 
 
-def build_simulator(settings: Settings, *, seed: int, device: str) -> Simulator:
+def build_simulator(settings: Settings, *, seed: int, device: str, crash_dir: Path | None = None) -> Simulator:
     """The simulator the settings choose. dm_control lives on the CPU whatever `device` says: ask the result's `device`.
 
+    crash_dir: where states that diverged are written, by simulators that can.
     Raises: SettingError for settings that `check_env` refuses, SimulatorError if the simulator does not start.
     """
     if settings.env.backend == "dm_control":
         from collector_proc.simulators.dm_control import DmControlSimulator
 
         return DmControlSimulator(settings, seed=seed)
+    if settings.env.backend == "torchrl":  # as for dm_control, a name that does not exist shows when it is built
+        from collector_proc.simulators.torchrl_env import TorchrlSimulator
+
+        return TorchrlSimulator(settings, seed=seed, device=device, crash_dir=crash_dir)
+    if settings.env.backend == "mjlab":
+        from collector_proc.simulators.mjlab import MjlabSimulator
+
+        return MjlabSimulator(settings, seed=seed, device=device, crash_dir=crash_dir)
     check_env(settings)
+    if settings.env.backend == "isaaclab":
+        from collector_proc.simulators.isaaclab import IsaacLabSimulator
+
+        return IsaacLabSimulator(settings, seed=seed, device=device, crash_dir=crash_dir)
     from collector_proc.simulators.pendulum import PendulumSimulator
 
     return PendulumSimulator(settings, seed=seed, device=device)
@@ -65,7 +79,7 @@ def _check_pendulum(env: EnvSettings) -> None:
     if env.name != "pendulum" or env.task not in TASKS:
         raise SettingError(
             f"env.backend=pendulum has other tasks: met env.name={env.name} env.task={env.task}, wanted pendulum and one "
-            f"of {', '.join(TASKS)}; set env.name=pendulum env.task={_nearest(env.task, TASKS).split(',')[0]}"
+            f"of {', '.join(TASKS)}; set env.name=pendulum env.task={nearest(env.task, TASKS).split(',')[0]}"
         )
     if env.from_pixels:
         raise SettingError(
@@ -90,13 +104,13 @@ def _check_dm_control(env: EnvSettings) -> None:
     if env.name not in domains:
         raise SettingError(
             f"env.name={env.name} is no domain of dm_control; "
-            f"wanted one of {_nearest(env.name, domains)}; set env.name to it"
+            f"wanted one of {nearest(env.name, domains)}; set env.name to it"
         )
     in_domain = [task for domain, task in tasks if domain == env.name]
     if env.task not in in_domain:
         raise SettingError(
             f"env.task={env.task} is no task of {env.name}; "
-            f"wanted one of {_nearest(env.task, in_domain)}; set env.task to it"
+            f"wanted one of {nearest(env.task, in_domain)}; set env.task to it"
         )
 
 
@@ -125,9 +139,3 @@ def _suite_tasks() -> list[tuple[str, str]]:
             "install the pair pinned in pyproject.toml or choose env.backend=pendulum"
         ) from error
     return [(domain, task) for domain, task in json.loads(done.stdout.splitlines()[-1])]
-
-
-def _nearest(word: str, valid: Iterable[str]) -> str:
-    """The valid words, the nearest to `word` first, at most eight."""
-    ordered = sorted(valid, key=lambda candidate: -difflib.SequenceMatcher(None, word, candidate).ratio())
-    return ", ".join(ordered[:8])

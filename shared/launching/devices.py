@@ -124,6 +124,7 @@ def child_environment(role: str, devices: Devices, outer: Mapping[str, str], *, 
         env.setdefault(
             "MUJOCO_EGL_DEVICE_ID", str(devices.sim.index)
         )  # EGL sees every GPU, whatever the mask above says
+        env["TANDEM_SIM_GPU_INDEX"] = str(devices.sim.index)  # and so does Isaac's renderer
     conf = allocator_conf(outer)
     return env | dict.fromkeys(_ALLOCATOR_KEYS, conf)
 

@@ -68,10 +68,6 @@ def test_settings_that_work_pass(settings: Settings, monkeypatch: pytest.MonkeyP
             settings_with(grayscale=True, from_pixels=False),
             r"env.grayscale=true .*env.from_pixels=false; .*set env.from_pixels=true",
         ),
-        (
-            settings_with(backend="isaaclab"),
-            r"env.backend=isaaclab cannot run yet.*wanted dm_control or pendulum; .*num_envs=64",
-        ),
         (pendulum_with(name="cheetah"), r"env.name=cheetah .*wanted pendulum and one of swingup, balance; set"),
         (pendulum_with(task="run"), r"env.task=run, wanted pendulum and one of swingup, balance; set"),
         (pendulum_with(from_pixels=True), r"met env.from_pixels=true, wanted false; set env.from_pixels=false"),
@@ -121,5 +117,3 @@ def test_the_settings_choose_the_simulator() -> None:
     simulator = build_simulator(pendulum_with(), seed=0, device="cpu")
     assert isinstance(simulator, PendulumSimulator)
     assert simulator.spec.num_envs == 8
-    with pytest.raises(SettingError, match="isaaclab cannot run yet"):
-        build_simulator(settings_with(backend="isaaclab"), seed=0, device="cpu")

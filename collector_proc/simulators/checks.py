@@ -1,0 +1,155 @@
+"""Which torchrl, mjlab and isaaclab environments can be asked for, told without importing either. Torch-free.
+
+What only an import can tell (which tasks are registered) is asked of a child process with a deadline: an import here
+would bring torch in, and would fix this process's renderer for good.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from shared.errors import SettingError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from shared.config import EnvSettings
+
+LIST_GYM = "import json, gymnasium; print(json.dumps(sorted(gymnasium.registry)))"
+LIST_MJLAB = "import json, mjlab.tasks; from mjlab.tasks.registry import list_tasks; print(json.dumps(list_tasks()))"
+LIST_GYM_S, LIST_MJLAB_S = 60.0, 180.0
+
+
+@dataclass(frozen=True)
+class TorchrlWrapper:
+    """A class of torchrl.envs, the module it needs, and whether one object steps all environments."""
+
+    cls: str
+    module: str
+    batched: bool = False
+
+
+TORCHRL_WRAPPERS = {
+    "gym": TorchrlWrapper("GymEnv", "gymnasium"),
+    "dm_control": TorchrlWrapper("DMControlEnv", "dm_control"),
+    "safety_gymnasium": TorchrlWrapper("SafetyGymnasiumEnv", "safety_gymnasium"),
+    "brax": TorchrlWrapper("BraxEnv", "brax", batched=True),
+    "mujoco_playground": TorchrlWrapper("MujocoPlaygroundEnv", "mujoco_playground", batched=True),
+}
+
+
+def check_torchrl(env: EnvSettings, suite_tasks: Iterable[tuple[str, str]]) -> None:
+    """Raises: SettingError if env.name names no environment of torchrl, or settings that do not apply are set."""
+    prefix, _, name = env.name.partition(":")
+    if not name:
+        raise SettingError(
+            f"env.name={env.name} says no wrapper: env.backend=torchrl wanted PREFIX:ID with one of "
+            f"{', '.join(TORCHRL_WRAPPERS)}, or package.module:callable; set env.name=gym:Pendulum-v1"
+        )
+    _refuse_other_settings(env)
+    if env.reward_per_second:
+        raise SettingError(
+            "env.reward_per_second=true with env.backend=torchrl, which knows no seconds; wanted false; set "
+            "env.reward_per_second=false and optimization.reward_scale instead"
+        )
+    wrapper = TORCHRL_WRAPPERS.get(prefix)
+    if wrapper is None:
+        _check_importable(prefix.partition(".")[0], env, f"put the folder of {prefix} on PYTHONPATH, or install it")
+        return
+    _check_importable(wrapper.module, env, f"pip install {wrapper.module}")
+    if prefix == "gym" and ":" not in name:  # module:id is registered when gymnasium imports the module
+        _check_known(name, ask_child(LIST_GYM, env, LIST_GYM_S), "gym:")
+    if prefix == "dm_control":
+        _check_known(name, [f"{domain}/{task}" for domain, task in suite_tasks], "dm_control:")
+
+
+def check_mjlab(env: EnvSettings) -> None:
+    """Raises: SettingError if mjlab is missing, env.name is no task of it, or settings that do not apply are set."""
+    _check_importable("mjlab", env, "pip install mjlab==1.6.0")
+    _refuse_other_settings(env)
+    if env.frame_skip != 1:
+        raise SettingError(
+            f"env.frame_skip={env.frame_skip} with env.backend=mjlab: its tasks repeat every action themselves "
+            "(decimation); wanted 1; set env.frame_skip=1"
+        )
+    _check_known(env.name, ask_child(LIST_MJLAB, env, LIST_MJLAB_S))
+
+
+def check_isaaclab(env: EnvSettings) -> None:
+    """Raises: SettingError if Isaac Lab is missing, or settings that do not apply are set. Its tasks are known after launch."""
+    met = "{}.{}".format(*sys.version_info)
+    mend = f"Isaac Lab 2.3.2 needs Python 3.11 (this is {met}) and Isaac Sim 5.1: see its installation guide"
+    for module in ("isaaclab", "gymnasium"):
+        _check_importable(module, env, mend)
+    _refuse_other_settings(env)
+    if env.frame_skip != 1:
+        raise SettingError(
+            f"env.frame_skip={env.frame_skip} with env.backend=isaaclab: its tasks repeat every action themselves "
+            "(decimation); wanted 1; set env.frame_skip=1"
+        )
+
+
+def ask_child(script: str, env: EnvSettings, limit_s: float) -> list[str]:
+    """The JSON list that `script` prints last, run by this Python in a process of its own.
+
+    Raises: SettingError if it fails or takes longer than limit_s.
+    """
+    variables = {**os.environ, "MUJOCO_GL": "disabled", "CUDA_VISIBLE_DEVICES": "", "MJLAB_WARP_QUIET": "1"}
+    command = [sys.executable, "-c", script]
+    try:
+        done = subprocess.run(command, env=variables, capture_output=True, text=True, timeout=limit_s, check=True)
+    except (subprocess.CalledProcessError, subprocess.TimeoutExpired) as error:
+        stderr = error.stderr.decode() if isinstance(error.stderr, bytes) else error.stderr
+        last_words = (stderr or str(error)).strip().splitlines()[-1]
+        raise SettingError(
+            f"env.backend={env.backend} cannot list its tasks: {last_words}; wanted an installation that imports; "
+            "reinstall what pyproject.toml pins or choose env.backend=pendulum"
+        ) from error
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def nearest(word: str, valid: Iterable[str]) -> str:
+    """The valid words, the nearest to `word` first, at most eight."""
+    ordered = sorted(valid, key=lambda candidate: -difflib.SequenceMatcher(None, word, candidate).ratio())
+    return ", ".join(ordered[:8])
+
+
+def _check_importable(module: str, env: EnvSettings, mend: str) -> None:
+    if importlib.util.find_spec(module) is None:
+        raise SettingError(
+            f"env.backend={env.backend} env.name={env.name} needs the module {module}, which this Python does not have; "
+            f"wanted it installed; {mend}"
+        )
+
+
+def _check_known(name: str, known: list[str], prefix: str = "") -> None:
+    if name not in known:
+        raise SettingError(
+            f"env.name={prefix}{name} is not registered; wanted one of {nearest(name, known)}; "
+            f"set env.name={prefix}{nearest(name, known).split(',')[0]}"
+        )
+
+
+def _refuse_other_settings(env: EnvSettings) -> None:
+    """Settings of other backends, which would silently do nothing, and a range of images that is none."""
+    if not env.image_low < env.image_high:
+        raise SettingError(
+            f"env.image_low={env.image_low} is not below env.image_high={env.image_high}; wanted the range of float "
+            "images; set env.image_low=0 env.image_high=1"
+        )
+    if env.num_envs is None:
+        raise SettingError(
+            f"env.num_envs=null with env.backend={env.backend}; wanted at least 1; set env.num_envs=8 "
+            "(env.n_parallel_envs and collector.num_collectors are for dm_control)"
+        )
+    if env.task:
+        raise SettingError(
+            f"env.task={env.task} with env.backend={env.backend}, which says all in env.name; wanted none; set env.task=''"
+        )

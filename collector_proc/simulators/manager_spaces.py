@@ -1,0 +1,152 @@
+"""Observations and actions of IsaacLab-shaped simulators as the stream wants them. Imported after launch.
+
+{"policy": (E, 48) float, "camera": (E, 3, 100, 100) float}    as the simulator hands them out
+{"policy": (E, 48) float32, "pixels": (E, 64, 64, 3) uint8}    as they are streamed
+"""
+
+from __future__ import annotations
+
+import difflib
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from shared.errors import SettingError, SimulatorError
+from shared.stream import ObsSpec
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from shared.config import EnvSettings
+
+IMAGE_SIZE = 64
+DEFAULT_GROUPS = ("policy", "actor")  # what IsaacLab and mjlab call the group an actor sees
+COLOURS = (1, 3, 4)  # 4: RGB and alpha
+LUMINANCE = (0.299, 0.587, 0.114)  # ITU-R BT.601
+
+
+class ObservationMap:
+    """Chosen observation groups as named stream entries: flat float32 vectors and 64x64 uint8 images.
+
+    A group that holds terms gives one entry "group_term" for each. The only image is called "pixels", several are
+    "pixels_<name>".
+    """
+
+    def __init__(self, sample: Mapping[str, Any], env: EnvSettings) -> None:
+        """sample: what one reset returned. Raises: SettingError if the settings and what is there do not fit."""
+        self._gray, self._low, self._high = env.grayscale, env.image_low, env.image_high
+        groups = _chosen_groups(sample, env.obs_groups)
+        flat = _flatten({name: sample[name] for name in groups})
+        images = [name for name, entry in flat.items() if entry.dim() == 4]
+        if bool(images) != env.from_pixels:
+            raise SettingError(
+                f"env.from_pixels={str(env.from_pixels).lower()} does not fit the observation groups "
+                f"{', '.join(groups)} of {env.name}: met images {images}; wanted "
+                f"{'at least one' if env.from_pixels else 'none'}; set env.from_pixels={str(bool(images)).lower()} or "
+                "choose other env.obs_groups"
+            )
+        self._groups = groups
+        self._names = {name: name for name in flat}
+        for name in images:
+            _check_image(name, flat[name], env)
+            self._names[name] = "pixels" if len(images) == 1 else f"pixels_{name}"
+        self.spec = {
+            name: ObsSpec(tuple(entry.shape[1:]), "uint8" if entry.dim() == 4 else "float32")
+            for name, entry in self(sample).items()
+        }
+
+    def __call__(self, obs: Mapping[str, Any]) -> dict[str, Tensor]:
+        """Entries (E, *shape); they may share memory with the simulator's tensors. Others groups than chosen are ignored."""
+        flat = _flatten({name: obs[name] for name in self._groups})
+        return {
+            self._names[name]: self._image(entry) if entry.dim() == 4 else entry.reshape(len(entry), -1).float()
+            for name, entry in flat.items()
+        }
+
+    def _image(self, image: Tensor) -> Tensor:
+        """(E, H, W, C) or (E, C, H, W) to (E, 64, 64, 1 or 3) uint8; shrunk by the mean over the area of each pixel."""
+        if _channels_first(image):
+            image = image.permute(0, 2, 3, 1)
+        image = image[..., :3]
+        ready = image.dtype == torch.uint8 and image.shape[1:3] == (IMAGE_SIZE, IMAGE_SIZE)
+        if ready and not (self._gray and image.shape[3] == 3):
+            return image
+        values = image.float()
+        if image.dtype != torch.uint8:
+            values = ((values - self._low) / (self._high - self._low) * 255).nan_to_num(0.0, 255.0, 0.0)
+        if self._gray and image.shape[3] == 3:
+            values = (values * values.new_tensor(LUMINANCE)).sum(-1, keepdim=True)
+        if values.shape[1:3] != (IMAGE_SIZE, IMAGE_SIZE):
+            values = functional.adaptive_avg_pool2d(values.permute(0, 3, 1, 2), IMAGE_SIZE).permute(0, 2, 3, 1)
+        return values.round().clamp(0, 255).to(torch.uint8)
+
+
+class ActionMap:
+    """Actions in [-1, 1] to the simulator's own: a box's bounds, or `scale` times the action where there are none."""
+
+    def __init__(self, low: Any, high: Any, *, scale: float, device: torch.device) -> None:
+        """low, high: the bounds (A,), anything torch.as_tensor takes. Raises: SettingError on a scale that would do nothing."""
+        low, high = (torch.as_tensor(bound, dtype=torch.float32, device=device).flatten() for bound in (low, high))
+        bounded = low.isfinite() & high.isfinite()
+        if scale != 1 and bool(bounded.all()):
+            raise SettingError(
+                f"env.action_scale={scale} has nothing to scale: the task bounds its actions to {low.tolist()} .. "
+                f"{high.tolist()}, which [-1, 1] is mapped to; wanted 1; set env.action_scale=1"
+            )
+        self._factor = torch.where(bounded, (high - low) / 2, scale)
+        self._offset = torch.where(bounded, (high + low) / 2, 0.0)
+        self.action_dim = len(self._factor)
+
+    def __call__(self, action: Tensor) -> Tensor:
+        """action: (E, A) in [-1, 1]."""
+        return action * self._factor + self._offset
+
+
+def _chosen_groups(sample: Mapping[str, Any], wanted: Sequence[str] | None) -> list[str]:
+    there = list(sample)
+    if wanted is None:
+        return next(([name] for name in DEFAULT_GROUPS if name in sample), there)
+    for name in wanted:
+        if name not in sample:
+            nearest = difflib.get_close_matches(name, there, n=1, cutoff=0.0)[0]
+            raise SettingError(
+                f"env.obs_groups names {name!r}, which the task does not have; wanted some of {', '.join(there)}; "
+                f"set env.obs_groups=[{nearest}]"
+            )
+    return list(wanted)
+
+
+def _flatten(obs: Mapping[str, Any], prefix: str = "") -> dict[str, Tensor]:
+    """Nested groups as "group_term"; dots would nest in the replay."""
+    flat: dict[str, Tensor] = {}
+    for name, entry in obs.items():
+        key = prefix + str(name).replace(".", "_")
+        if isinstance(entry, Tensor):
+            flat[key] = entry
+        else:
+            flat |= _flatten(entry, key + "_")
+    return flat
+
+
+def _channels_first(image: Tensor) -> bool:
+    return image.shape[3] not in COLOURS and image.shape[1] in COLOURS
+
+
+def _check_image(name: str, image: Tensor, env: EnvSettings) -> None:
+    """Raises: SimulatorError on a shape that is no image, SettingError on values outside the declared range."""
+    if not _channels_first(image) and image.shape[3] not in COLOURS:
+        raise SimulatorError(
+            f"observation {name!r} has shape {tuple(image.shape)}; wanted images (E, H, W, C) or (E, C, H, W) with 1, 3 "
+            "or 4 channels; choose other env.obs_groups"
+        )
+    if image.dtype == torch.uint8:
+        return
+    low, high = (float(value) for value in image.float().aminmax())
+    if not env.image_low - 1e-3 <= low <= high <= env.image_high + 1e-3:
+        raise SettingError(
+            f"env.image_low={env.image_low} env.image_high={env.image_high} do not hold image {name!r}: met values "
+            f"{low:.3g} .. {high:.3g}; wanted its range, which becomes bytes 0 .. 255; set them, -1 and 1 for images "
+            "whose mean was taken off"
+        )

@@ -1,0 +1,307 @@
+"""Backend `torchrl`: any torchrl EnvBase, by its wrapper's name or by the import path of a function that makes it.
+
+    env.name=gym:HalfCheetah-v5            E copies of torchrl's GymEnv, stepped one after the other in this process
+    env.name=brax:ant                      one environment of batch size [E]
+    env.name=my_package.my_module:make     whatever `make` returns: batch size [E], or anything else E times
+
+Every environment that ended is reset within the tick (torchrl's `reset`, with a "_reset" mask where the environment is
+batched), so `obs` holds the true last observation and `acting_obs` the first of the fresh episode. Imports torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import math
+import os
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from collector_proc.simulators.checks import TORCHRL_WRAPPERS
+from collector_proc.simulators.manager_spaces import ActionMap, ObservationMap
+from collector_proc.simulators.manager_step import ManagerStep
+from collector_proc.simulators.suite import UNLIMITED, environment_seed, renderer_variables
+from shared.errors import SettingError, SimulatorError
+from shared.stream import StreamSpec
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+    from torchrl.envs import EnvBase
+
+    from collector_proc.simulators.base import Arrival
+    from shared.config import EnvSettings, Settings
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """One agent step of some rows: obs entries as the environment has them, (n, ...); reward, terminated, done (n,)."""
+
+    obs: dict[str, Tensor]
+    reward: Tensor
+    terminated: Tensor
+    done: Tensor
+
+
+class EnvRows:
+    """The rows of the vector that one EnvBase steps: batch size [n], or none, which is one row."""
+
+    def __init__(self, env: EnvBase) -> None:
+        """Raises: SettingError if the actions are not one continuous entry, or rewards or ends not one per row."""
+        self.env, self.num_rows = env, env.batch_size.numel()
+        self._action = _action_leaf(env)
+        self._keys = {"_".join(key): key for key in _leaves(env.observation_spec)}
+        _check_row_entries(env, self.num_rows)
+        self._next = env.reset()
+
+    def bounds(self) -> tuple[Tensor, Tensor]:
+        """Lowest and highest action of one row, (A,) each; infinite where there is no limit."""
+        _, spec = self._action
+        low, high = (bound.reshape(self.num_rows, -1)[0].double() for bound in (spec.space.low, spec.space.high))
+        return (
+            torch.where(low <= -UNLIMITED, -math.inf, low),
+            torch.where(high >= UNLIMITED, math.inf, high),
+        )
+
+    def observe(self) -> dict[str, Tensor]:
+        """What the next action answers."""
+        return self._entries(self._next)
+
+    def reset(self, mask: Tensor) -> None:
+        """Start new episodes where the mask (n,) is set."""
+        if bool(mask.all()):
+            self._next = self.env.reset()
+        elif bool(mask.any()):
+            self._next.set("_reset", mask.view(self._next.get("done").shape))
+            self._next = self.env.reset(self._next)
+
+    def step(self, action: Tensor, *, repeat: int) -> Outcome:
+        """`repeat` frames, or fewer where an episode ends: rewards are summed up to there. action: (n, A), native."""
+        result = self._frame(action)
+        for _ in range(repeat - 1):
+            if bool(result.done.all()):
+                break
+            result = _copy(result)  # the environment may overwrite what it handed out
+            self.reset(result.done)  # nothing is stepped past its end; these rows are reset once more after the tick
+            result = _add(result, self._frame(action))
+        return result
+
+    def _frame(self, action: Tensor) -> Outcome:
+        key, spec = self._action
+        self._next.set(key, action.reshape(spec.shape).to(spec.dtype))
+        stepped = self.env.step(self._next)
+        arrived = stepped.get("next")
+        self._next = self.env.step_mdp(stepped)
+        return Outcome(
+            self._entries(arrived),
+            arrived.get("reward").reshape(self.num_rows).float(),
+            arrived.get("terminated").reshape(self.num_rows),
+            arrived.get("done").reshape(self.num_rows),
+        )
+
+    def _entries(self, data: Any) -> dict[str, Tensor]:
+        lead = len(self.env.batch_size)
+        return {
+            name: (entry := data.get(key)).reshape(self.num_rows, *entry.shape[lead:])
+            for name, key in self._keys.items()
+        }
+
+
+class TorchrlSimulator:
+    """env.num_envs environments. Environment e of a vector of copies draws from its own stream of `seed`.
+
+    Copies cost what torchrl's `step` costs, once per environment; a batched environment pays it once per tick.
+    """
+
+    def __init__(self, settings: Settings, *, seed: int, device: str, crash_dir: Path | None = None) -> None:
+        env = settings.env
+        assert env.num_envs is not None, "check_env demands env.num_envs"
+        self._rows = [EnvRows(made) for made in _make_all(env, num_envs=env.num_envs, seed=seed, device=device)]
+        self._sizes = [rows.num_rows for rows in self._rows]
+        self._horizon, self.frames_per_step = env.horizon, env.frame_skip
+        sample = self._gather([rows.observe() for rows in self._rows])
+        first = next(iter(sample.values()))
+        self.device = str(first.device)
+        self._observe = ObservationMap(sample, env)
+        self._act = ActionMap(*self._rows[0].bounds(), scale=env.action_scale, device=first.device)
+        self._tick = ManagerStep(env.num_envs, device=first.device, crash_dir=crash_dir)
+        self._steps = torch.zeros(env.num_envs, dtype=torch.int64, device=first.device)  # of the running episodes
+        self.spec = StreamSpec(env.num_envs, self._observe.spec, self._act.action_dim)
+
+    @property
+    def num_diverged(self) -> int:
+        """Rows that were not finite: recorded as zeros, their environments reset."""
+        return self._tick.num_diverged
+
+    def reset(self) -> Arrival:
+        """Start every environment anew."""
+        self._reset(torch.ones_like(self._steps, dtype=torch.bool))
+        return self._tick.begin(self._observed())
+
+    def step(self, action: Tensor) -> Arrival:
+        """One agent step of every environment. action: (E, A) in [-1, 1]. Raises: SimulatorError."""
+        assert action.shape == (self.spec.num_envs, self.spec.action_dim), action.shape
+        with torch.no_grad():
+            if (stuck := self._tick.pending()) is not None:
+                self._reset(torch.zeros_like(self._steps, dtype=torch.bool).index_fill(0, stuck, True))
+            native = self._act(action.detach()).split(self._sizes)
+            repeat = self.frames_per_step
+            outcomes = [rows.step(part, repeat=repeat) for rows, part in zip(self._rows, native, strict=True)]
+            reward, terminated, done = (
+                torch.cat([getattr(outcome, name) for outcome in outcomes]) for name in ("reward", "terminated", "done")
+            )
+            self._steps += 1
+            cut = done if self._horizon is None else done | (self._steps >= self._horizon)
+            obs = self._observe(self._gather([outcome.obs for outcome in outcomes]))
+            row = self._tick.row(obs, reward, terminated, cut & ~terminated)
+            fresh = row.obs
+            if bool(row.is_last.any()):
+                self._reset(row.is_last)
+                fresh = self._observed()
+            return self._tick.arrival(row, fresh, was_reset=row.is_last)
+
+    def close(self) -> None:
+        for rows in self._rows:
+            if not rows.env.is_closed:
+                rows.env.close()
+
+    def _reset(self, mask: Tensor) -> None:
+        self._steps = torch.where(mask, 0, self._steps)
+        for rows, part in zip(self._rows, mask.split(self._sizes), strict=True):
+            rows.reset(part)
+
+    def _observed(self) -> dict[str, Tensor]:
+        return self._observe(self._gather([rows.observe() for rows in self._rows]))
+
+    def _gather(self, parts: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+        return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+
+
+def _copy(outcome: Outcome) -> Outcome:
+    obs = {name: entry.clone() for name, entry in outcome.obs.items()}
+    return Outcome(obs, outcome.reward.clone(), outcome.terminated.clone(), outcome.done.clone())
+
+
+def _add(before: Outcome, after: Outcome) -> Outcome:
+    """Two frames as one; rows that were done before keep what they had."""
+    over = before.done
+    obs = {
+        name: torch.where(over.view(-1, *[1] * (entry.dim() - 1)), before.obs[name], entry)
+        for name, entry in after.obs.items()
+    }
+    return Outcome(
+        obs,
+        before.reward + torch.where(over, 0.0, after.reward),
+        torch.where(over, before.terminated, after.terminated),
+        over | after.done,
+    )
+
+
+def _make_all(env: EnvSettings, *, num_envs: int, seed: int, device: str) -> list[EnvBase]:
+    """One batched environment or num_envs copies, seeded. Raises: SettingError, SimulatorError."""
+    make = _maker(env, num_envs=num_envs, device=device)
+    first = make(environment_seed(seed, 0) >> 1)
+    size = first.batch_size.numel()
+    made = [first] if first.batch_size else []
+    if first.batch_size and size != num_envs:
+        raise SettingError(
+            f"env.num_envs={num_envs} does not fit {env.name}, whose batch size is {list(first.batch_size)}; wanted "
+            f"{size} or an environment that takes num_envs; set env.num_envs={size}"
+        )
+    made = made or [first, *(make(environment_seed(seed, index) >> 1) for index in range(1, num_envs))]
+    for index, one in enumerate(made):
+        one.set_seed(environment_seed(seed, index) >> 1)  # some wrappers take 31 bits only
+    return made
+
+
+def _maker(env: EnvSettings, *, num_envs: int, device: str) -> Callable[[int], EnvBase]:
+    """A function of a seed that makes one environment."""
+    prefix, _, name = env.name.partition(":")
+    wrapper = TORCHRL_WRAPPERS.get(prefix)
+    if wrapper is None:
+        return _imported_maker(prefix, name, num_envs=num_envs, device=device)
+    os.environ.update(renderer_variables(env.from_pixels))  # read once, when mujoco is first imported
+    _leave_isaaclab_alone()
+    made_by = getattr(importlib.import_module("torchrl.envs"), wrapper.cls)
+    options: dict[str, Any] = {"batch_size": [num_envs], "device": device} if wrapper.batched else {}
+    if env.from_pixels:
+        options |= {"from_pixels": True, "pixels_only": True}
+    arguments = name.split("/") if prefix == "dm_control" else [name]
+    return lambda _: _run(env, lambda: made_by(*arguments, **options))
+
+
+def _imported_maker(module: str, name: str, *, num_envs: int, device: str) -> Callable[[int], EnvBase]:
+    from torchrl.envs import EnvBase
+
+    try:
+        target = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError) as error:
+        raise SettingError(
+            f"env.name={module}:{name} does not import: {error}; wanted module:callable; set env.name to a callable or "
+            "EnvBase class that this Python finds (PYTHONPATH)"
+        ) from error
+    # a class of torchrl has a metaclass whose own signature hides that of __init__
+    taken = inspect.signature(target.__init__ if inspect.isclass(target) else target).parameters
+
+    def make(seed: int) -> EnvBase:
+        offered = {"num_envs": num_envs, "seed": seed, "device": device}
+        made = target(**{key: value for key, value in offered.items() if key in taken})
+        if not isinstance(made, EnvBase):
+            raise SettingError(
+                f"env.name={module}:{name} makes {type(made).__name__}; wanted a torchrl EnvBase; wrap it, for instance "
+                "in torchrl.envs.GymWrapper"
+            )
+        return made
+
+    return make
+
+
+def _run(env: EnvSettings, make: Callable[[], EnvBase]) -> EnvBase:
+    try:
+        return make()
+    except Exception as error:  # each library fails in its own ways
+        raise SimulatorError(
+            f"{env.name} cannot be made: {type(error).__name__}: {error}; wanted an environment that torchrl wraps; see "
+            "that library's own message"
+        ) from error
+
+
+def _leave_isaaclab_alone() -> None:
+    """Keep torchrl's GymEnv from importing an installed isaaclab, which dies without a running Omniverse."""
+    wrapping = importlib.import_module("torchrl.envs.libs.gym")
+    if getattr(wrapping, "_has_isaaclab", False):
+        wrapping._has_isaaclab = False  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def _leaves(spec: Any) -> list[tuple[str, ...]]:
+    """Keys of a Composite's tensors, as tuples."""
+    keys = spec.keys(include_nested=True, leaves_only=True)
+    return sorted(key if isinstance(key, tuple) else (key,) for key in keys)
+
+
+def _action_leaf(env: EnvBase) -> tuple[tuple[str, ...], Any]:
+    leaves = _leaves(env.full_action_spec)
+    spec = env.full_action_spec[leaves[0]]
+    if len(leaves) != 1 or not spec.dtype.is_floating_point or not hasattr(spec.space, "low"):
+        kinds = {"_".join(key): type(env.full_action_spec[key]).__name__ for key in leaves}
+        raise SettingError(
+            f"the environment's actions are {kinds}; wanted one entry of continuous numbers; choose another env.name, or "
+            "wrap it so that its action is one bounded vector"
+        )
+    return leaves[0], spec
+
+
+def _check_row_entries(env: EnvBase, num_rows: int) -> None:
+    """Raises: SettingError unless each row has one "reward", one "done" and one "terminated"."""
+    met = {"_".join(key): tuple(env.full_reward_spec[key].shape) for key in _leaves(env.full_reward_spec)}
+    met |= {"_".join(key): tuple(env.full_done_spec[key].shape) for key in _leaves(env.full_done_spec)}
+    wanted = ("reward", "done", "terminated")
+    if any(math.prod(met.get(name, (0,))) != num_rows for name in wanted):
+        raise SettingError(
+            f"the environment's rewards and ends are {met}; wanted one of each of {', '.join(wanted)} per environment; "
+            "environments of several agents or objectives need a transform that joins them"
+        )

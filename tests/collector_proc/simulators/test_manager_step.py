@@ -1,0 +1,220 @@
+"""Laws of what IsaacLab-shaped simulators share: rows from a step's tensors, observation groups, actions."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+from collector_proc.simulators.manager_spaces import ActionMap, ObservationMap
+from collector_proc.simulators.manager_step import (
+    DIVERGED_TICKS,
+    ManagerStep,
+    episode_length_s,
+    randomize_episode_lengths,
+)
+from shared.config import EnvSettings
+from shared.errors import SettingError, SimulatorError
+from shared.stream import ObsSpec
+
+CPU = torch.device("cpu")
+NO = torch.zeros(3, dtype=torch.bool)
+
+
+def mask(*environments: int) -> torch.Tensor:
+    flags = NO.clone()
+    flags[list(environments)] = True
+    return flags
+
+
+def obs(value: float) -> dict[str, torch.Tensor]:
+    """policy (3, 2): environment * 100 + value, twice."""
+    return {"policy": (torch.arange(3.0) * 100 + value)[:, None].repeat(1, 2)}
+
+
+def settings(**changes: object) -> EnvSettings:
+    return dataclasses.replace(EnvSettings(from_pixels=False), **changes)
+
+
+def test_a_time_out_is_an_end_but_not_terminal_and_both_at_once_are_terminal() -> None:
+    steps = ManagerStep(3, device=CPU)
+    steps.begin(obs(0))
+    row = steps.row(obs(1), torch.ones(3), terminated=mask(1, 2), time_out=mask(0, 1))
+    assert row.is_last.all() and torch.equal(row.is_terminal, mask(1, 2)) and not row.is_first.any()
+
+
+def test_what_was_reset_begins_in_the_next_row_and_keeps_its_reward() -> None:
+    steps = ManagerStep(3, device=CPU, reward_factor=50.0)
+    assert steps.begin(obs(0)).is_first.all()
+    row = steps.row(obs(1), torch.full((3,), 0.02), terminated=mask(1), time_out=NO)
+    arrival = steps.arrival(row, obs(7), was_reset=mask(1))
+    assert arrival.acting_obs is not None
+    assert arrival.acting_obs["policy"][:, 0].tolist() == [1, 107, 201] and arrival.obs["policy"][:, 0].tolist() == [
+        1,
+        101,
+        201,
+    ]
+    row = steps.row(obs(2), torch.full((3,), 0.02), NO, NO)
+    assert torch.equal(row.is_first, mask(1)) and row.reward.tolist() == pytest.approx([1.0, 1.0, 1.0])
+    steps.arrival(row, row.obs, was_reset=NO)
+    assert not steps.row(obs(3), torch.ones(3), NO, NO).is_first.any()
+
+
+def test_rows_share_no_memory_with_the_simulators_buffers() -> None:
+    steps = ManagerStep(3, device=CPU)
+    steps.begin(obs(0))
+    buffers = obs(1)["policy"], torch.ones(3), mask(0), mask(1)
+    fresh = obs(5)
+    row = steps.row({"policy": buffers[0]}, *buffers[1:])
+    arrival = steps.arrival(row, fresh, was_reset=mask(0, 1))
+    for buffer in (*buffers, fresh["policy"]):
+        buffer.fill_(9)
+    assert arrival.acting_obs is not None
+    assert arrival.obs["policy"][:, 0].tolist() == [1, 101, 201] and arrival.reward.tolist() == [1, 1, 1]
+    assert arrival.is_last.tolist() == [True, True, False] and arrival.is_terminal.tolist() == [True, False, False]
+    assert arrival.acting_obs["policy"][:, 0].tolist() == [5, 105, 201]
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+def test_a_row_that_is_not_finite_becomes_zeros_and_its_environment_is_named(bad: float, tmp_path: Path) -> None:
+    steps = ManagerStep(3, device=CPU, crash_dir=tmp_path)
+    steps.begin(obs(0))
+    assert steps.pending() is None
+    broken, reward = obs(1), torch.tensor([1.0, bad, 3.0])
+    broken["policy"][2, 1] = bad
+    row = steps.row(broken, reward, terminated=mask(2), time_out=NO)
+    arrival = steps.arrival(row, obs(7), was_reset=mask(2))  # the simulator reset 2 by itself
+    assert row.obs["policy"].tolist() == [[1, 1], [0, 0], [0, 0]] and row.reward.tolist() == [1, 0, 0]
+    assert torch.equal(row.is_first, mask(1, 2)) and torch.equal(row.is_last, mask(1, 2)) and not row.is_terminal.any()
+    assert arrival.acting_obs is not None
+    assert arrival.acting_obs["policy"].tolist() == [[1, 1], [0, 0], [207, 207]]
+    pending = steps.pending()
+    assert pending is not None and pending.tolist() == [1] and steps.num_diverged == 2
+    written = np.load(next(tmp_path.glob("diverged-*.npz")))
+    assert written["env"].tolist() == [1, 2] and not np.isfinite(written["obs.policy"][1, 1])
+
+
+def test_a_reset_that_is_not_finite_is_blanked_and_repeated() -> None:
+    steps = ManagerStep(3, device=CPU)
+    steps.begin(obs(0))
+    fresh = obs(7)
+    fresh["policy"][0] = float("nan")
+    row = steps.row(obs(1), torch.ones(3), terminated=mask(0), time_out=NO)
+    arrival = steps.arrival(row, fresh, was_reset=mask(0))
+    assert arrival.acting_obs is not None and arrival.acting_obs["policy"][0].tolist() == [0, 0]
+    assert arrival.obs["policy"][0].tolist() == [1, 1] and arrival.is_terminal[0], "the row itself was whole"
+    pending = steps.pending()
+    assert pending is not None and pending.tolist() == [0] and steps.num_diverged == 1
+
+
+def test_few_states_are_written_and_endless_divergence_ends_with_a_name(tmp_path: Path) -> None:
+    steps = ManagerStep(3, device=CPU, crash_dir=tmp_path)
+    steps.begin(obs(0))
+    with pytest.raises(SimulatorError, match=f"last {DIVERGED_TICKS} ticks, {DIVERGED_TICKS} rows"):
+        for _ in range(DIVERGED_TICKS):
+            row = steps.row(obs(1), torch.tensor([1.0, float("nan"), 1.0]), NO, NO)
+            steps.arrival(row, row.obs, was_reset=NO)
+            assert steps.pending() is not None
+    assert len(list(tmp_path.iterdir())) == 4
+
+
+def test_a_diverged_tick_now_and_then_is_forgiven() -> None:
+    steps = ManagerStep(3, device=CPU)
+    steps.begin(obs(0))
+    for tick in range(3 * DIVERGED_TICKS):
+        row = steps.row(obs(1), torch.tensor([1.0, float("nan") if tick % 2 else 1.0, 1.0]), NO, NO)
+        steps.arrival(row, row.obs, was_reset=NO)
+        steps.pending()
+    assert steps.num_diverged == 3 * DIVERGED_TICKS // 2
+
+
+@pytest.mark.parametrize(("horizon", "step_s"), [(1000, 0.02), (300, 1 / 60), (2, 0.005), (7, 4 * 0.005)])
+def test_the_horizon_survives_the_simulators_rounding_up(horizon: int, step_s: float) -> None:
+    import math
+
+    assert math.ceil(episode_length_s(horizon, step_s) / step_s) == horizon
+
+
+def test_random_ages_stay_below_the_limit_and_spare_evaluation() -> None:
+    env = SimpleNamespace(episode_length_buf=torch.zeros(1000, dtype=torch.long), max_episode_length=50)
+    randomize_episode_lengths(env, num_whole=10)
+    ages = env.episode_length_buf
+    assert not ages[990:].any() and ages[:990].min() >= 0 and 45 <= ages[:990].max() < 50
+    assert ages[:990].unique().numel() > 40
+    randomize_episode_lengths(SimpleNamespace(), num_whole=0)  # nothing to set: nothing happens
+
+
+@pytest.mark.parametrize(
+    ("groups", "chosen", "names"),
+    [
+        (("policy", "critic"), None, ["policy"]),
+        (("actor", "critic"), None, ["actor"]),
+        (("state", "task"), None, ["state", "task"]),
+        (("policy", "critic"), ["critic"], ["critic"]),
+    ],
+)
+def test_the_actors_group_is_streamed_unless_others_are_named(groups, chosen, names) -> None:
+    sample = {group: torch.zeros(3, 2) for group in groups}
+    assert list(ObservationMap(sample, settings(obs_groups=chosen)).spec) == names
+
+
+def test_vectors_are_flattened_to_float32() -> None:
+    sample = {"policy": {"a.b": torch.arange(12).view(3, 2, 2), "flag": torch.ones(3, 1, dtype=torch.bool)}}
+    entries = ObservationMap(sample, settings())
+    assert entries.spec == {"policy_a_b": ObsSpec((4,), "float32"), "policy_flag": ObsSpec((1,), "float32")}
+    assert entries(sample)["policy_a_b"].tolist() == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10, 11]]
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_images_become_64x64_bytes_wherever_their_channels_stand(first: bool) -> None:
+    # Four 64x64 quarters of one colour each: shrunk by half, every quarter is 32x32 of its colour.
+    image = torch.zeros(1, 128, 128, 3)
+    image[0, :64, :64, 0], image[0, :64, 64:, 1], image[0, 64:, :64, 2], image[0, 64:, 64:] = 1.0, 0.5, 0.25, 1.0
+    given = image.permute(0, 3, 1, 2) if first else image
+    entries = ObservationMap({"camera": given}, settings(from_pixels=True))
+    assert entries.spec == {"pixels": ObsSpec((64, 64, 3), "uint8")}
+    pixels = entries({"camera": given})["pixels"][0]
+    corners = [pixels[0, 0], pixels[0, 63], pixels[63, 0], pixels[63, 63], pixels[31, 31], pixels[32, 32]]
+    assert [corner.tolist() for corner in corners] == [
+        [255, 0, 0],
+        [0, 128, 0],
+        [0, 0, 64],
+        [255, 255, 255],
+        [255, 0, 0],
+        [255, 255, 255],
+    ]
+
+
+def test_grey_images_and_alpha_and_ranges() -> None:
+    rgba = torch.tensor([255, 0, 0, 77], dtype=torch.uint8).view(1, 1, 1, 4).repeat(1, 64, 64, 1)
+    assert ObservationMap({"c": rgba}, settings(from_pixels=True))({"c": rgba})["pixels"][0, 5, 5].tolist() == [
+        255,
+        0,
+        0,
+    ]
+    grey = ObservationMap({"c": rgba}, settings(from_pixels=True, grayscale=True))({"c": rgba})["pixels"]
+    assert grey.shape == (1, 64, 64, 1) and grey[0, 5, 5].tolist() == [76], "0.299 * 255"
+    centred = torch.full((1, 64, 64, 1), -1.0)
+    centred[0, 0, 0], centred[0, 0, 1] = 0.0, 1.0
+    shifted = ObservationMap({"c": centred}, settings(from_pixels=True, image_low=-1.0))({"c": centred})["pixels"]
+    assert shifted[0, 0, :3, 0].tolist() == [128, 255, 0]
+    with pytest.raises(SettingError, match=r"met values -1 \.\. 1.*-1 and 1"):
+        ObservationMap({"c": centred}, settings(from_pixels=True))
+
+
+def test_several_images_keep_their_names_and_a_strange_shape_is_refused() -> None:
+    sample = {"left": torch.zeros(1, 64, 64, 3), "right": torch.zeros(1, 64, 64, 3), "state": torch.zeros(1, 2)}
+    assert set(ObservationMap(sample, settings(from_pixels=True)).spec) == {"pixels_left", "pixels_right", "state"}
+    with pytest.raises(SimulatorError, match=r"\(1, 7, 64, 64\)"):
+        ObservationMap({"policy": torch.zeros(1, 7, 64, 64)}, settings(from_pixels=True))
+
+
+def test_actions_are_scaled_where_unbounded_and_mapped_to_bounds_where_there_are_some() -> None:
+    inf = float("inf")
+    actions = ActionMap([-inf, 0.0, -1.0], [inf, 4.0, 1.0], scale=2.5, device=CPU)
+    given = torch.tensor([[-1.0, -1.0, -1.0], [0.0, 0.0, 0.0], [1.0, 1.0, 1.0]])
+    assert actions(given).tolist() == [[-2.5, 0.0, -1.0], [0.0, 2.0, 0.0], [2.5, 4.0, 1.0]] and actions.action_dim == 3

@@ -1,0 +1,103 @@
+"""A torchrl environment whose every number says where it comes from, and which hands out the buffers it overwrites.
+
+    obs "where" = (1000 * row + frames so far, episode); obs ("extra", "push") = the action received; reward = frames so far
+
+Row r has episodes of 5 + r frames; rows of even number terminate, the others time out. Stepping a row past its end fails.
+"""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import torch
+from tensordict import TensorDict
+from torchrl.data import Binary, Bounded, Composite, OneHot, Unbounded
+from torchrl.envs import EnvBase
+
+IMAGE = (128, 96, 3)
+singles = itertools.count()  # the row of the next environment that make_single makes
+
+
+class CountingEnv(EnvBase):
+    """Rows `rows`, as one batch or, of a single row, without a batch size. diverge_at: the frame whose reward is NaN."""
+
+    def __init__(self, rows: list[int], *, batched: bool, diverge_at: int = -1, image: bool = False) -> None:
+        lead = torch.Size([len(rows)] if batched else [])
+        super().__init__(batch_size=lead)
+        self._lead, self._diverge_at, self._image = lead, diverge_at, image
+        self._row = torch.tensor(rows).view(lead)
+        self._length = 5 + self._row
+        self._frames, self._age, self._episode = (torch.zeros_like(self._row) for _ in range(3))
+        self._where, self._push = torch.zeros(*lead, 2, dtype=torch.float64), torch.zeros(*lead, 1)
+        one = torch.Size([*lead, 1])
+        entries: dict[str, Any] = {
+            "where": Unbounded(torch.Size([*lead, 2]), dtype=torch.float64),
+            "extra": Composite(push=Unbounded(one), shape=lead),
+        }
+        if image:
+            entries["camera"] = Bounded(0, 255, torch.Size([*lead, *IMAGE]), dtype=torch.uint8)
+        self.observation_spec = Composite(**entries, shape=lead)
+        self.action_spec = Bounded(-2.0, 4.0, one)
+        self.reward_spec = Unbounded(one)
+        flags: dict[str, Any] = {name: Binary(1, one, dtype=torch.bool) for name in ("done", "terminated", "truncated")}
+        self.done_spec = Composite(**flags, shape=lead)
+
+    def _observation(self) -> dict[str, Any]:
+        self._where[..., 0] = 1000 * self._row + self._frames
+        self._where[..., 1] = self._episode
+        data: dict[str, Any] = {"where": self._where, "extra": TensorDict({"push": self._push}, self._lead)}
+        if self._image:
+            data["camera"] = torch.full((*self._lead, *IMAGE), 200, dtype=torch.uint8)
+        return data
+
+    def _reset(self, tensordict: TensorDict | None = None, **_: Any) -> TensorDict:
+        mask = torch.ones_like(self._row, dtype=torch.bool)
+        if tensordict is not None and tensordict.get("_reset", None) is not None:
+            mask = tensordict["_reset"].view(self._lead)
+        self._episode += mask
+        self._age[mask] = 0
+        return TensorDict(self._observation(), self._lead)
+
+    def _step(self, tensordict: TensorDict) -> TensorDict:
+        assert bool((self._age < self._length).all()), f"stepped past the end: {self._age} of {self._length}"
+        self._frames += 1
+        self._age += 1
+        self._push.copy_(tensordict["action"])
+        ended, even = self._age >= self._length, self._row % 2 == 0
+        reward = torch.where(self._frames == self._diverge_at, torch.nan, self._frames.float())
+        flags = {"terminated": ended & even, "truncated": ended & ~even, "done": ended, "reward": reward}
+        return TensorDict(self._observation() | {k: v.unsqueeze(-1) for k, v in flags.items()}, self._lead)
+
+    def _set_seed(self, seed: int | None) -> None:
+        self.seed = seed
+
+
+def make_batched(num_envs: int) -> CountingEnv:
+    return CountingEnv(list(range(num_envs)), batched=True)
+
+
+def make_single() -> CountingEnv:
+    return CountingEnv([next(singles)], batched=False)
+
+
+def make_diverging(num_envs: int) -> CountingEnv:
+    return CountingEnv(list(range(num_envs)), batched=True, diverge_at=3)
+
+
+def make_images(num_envs: int) -> CountingEnv:
+    return CountingEnv(list(range(num_envs)), batched=True, image=True)
+
+
+def make_three() -> CountingEnv:
+    return CountingEnv([0, 1, 2], batched=True)
+
+
+def make_discrete() -> CountingEnv:
+    env = make_single()
+    env.action_spec = OneHot(2)
+    return env
+
+
+def make_nothing() -> dict:
+    return {}

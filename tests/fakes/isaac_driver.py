@@ -1,0 +1,123 @@
+"""Drives one Isaac Lab simulator in a process of its own, where nothing may import torch before it is built.
+
+`isaac_driver.py JOB.json RESULT.pt`. Job: config, overrides, ticks. Result: what was thrown, the
+arrivals as they were and as they are after the last tick, the true observation before every reset, and facts.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import signal
+import sys
+from pathlib import Path
+from typing import Any
+
+from collector_proc.simulators import ending
+from collector_proc.simulators.registry import build_simulator, check_env
+from shared.compose import compose
+
+
+def main() -> int:
+    job, result = json.loads(Path(sys.argv[1]).read_text()), Path(sys.argv[2])
+    settings = compose(job["config"], job["overrides"])
+    before = {"argv": list(sys.argv), "stdout": sys.stdout, "handler": signal.getsignal(signal.SIGTERM)}
+    error, outcome = "", {}
+    assert "torch" not in sys.modules
+    try:
+        check_env(settings)
+        simulator: Any = build_simulator(
+            settings, seed=settings.env.seed, device=job.get("device", "cpu"), crash_dir=result.parent
+        )
+        outcome = drive(simulator, job["ticks"], job.get("nan"))
+    except Exception as caught:
+        error, simulator = f"{type(caught).__name__}: {caught}", None
+    import torch
+
+    facts = {
+        "argv": sys.argv == before["argv"],
+        "stdout": sys.stdout is before["stdout"],
+        "handler": signal.getsignal(signal.SIGTERM) is before["handler"],
+        "fatal": [signal.getsignal(signum) == signal.SIG_DFL for signum in (signal.SIGSEGV, signal.SIGABRT)],
+        "gc": gc.isenabled(),
+    }
+    torch.save({"error": error, "facts": facts, **outcome}, result)
+    if simulator is not None:
+        with ending.closing_deadline(1.0, 3):
+            simulator.close()
+    return 7  # the law: the process ends with the code that main returns, whatever Kit's exit hooks would make of it
+
+
+def drive(simulator: Any, num_ticks: int, nan: list[int] | None) -> dict[str, Any]:
+    """nan: the tick before which, and the environment in which, the physics breaks."""
+    import torch
+
+    truth = record_truth(simulator)
+    generator = torch.Generator().manual_seed(11)
+    arrivals = [simulator.reset()]
+    copies, truths = [copy(arrivals[0])], [{}]
+    for tick in range(1, num_ticks + 1):
+        if nan is not None and tick == nan[0]:
+            break_physics(simulator._env, nan[1])
+        action = torch.rand(simulator.spec.num_envs, simulator.spec.action_dim, generator=generator) * 2 - 1
+        truth.clear()
+        arrivals.append(simulator.step(action.to(simulator.device)))
+        copies.append(copy(arrivals[-1]))
+        truths.append(dict(truth))
+    kept = [copy(arrival) for arrival in arrivals]
+    return {
+        "spec": simulator.spec.to_dict(),
+        "rows": stack(copies),
+        "kept": stack(kept),
+        "truth": truths,
+        "num_diverged": simulator.num_diverged,
+    }
+
+
+def record_truth(simulator: Any) -> dict[int, Any]:
+    """Environment -> its state just before it is reset inside a step, read behind the adapter's back."""
+    env, truth = simulator._env, {}
+    inner = simulator._terminal._reset_idx
+
+    def reset_idx(env_ids: Any) -> Any:
+        state = raw_state(env)
+        for index in env_ids.tolist():
+            truth.setdefault(index, state[index].clone())
+        return inner(env_ids)
+
+    simulator._terminal._reset_idx = reset_idx
+    if simulator._terminal._native:
+        env._reset_idx = reset_idx
+    return truth
+
+
+def raw_state(env: Any) -> Any:
+    import torch
+
+    if hasattr(env, "state"):
+        return env.state
+    data = next(iter(env.scene.articulations.values())).data
+    return torch.cat([data.joint_pos, data.joint_vel], -1)
+
+
+def break_physics(env: Any, index: int) -> None:
+    if hasattr(env, "state"):
+        env.state[index, 2] = float("nan")
+    else:
+        next(iter(env.scene.articulations.values())).data.joint_pos[index] = float("nan")
+
+
+def copy(arrival: Any) -> dict[str, Any]:
+    fields = {name: getattr(arrival, name).clone() for name in ("reward", "is_first", "is_last", "is_terminal")}
+    fields |= {f"obs.{name}": entry.clone() for name, entry in arrival.obs.items()}
+    return fields | {f"acting.{name}": entry.clone() for name, entry in arrival.acting_obs.items()}
+
+
+def stack(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    import torch
+
+    return {name: torch.stack([row[name] for row in rows]).cpu() for name in rows[0]}
+
+
+if __name__ == "__main__":
+    ending.run(main)

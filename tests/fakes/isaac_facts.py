@@ -1,0 +1,97 @@
+"""What one tier's `isaaclab` looks like and does, as JSON: `isaac_facts.py TASK`. Two tiers must agree.
+
+Only facts the backend builds on; a process allows one environment.
+"""
+
+from __future__ import annotations
+
+import gc
+import inspect
+import json
+import os
+import signal
+import sys
+from typing import Any
+
+STEPS = 200
+
+
+class Tee:
+    """A stdout of somebody's own, which a launch must not lose."""
+
+    def write(self, text: str) -> int:
+        return os.write(1, text.encode())
+
+    def flush(self) -> None:
+        """Nothing is held back."""
+
+
+def main() -> None:
+    task = sys.argv[1]
+    before = sys.stdout = Tee()
+    handlers = {signum: signal.getsignal(signum) for signum in (signal.SIGTERM, signal.SIGSEGV, signal.SIGABRT)}
+    sys.argv = sys.argv[:1]
+    from isaaclab.app import AppLauncher  # pyright: ignore[reportMissingImports]
+
+    AppLauncher(headless=True, device="cpu", enable_cameras=False, multi_gpu=False)
+    facts: dict[str, Any] = {
+        "launcher loads torch": "torch" in sys.modules,
+        "stdout is replaced": sys.stdout is not before,
+        "handlers are taken": [signal.getsignal(s) is not handler for s, handler in handlers.items()],
+        "launcher": parameters(AppLauncher.__init__),
+    }
+    gc.enable()
+    import gymnasium
+    import isaaclab_tasks  # noqa: F401  # pyright: ignore[reportMissingImports]
+    from isaaclab_tasks.utils import parse_env_cfg  # pyright: ignore[reportMissingImports]
+
+    facts["parse_env_cfg"] = parameters(parse_env_cfg)
+    cfg = parse_env_cfg(task, device="cpu", num_envs=64)
+    cfg.seed = 0
+    env: Any = gymnasium.make(task, cfg=cfg).unwrapped
+    facts |= {f"{name}": parameters(getattr(type(env), name)) for name in ("reset", "step", "_reset_idx", "close")}
+    names = "episode_length_buf max_episode_length step_dt num_envs device single_action_space extras cfg scene sim"
+    facts["attributes"] = {name: hasattr(env, name) for name in (*names.split(), "observation_manager")}
+    facts["observes by itself"] = hasattr(env, "_get_observations")
+    facts["resets outside a step"] = [hasattr(env.scene, "write_data_to_sim"), hasattr(env.sim, "forward")]
+    facts["final observations"] = hasattr(cfg, "compute_final_obs")
+    facts["configured"] = [hasattr(cfg, name) for name in ("seed", "episode_length_s", "decimation")]
+    facts |= stepping(env)
+    before.write("FACTS" + json.dumps(facts) + "\n")
+
+
+def parameters(function: Any) -> list[str]:
+    """Names of a function's parameters that a caller may count on; a further one of the real thing is no drift."""
+    return [name for name in inspect.signature(function).parameters if name not in ("self", "use_fabric")]
+
+
+def stepping(env: Any) -> dict[str, Any]:
+    """What step hands out, and what becomes of it."""
+    import torch
+
+    obs, _ = env.reset()
+    facts: dict[str, Any] = {"groups": sorted(obs), "box": str(type(env.single_action_space).__name__)}
+    facts["unbounded"] = not bool(torch.as_tensor(env.single_action_space.low).isfinite().any())
+    generator = torch.Generator().manual_seed(0)
+    flags, rewards, stale, ages, kinds = set(), set(), [], set(), set()
+    for _ in range(STEPS):
+        width = env.single_action_space.shape[0]
+        obs, reward, terminated, time_out, extras = env.step(torch.rand(64, width, generator=generator) * 2 - 1)
+        flags.add((terminated.data_ptr(), time_out.data_ptr()))
+        rewards.add(reward.data_ptr())
+        done = terminated | time_out
+        if not done.any():
+            stale.append("log" in extras)
+        ages |= set(env.episode_length_buf[done].tolist())
+        kinds.add(str((reward.dtype, terminated.dtype, time_out.dtype, obs["policy"].dtype)))
+    facts["flags keep their memory"] = len(flags) == 1
+    facts["ages of ended episodes when step returns"] = sorted(ages)
+    facts["dtypes"] = sorted(kinds)
+    if hasattr(env, "observation_manager"):  # of direct environments each task decides
+        facts["rewards keep their memory"] = len(rewards) == 1
+        facts["log outlives its tick"] = any(stale)
+    return facts
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,64 @@
+"""Runs the Isaac Lab backend over tier A (a fake package) or tier B (the real Python layer over a stub of Kit)."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+FAKES = Path(__file__).resolve().parent
+REPO = FAKES.parents[1]
+TIER_A, TIER_B = FAKES / "isaaclab_fake", FAKES / "kit_stub"
+WHEEL = "2.3.2.post1"
+DEADLINE_S = 180.0
+
+
+def wheel_sources() -> list[str]:
+    """The source folders of the installed wheel, which Kit puts on the path; empty if it is not installed."""
+    try:
+        if importlib.metadata.version("isaaclab") != WHEEL:
+            return []
+    except importlib.metadata.PackageNotFoundError:
+        return []
+    spec = importlib.util.find_spec("isaaclab")
+    folders = list(spec.submodule_search_locations or []) if spec is not None else []
+    return sorted(str(path) for folder in folders for path in Path(folder, "source").glob("isaaclab*"))
+
+
+def environment(tier: str, **switches: str) -> dict[str, str]:
+    """os.environ with the tier's packages first on the path."""
+    roots = [str(TIER_A)] if tier == "A" else [str(TIER_B), *wheel_sources()]
+    kept = {key: value for key, value in os.environ.items() if not key.startswith("FAKE_")}
+    return kept | {"PYTHONPATH": os.pathsep.join([*roots, str(REPO)]), "OMP_NUM_THREADS": "1"} | switches
+
+
+def drive(
+    tmp_path: Path,
+    tier: str,
+    task: str,
+    *overrides: str,
+    num_envs: int = 6,
+    ticks: int = 30,
+    nan: tuple[int, int] | None = None,
+    **switches: str,
+) -> dict[str, Any]:
+    """What tests/fakes/isaac_driver.py saw. Fails if its process did not end with the code of its main."""
+    job, result = tmp_path / "job.json", tmp_path / "result.pt"
+    given = [f"env.name={task}", f"env.num_envs={num_envs}", "collector.eval_envs=2", *overrides]
+    job.write_text(json.dumps({"config": "isaaclab", "overrides": given, "ticks": ticks, "nan": nan}))
+    command = [sys.executable, str(FAKES / "isaac_driver.py"), str(job), str(result)]
+    done = subprocess.run(
+        command, env=environment(tier, **switches), cwd=REPO, capture_output=True, text=True, timeout=DEADLINE_S
+    )
+    assert result.exists(), done.stdout[-3000:] + done.stderr[-6000:]
+    wanted = 3 if "FAKE_HANG_CLOSE" in switches else 7
+    answer = torch.load(result, weights_only=False) if done.returncode == wanted else {}
+    assert done.returncode == wanted, (done.returncode, done.stdout[-3000:], done.stderr[-6000:])
+    return answer | {"stderr": done.stderr}

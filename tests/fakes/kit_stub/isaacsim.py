@@ -1,0 +1,160 @@
+"""Tier B's stand-in for Kit: modules that answer everything with nothing, so that isaaclab's real Python layer imports.
+
+Importing this module (AppLauncher does it first) arranges for the other Kit modules to exist, and for a toy simulator
+(toy_physics.py) to be put under the real environments once they are imported. Nothing of isaaclab itself is replaced beyond
+the simulator it would have driven.
+"""
+
+from __future__ import annotations
+
+import builtins
+import importlib.abc
+import importlib.machinery
+import os
+import signal
+import sys
+import types
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+ROOTS = {"carb", "omni", "pxr", "usdrt", "isaacsim", "cv2", "nvidia", "warp_fallback"}
+SWAPPED = {
+    "isaaclab.envs.manager_based_env",
+    "isaaclab.envs.direct_rl_env",
+    "isaaclab_tasks.direct.cartpole.cartpole_env",
+}
+VERSION = ("5.1.0", "", "5", "1", "0", "", "", "")
+SEEN_ARGV: list[list[str]] = []
+os.environ.setdefault("EXP_PATH", os.path.dirname(__file__))
+builtins.ISAAC_LAUNCHED_FROM_TERMINAL = False  # pyright: ignore[reportAttributeAccessIssue]
+__path__: list[str] = []
+
+
+class _AnyMeta(type):
+    """A class of which every attribute is such a class, and every call an object that answers like it."""
+
+    def __getattr__(cls, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        made = _AnyMeta(name, (Anything,), {})
+        setattr(cls, name, made)
+        return made
+
+    def __or__(cls, other: Any) -> Any:
+        return cls
+
+    def __ror__(cls, other: Any) -> Any:
+        return cls
+
+    def __int__(cls) -> int:
+        return 0
+
+    def __iter__(cls) -> Iterator[Any]:
+        return iter(())
+
+
+class Anything(metaclass=_AnyMeta):
+    """Called, indexed, entered, iterated, compared: it is always there and never says anything."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        """Takes whatever it is given."""
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return Anything()
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return Anything()
+
+    def __getitem__(self, key: Any) -> Any:
+        return Anything()
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(())
+
+    def __enter__(self) -> Any:
+        return self
+
+    def __exit__(self, *args: object) -> None:
+        return None
+
+    def __bool__(self) -> bool:
+        return False
+
+    def __int__(self) -> int:
+        return 0
+
+    def __len__(self) -> int:
+        return 0
+
+
+class _StubModule(types.ModuleType):
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        made = _AnyMeta(name, (Anything,), {})
+        setattr(self, name, made)
+        return made
+
+
+class _Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
+    """Makes stub modules, and swaps the toy simulator into the environments' modules after they have run."""
+
+    def find_spec(self, fullname: str, path: Sequence[str] | None, target: Any = None) -> Any:
+        if fullname.split(".")[0] in ROOTS and fullname not in sys.modules:
+            return importlib.machinery.ModuleSpec(fullname, self, is_package=True)
+        if fullname in SWAPPED:
+            return _swapping(fullname, path)
+        return None
+
+    def create_module(self, spec: Any) -> types.ModuleType:
+        module = _StubModule(spec.name)
+        module.__path__ = []
+        return module
+
+    def exec_module(self, module: types.ModuleType) -> None:
+        if module.__name__ == "isaacsim.core.version":
+            module.get_version = lambda: VERSION  # pyright: ignore[reportAttributeAccessIssue]
+
+
+class _Swapping(importlib.abc.Loader):
+    def __init__(self, loader: Any) -> None:
+        self._loader = loader
+
+    def create_module(self, spec: Any) -> Any:
+        return self._loader.create_module(spec)
+
+    def exec_module(self, module: types.ModuleType) -> None:
+        self._loader.exec_module(module)
+        import toy_physics
+
+        toy_physics.put_under(module)
+
+
+def _swapping(fullname: str, path: Sequence[str] | None) -> Any:
+    spec = importlib.machinery.PathFinder.find_spec(fullname, path)
+    assert spec is not None, fullname
+    spec.loader = _Swapping(spec.loader)
+    return spec
+
+
+class SimulationApp:
+    """What AppLauncher creates; like Kit it takes SIGINT and reads every argument it finds."""
+
+    def __init__(self, launch_config: dict | None = None, experience: str = "") -> None:
+        self.config = launch_config
+        SEEN_ARGV.append(list(sys.argv))
+        signal.signal(signal.SIGINT, lambda number, frame: os._exit(0))
+
+    def _start_app(self) -> None:
+        return None
+
+    def is_running(self) -> bool:
+        return True
+
+    def close(self) -> None:
+        os._exit(0)
+
+
+sys.meta_path.insert(0, _Finder())
