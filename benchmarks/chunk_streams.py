@@ -215,6 +215,7 @@ def _send_to_ring(shape: ChunkShape, sockets: str, device: str) -> None:
                 writer._stage["reward",].fill_(sent)
                 writer.num_rows = shape.ticks
                 writer.write(grant.row)
+                writer.wait()
                 channel.send(Commit(grant.seq, grant.row, 0, 0, 0, 0, b"", b"", b"", 0))
     except Disconnected:
         return

@@ -73,6 +73,7 @@ class Ours:
         self.writer.num_rows = LENGTH
         grant = self.replay.grant()
         self.writer.write(grant)
+        self.writer.wait()  # on a GPU the copies run on a stream of their own
         self.replay.commit(grant)
 
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
 import zmq
 from torch import Tensor
 
+from collector_proc.graphed_policy import GraphedPolicy
 from collector_proc.simulators.base import Arrival
 from shared.config import CollectorSettings, NetworkSettings
 from shared.model.policy import Policy
@@ -31,7 +34,11 @@ class WeightsReceiver:
         self._targets = list(tensors.values())
         self._num_bytes = flat_bytes(self._targets)
         device = self._targets[0].device
-        self._flat = torch.zeros(self._num_bytes, dtype=torch.uint8, device=device)
+        cuda = device.type == "cuda"
+        # weights pass through page-locked memory, so that the host need not wait for the GPU to take them
+        self._host = torch.zeros(self._num_bytes, dtype=torch.uint8, pin_memory=cuda)
+        self._flat = torch.zeros_like(self._host, device=device) if cuda else self._host
+        self._taken = torch.cuda.Event() if cuda else None  # the GPU has what lies in the page-locked memory
         self._views = flat_views(self._flat, self._targets)
         self._run_id, self._manifest = run_id, manifest_of(tensors)
         self._socket = subscriber_socket(socket_dir, max_bytes=self._num_bytes)
@@ -39,7 +46,12 @@ class WeightsReceiver:
         self.num_refused = 0
 
     def adopt(self) -> bool:
-        """Copy the newest waiting weights into the policy; True if there were any. Never waits."""
+        """Copy the newest waiting weights into the policy; True if there were any. Never waits.
+
+        The policy has them from here on in the order of the current stream.
+        """
+        if self._taken is not None and not self._taken.query():
+            return False  # the last ones are still on their way
         frame = None
         while True:  # receive until nothing waits: a poll alone would pin an old message
             try:
@@ -57,8 +69,11 @@ class WeightsReceiver:
             return False
         if version <= self.version:
             return False
+        self._host.numpy()[:] = np.frombuffer(raw, np.uint8)
         with torch.no_grad():
-            self._flat.copy_(torch.frombuffer(bytearray(raw), dtype=torch.uint8))
+            if self._taken is not None:
+                self._flat.copy_(self._host, non_blocking=True)
+                self._taken.record(torch.cuda.current_stream(self._flat.device))
             torch._foreach_copy_(self._targets, self._views)  # pyright: ignore[reportPrivateImportUsage]
         self.version = version
         return True
@@ -87,29 +102,34 @@ class Actor:
         self.policy = Policy(spec, networks).to(device).requires_grad_(False)
         self.device, self.random_ticks = device, random_ticks
         self._shape = (spec.num_envs, spec.action_dim)
-        self._noise_std, self._eval_action = networks.exploration_noise, collector.eval_action
         self.evaluation = torch.zeros(spec.num_envs, dtype=torch.bool, device=device)
         self.evaluation[spec.num_envs - collector.eval_envs :] = True
         self.belief = self.policy.initial_belief(spec.num_envs)
+        self._act = partial(
+            self.policy.act,
+            noise_std=networks.exploration_noise,
+            deterministic=self.evaluation,
+            eval_action=collector.eval_action,
+        )
+        graphed = device.type == "cuda" and collector.cudagraphs
+        self._graphed = GraphedPolicy(self._act, spec, self.belief) if graphed else None
         self._generator = torch.Generator(device).manual_seed(seed)
         torch.manual_seed(seed)
 
     @torch.no_grad()
     def act(self, arrival: Arrival, prev_action: Tensor, *, version: int) -> Tensor:
-        """The executed action (E, A) in [-1, 1] that answers an arrival; prev_action: as recorded in that row."""
+        """The executed action (E, A) in [-1, 1] that answers an arrival, valid until the next call.
+
+        prev_action: as recorded in the arrival's row.
+        """
         if self.random_ticks > 0 or version == 0:
             self.random_ticks -= 1
             return torch.rand(self._shape, device=self.device, generator=self._generator) * 2 - 1
         obs, reset = arrival.obs, arrival.is_first
         if arrival.acting_obs is not None:  # the simulator reset inside step: what is acted on is a fresh episode
             obs, reset = arrival.acting_obs, arrival.is_first | arrival.is_last
-        action, self.belief = self.policy.act(
-            {name: entry.to(self.device, non_blocking=True) for name, entry in obs.items()},
-            self.belief,
-            prev_action,
-            reset.to(self.device),
-            noise_std=self._noise_std,
-            deterministic=self.evaluation,
-            eval_action=self._eval_action,
-        )
+        if self._graphed is not None:
+            return self._graphed(obs, prev_action, reset)
+        obs = {name: entry.to(self.device, non_blocking=True) for name, entry in obs.items()}
+        action, self.belief = self._act(obs, self.belief, prev_action, reset.to(self.device))
         return action

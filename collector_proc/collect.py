@@ -6,12 +6,14 @@ import os
 import struct
 import time
 from collections import deque
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 
 from collector_proc.actor import Actor, WeightsReceiver
-from collector_proc.simulators.base import Simulator
+from collector_proc.copies import Landing, copier_between
+from collector_proc.simulators.base import Arrival, Simulator
 from collector_proc.writer import ChunkWriter, EpisodeTracker
 from shared.config import Geometry, Settings
 from shared.errors import TransportError
@@ -23,6 +25,16 @@ if TYPE_CHECKING:
     from shared.supervision import Progress, StopFlag
 
 PACE_WINDOW_S = 5.0
+POLL_S = 0.0005  # between two looks at copies that the loop has to wait for
+
+
+@dataclass(frozen=True)
+class Shipment:
+    """A chunk on its way to granted rows. policy_version: of the policy that chose its last actions, 0 for random ones."""
+
+    grant: Grant
+    policy_version: int
+    checksum: int
 
 
 class Collector:
@@ -48,6 +60,7 @@ class Collector:
         self._run_id, self._incarnation = run_id, incarnation
         self._grants: deque[Grant] = deque()
         self._turn: Grant | None = None  # lockstep: the grant of the chunk being gathered
+        self._shipment: Shipment | None = None  # written, and not yet committed
         self._lockstep = settings.collector.mode == "lockstep"
         self._window = (time.monotonic(), 0)
         welcome = self._hello()
@@ -62,37 +75,48 @@ class Collector:
     def run(self) -> None:
         """Stream chunks until asked to stop or until the learner is gone."""
         self._progress.phase("collecting")
-        arrival = self._simulator.reset()
-        tracker = EpisodeTracker(
-            self._simulator.spec,
-            ticks=self._geometry.ticks_per_chunk,
-            evaluation=self._actor.evaluation,
-            resets_inside=arrival.acting_obs is not None,
-        )
-        action = torch.zeros(self._geometry.num_envs, self._simulator.spec.action_dim, device=self._device)
-        version = 0
         try:
-            # a restarted collector has no random actions left to take: it waits for the learner's weights
-            if not self._begin_chunk() or not self._await_version(0 if self._actor.random_ticks > 0 else 1):
-                return
-            while not self._stop.requested:
-                first = arrival.is_first.to(self._device)
-                action = torch.where(first[:, None], 0.0, action)
-                self._writer.add(arrival, action, version)
-                tracker.add(arrival, random=version == 0)
-                if self._writer.full and not (self._commit(tracker, version) and self._begin_chunk()):
-                    return
-                if not self._lockstep:
-                    self._weights.adopt()
-                version = 0 if self._actor.random_ticks > 0 else self._weights.version
-                action = self._actor.act(arrival, action, version=version)
-                arrival = self._simulator.step(action.to(self._simulator.device))
-                self._progress.advance()
+            self._stream()
+            self._settle()  # what was written when the stop came is whole, and counts
         except Disconnected:
             return  # the learner ended; launch decides what comes next
         finally:
             self._weights.close()
             self._channel.close()
+
+    def _stream(self) -> None:
+        """Act, tick, gather, ship, until asked to stop. On a GPU nothing in the loop waits for it, but a full chunk for the
+        arrival of the last one."""
+        landing, arrival = Landing(self._device), self._simulator.reset()
+        tracker = self._tracker = self._make_tracker(arrival)
+        action = torch.zeros(self._geometry.num_envs, self._simulator.spec.action_dim, device=self._device)
+        version = 0
+        # a restarted collector has no random actions left to take: it waits for the learner's weights
+        if not self._begin_chunk() or not self._await_version(0 if self._actor.random_ticks > 0 else 1):
+            return
+        while not self._stop.requested:
+            arrival = landing(arrival)
+            action = torch.where(arrival.is_first[:, None], 0.0, action)
+            self._writer.add(arrival, action, version)
+            tracker.add(arrival, random=version == 0)
+            if self._writer.full and not (self._ship(version) and self._begin_chunk()):
+                return
+            self._commit_arrived()
+            if not self._lockstep:
+                self._weights.adopt()
+            version = 0 if self._actor.random_ticks > 0 else self._weights.version
+            action = self._actor.act(arrival, action, version=version)
+            arrival = self._simulator.step(action.to(self._simulator.device))
+            self._progress.advance()
+
+    def _make_tracker(self, arrival: Arrival) -> EpisodeTracker:
+        return EpisodeTracker(
+            self._simulator.spec,
+            ticks=self._geometry.ticks_per_chunk,
+            evaluation=self._actor.evaluation,
+            resets_inside=arrival.acting_obs is not None,
+            copier=self._copier,
+        )
 
     def _alive(self) -> None:
         """Called by every wait before the loop. Raises: Disconnected when asked to stop."""
@@ -124,7 +148,10 @@ class Collector:
         else:
             slab = import_cuda_slab(answer.uuid, answer.handle, answer.num_bytes)
         ticks = self._geometry.ticks_per_chunk
-        self._writer = ChunkWriter(ring_views(slab, layout), layout, ticks=ticks, device=self._device)
+        self._copier = copier_between(self._device, slab.device)
+        self._writer = ChunkWriter(
+            ring_views(slab, layout), layout, ticks=ticks, device=self._device, copier=self._copier
+        )
         return answer
 
     def _self_test(self, welcome: Welcome) -> None:
@@ -171,25 +198,51 @@ class Collector:
                 time.sleep(0.002)
         return not self._stop.requested
 
-    def _commit(self, tracker: EpisodeTracker, version: int) -> bool:
-        """Write the gathered chunk into granted rows and tell the learner; False when asked to stop.
-
-        version: of the policy that chose its last actions, 0 for random ones.
-        """
+    def _ship(self, version: int) -> bool:
+        """Send the gathered chunk off to granted rows; in lockstep it is committed then. False when asked to stop."""
+        self._settle()  # one at a time: commits leave in the order of their grants
         grant, self._turn = self._turn or self._wait_for_grant(), None
         if grant is None:
             return False
         chunk_sum = self._writer.checksum() if self._settings.replay_buffer.checksum else 0
-        self._writer.write(grant.row)
-        returns, lengths, kinds, steps = tracker.take(MAX_EPISODES)
+        self._tracker.send()
+        self._writer.write(grant.row)  # behind the numbers: what says that the rows are there says it of both
+        self._shipment = Shipment(grant, version, chunk_sum)
+        if self._lockstep:
+            self._settle()
+        return True
+
+    def _settle(self) -> None:
+        """Commit the chunk that is on its way, once it has arrived.
+
+        Raises: Disconnected if the learner is gone; TransportError when the copies take longer than a tick may.
+        """
+        began, deadlines = time.monotonic(), self._settings.deadlines
+        while self._shipment is not None and not self._commit_arrived():
+            self._progress.advance()
+            self._read_grants()  # notices a learner that is gone
+            limit = min(deadlines.step_s, deadlines.stop_s / 2) if self._stop.requested else deadlines.step_s
+            if time.monotonic() - began > limit:
+                raise TransportError(
+                    f"a chunk has not arrived in the replay's row {self._shipment.grant.row} after {limit:.0f} s; wanted its "
+                    "copies to take milliseconds; look whether another process holds the GPU, or raise deadlines.step_s"
+                )
+            time.sleep(POLL_S)
+
+    def _commit_arrived(self) -> bool:
+        """Tell the learner of the chunk on its way if it has arrived; True if so. Raises: Disconnected."""
+        if self._shipment is None or not self._writer.arrived():
+            return False
+        shipment, self._shipment = self._shipment, None
+        returns, lengths, kinds, steps = self._tracker.take(MAX_EPISODES)
         count = len(returns)
         commit = Commit(
-            seq=grant.seq,
-            row=grant.row,
+            seq=shipment.grant.seq,
+            row=shipment.grant.row,
             agent_steps=steps,
             env_frames=steps * self._simulator.frames_per_step,
-            policy_version=version,
-            checksum=chunk_sum,
+            policy_version=shipment.policy_version,
+            checksum=shipment.checksum,
             returns=struct.pack(f"<{count}f", *returns),
             lengths=struct.pack(f"<{count}i", *lengths),
             kinds=bytes(kinds),

@@ -69,7 +69,7 @@ class GradientStep:
             "actor": self._updater(self.policy.actor, optimization.actor_lr, settings),
             "value": self._updater(self.critic, optimization.value_lr, settings),
         }
-        compiled = compiler(optimization.compile)
+        compiled = compiler(optimization.compile, device)
         rssm, actor, dtype = self.policy.rssm, dense_layers(self.policy.actor), self._dtype or torch.float32
         observing = [rssm.input, rssm.gru.input, rssm.gru.recurrent, rssm.posterior_deter, rssm.posterior_out]
         dreaming = [*actor, twin.input, twin.gru.input, twin.gru.recurrent, twin.prior_hidden, twin.prior_out]
@@ -235,18 +235,22 @@ def dense_layers(module: nn.Module) -> list[nn.Linear]:
     return [layer for layer in module.modules() if isinstance(layer, nn.Linear)]
 
 
-def compiler(settings: CompileSettings) -> Callable[[Function], Function]:
+def compiler(settings: CompileSettings, device: torch.device) -> Callable[[Function], Function]:
     """What every cell and head passes through: torch.compile as set, or nothing."""
     if not settings.enabled:
         return lambda function: function
+    options = None
     if settings.backend == "inductor":
         import torch._inductor.config as inductor
         from torch.hub import tqdm  # pyright: ignore[reportPrivateImportUsage]
 
         inductor.compile_threads = 1  # a pool of compile workers would outlive the compilation
         tqdm.monitor_interval = 0  # and so would the thread that watches inductor's hidden progress bar
+        # with small networks on the CPU a tenth of the step was Python between kernels; a graph has none
+        options = {"cpp_wrapper": device.type == "cpu"}
 
     def compiled(function: Function) -> Function:
-        return cast(Function, torch.compile(function, fullgraph=True, dynamic=False, backend=settings.backend))
+        made = torch.compile(function, fullgraph=True, dynamic=False, backend=settings.backend, options=options)
+        return cast(Function, made)
 
     return compiled

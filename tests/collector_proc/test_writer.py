@@ -3,11 +3,13 @@
 import pytest
 import torch
 
+from collector_proc.copies import Copier
 from collector_proc.simulators.base import Arrival
 from collector_proc.writer import ChunkWriter, EpisodeTracker
 from shared.checksum import checksum
 from shared.messages import EPISODE_KINDS
 from shared.stream import ObsSpec, StreamSpec, plan_layout, ring_views
+from tests.fakes.late_copier import LateCopier
 
 E, K = 3, 4
 SPEC = StreamSpec(E, {"policy": ObsSpec((2,), "float32"), "pixels": ObsSpec((4, 4, 1), "uint8")}, 1)
@@ -24,11 +26,11 @@ def arrival(tick: int, *, first=(), last=(), terminal=(), reward: float = 1.0, a
     return Arrival(obs, rewards, *flags, acting_obs=obs if acting else None)
 
 
-def make_writer(capacity: int = 12):
+def make_writer(capacity: int = 12, copier: Copier | None = None):
     layout = plan_layout(SPEC, capacity)
     slab = torch.full((layout.num_bytes,), LOUD, dtype=torch.uint8)
     ring = ring_views(slab, layout)
-    return ChunkWriter(ring, layout, ticks=K, device=CPU), ring, layout
+    return ChunkWriter(ring, layout, ticks=K, device=CPU, copier=copier), ring, layout
 
 
 def test_a_chunk_lands_in_its_granted_rows_and_nowhere_else():
@@ -75,11 +77,60 @@ def test_the_self_test_pattern_lies_in_the_ring_as_sent():
     assert not writer.full
 
 
+def test_rows_gathered_meanwhile_leave_a_chunk_under_way_alone_and_its_stage_is_free_again_after_the_next():
+    copier = LateCopier()
+    writer, ring, _ = make_writer(copier=copier)
+    for tick in range(3 * K):
+        writer.add(arrival(tick), torch.zeros(E, 1), policy_version=tick)
+        if writer.full:
+            assert writer.arrived() == (tick < K)
+            writer.write(tick + 1 - K)
+            assert copier.num_late_joins == tick // K, "the stream of the rows waits for the stage's own copies only"
+    assert not writer.arrived() and copier.under_way == 1
+    assert ring["policy_version"][:].tolist()[: 2 * K] == list(range(2 * K))
+    writer.wait()
+    assert writer.arrived() and ring["policy_version"][:].tolist() == list(range(3 * K))
+
+
+def test_the_self_test_finds_the_pattern_in_every_stage():
+    writer, ring, layout = make_writer(copier=LateCopier())
+    expected, _, _ = writer.write_pattern(0)  # three writes: the last came from the first stage again
+    keys = [entry.key for entry in layout.fields]
+    assert checksum(ring[key][:K] for key in keys) == expected
+    writer.num_rows = K
+    writer.write(4)
+    writer.wait()
+    assert checksum(ring[key][4:8] for key in keys) == expected
+
+
+def test_episodes_gathered_meanwhile_leave_numbers_under_way_alone():
+    copier = LateCopier()
+    mask = torch.zeros(E, dtype=torch.bool)
+    tracker = EpisodeTracker(SPEC, ticks=2, evaluation=mask, resets_inside=False, copier=copier)
+    tracker.add(arrival(0, first=(0, 1, 2)), random=False)
+    tracker.add(arrival(1, last=(0,)), random=False)
+    tracker.send()
+    tracker.add(arrival(2, first=(0,), last=(1, 2)), random=False)
+    copier.land()
+    assert tracker.take(10) == ([1.0], [1], [0], 3)
+    tracker.add(arrival(3, first=(1, 2)), random=False)
+    tracker.send()
+    copier.land()
+    assert tracker.take(10) == ([2.0, 2.0], [2, 2], [0, 0], 3)
+    for tick in (4, 5):
+        tracker.add(arrival(tick), random=False)
+    tracker.send()
+    copier.land()
+    assert tracker.take(10) == ([], [], [], 2 * E), "the stage of the first chunk was emptied"
+    assert tracker.take(10) == ([], [], [], 0) and copier.num_host_waits == 0
+
+
 def track(ticks, *, resets_inside=False, random=lambda tick: False, evaluation=(2,)):
     mask = torch.tensor([env in evaluation for env in range(E)])
     tracker = EpisodeTracker(SPEC, ticks=len(ticks), evaluation=mask, resets_inside=resets_inside)
     for tick, now in enumerate(ticks):
         tracker.add(now, random=random(tick))
+    tracker.send()
     return tracker
 
 

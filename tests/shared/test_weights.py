@@ -94,3 +94,22 @@ def test_the_manifest_tells_modules_of_different_shape_apart():
 def test_a_frame_that_does_not_fit_is_refused(frame):
     with pytest.raises(WeightsError):
         unpack_frame(memoryview(frame), run_id="run", manifest="m", num_bytes=8)
+
+
+@pytest.mark.gpu
+def test_weights_adopted_by_a_gpu_are_there_for_what_its_stream_is_given_next(tmp_path):
+    source, target = Network(1), Network(2).to("cuda:0")
+    publisher, receiver = connect_pair(tmp_path, source, target)
+    for version in range(1, 6):
+        with torch.no_grad():
+            source.first.weight.fill_(float(version))
+        publisher.publish()
+        end = time.monotonic() + 10
+        while receiver.version < version:
+            assert time.monotonic() < end
+            receiver.adopt()
+            publisher.republish()
+            time.sleep(0.005)
+        assert (target.first.weight == float(version)).all() and target.count == 1.0
+    publisher.close()
+    receiver.close()
