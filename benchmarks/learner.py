@@ -13,7 +13,6 @@ graphs need a GPU.
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import resource
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -28,7 +27,7 @@ from benchmarks.floor import Floor, copy_bandwidth, measure_floor, square_matmul
 from benchmarks.phases import phase_ms
 from benchmarks.step_cases import SPEC, first_calls_s, forget_compiled, our_step, settings_for, synthetic_batch
 from learner_proc import startup
-from shared.config import CompileSettings, Settings, geometry
+from shared.config import Settings, geometry
 
 NAME = "learner"
 CPU_FRAMES, GPU_FRAMES = (50, 500, 2500), (50, 500, 2500, 10_000, 50_000)
@@ -39,7 +38,6 @@ SPELLED = {"false": "fp32", "bfloat16": "bf16"}
 DTYPES = {"false": torch.float32, "bfloat16": torch.bfloat16}
 REPETITIONS = {50: 30, 500: 10}  # fewer where a step takes seconds
 FEW = 5
-CAPTURING = "build_update"  # of learner_proc.startup: sampling and step, captured
 
 
 @dataclass(frozen=True)
@@ -76,7 +74,9 @@ def run(
     torch.set_num_threads(threads)
     where = torch.device(device)
     gpu = where.type == "cuda"
-    if gpu:
+    if not gpu:
+        startup.keep_freed_memory()  # as the learner does
+    else:
         torch.set_float32_matmul_precision("high")
     variants = [Variant(precision, flag) for precision in precisions for flag in compiled]
     left_out = []
@@ -106,13 +106,7 @@ def run(
 
 def no_capture(device: torch.device) -> str | None:
     """Why the whole step cannot be captured into a CUDA graph here; None if it can."""
-    if device.type != "cuda":
-        return "no CUDA device"
-    if "cudagraphs" not in {field.name for field in dataclasses.fields(CompileSettings)}:
-        return "these sources have no optimization.compile.cudagraphs"
-    if not hasattr(startup, CAPTURING):
-        return f"these sources have no learner_proc.startup.{CAPTURING}"
-    return None
+    return None if device.type == "cuda" else "no CUDA device"
 
 
 @dataclass(frozen=True)
@@ -220,8 +214,8 @@ def captured_step(settings: Settings, *, device: torch.device) -> Callable[[], A
     replay.views["action"].uniform_(-1, 1)
     replay.views["reward"].normal_()
     replay.restore(sizes.capacity)
-    build_update: Callable[..., Callable[[], Any]] = getattr(startup, CAPTURING)
-    return build_update(SPEC, settings, sizes, replay, device=device)
+    step = our_step(settings, device=device)
+    return startup.build_update(step, replay, settings, sizes, device=device)
 
 
 def peak_bytes(device: torch.device) -> int:

@@ -28,6 +28,7 @@ import torch
 from benchmarks import agreement, provenance, timing
 from benchmarks.step_cases import first_calls_s, forget_compiled, our_step, settings_for, synthetic_batch
 from benchmarks.torchrl_update import EAGER_CALLS, MODES, OURS, RECIPE, Sizes, TorchRLUpdate, to_torchrl
+from learner_proc.startup import keep_freed_memory
 
 NAME = "peer_torchrl"
 FRAMES, GPU_FRAMES = (50, 500, 2500), (50, 500, 2500, 10_000, 50_000)
@@ -70,7 +71,9 @@ def run(frames: Sequence[int] | None = None, *, threads: int = 1, **options: Any
     bench = Bench(**options)
     torch.set_num_threads(threads)
     device = torch.device(bench.device)
-    if device.type == "cuda":
+    if device.type == "cpu":
+        keep_freed_memory()  # as the learner does; it serves both sides
+    else:
         torch.set_float32_matmul_precision("high")  # the recipe's, for both
     compiled = any(mode != "eager" for mode in bench.modes)
     return {

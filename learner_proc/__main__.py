@@ -32,10 +32,13 @@ def main() -> int:
     import torch  # takes a second or two: a signal that arrives meanwhile must find the flag installed
 
     from learner_proc.learn import Learner
+    from learner_proc.startup import keep_freed_memory
 
     if "OMP_NUM_THREADS" in os.environ:
         torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
-    if arguments.device.startswith("cuda"):
+    if arguments.device == "cpu":
+        keep_freed_memory()
+    else:
         torch.backends.cuda.matmul.allow_tf32 = True
         torch.backends.cudnn.allow_tf32 = True
     made_socket_dir = not Path(run.socket_dir).exists()  # launch removes its own; run alone, this process makes one

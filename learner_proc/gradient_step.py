@@ -239,7 +239,7 @@ def compiler(settings: CompileSettings, device: torch.device) -> Callable[[Funct
     """What every cell and head passes through: torch.compile as set, or nothing."""
     if not settings.enabled:
         return lambda function: function
-    options = None
+    options: dict[str, Any] | None = None
     if settings.backend == "inductor":
         import torch._inductor.config as inductor
         from torch.hub import tqdm  # pyright: ignore[reportPrivateImportUsage]

@@ -85,9 +85,12 @@ def test_an_inner_phase_is_taken_out_of_the_outer_one():
 def test_a_captured_step_gets_a_full_replay_of_noise(monkeypatch):
     settings = settings_for(20, tiny=True)
     settings.replay_buffer.buffer_size = 2000
-    build = lambda spec, settings, sizes, replay, *, device: lambda: replay.sample(3, 20)  # noqa: E731
-    monkeypatch.setattr(startup, learner.CAPTURING, build, raising=False)
+
+    def build(step, replay, settings, sizes, *, device):
+        return lambda: replay.sample(sizes.num_sequences, sizes.sequence_length)
+
+    monkeypatch.setattr(startup, "build_update", build)
     batch = learner.captured_step(settings, device=CPU)()
-    assert batch.shape == (3, 20)
+    assert batch.shape == (1, 20)
     assert batch["obs", "policy"].std() > 0.5 and batch["reward"].std() > 0.5
     assert not batch["is_first"].any()
