@@ -108,7 +108,8 @@ class EpisodeNumbers(NamedTuple):
 class EpisodeTracker:
     """Returns, lengths and kinds of finished episodes, summed on the device and read once per chunk.
 
-    resets_inside: the simulator resets inside `step`, so that every row, `is_first` ones too, is an agent step.
+    resets_inside: the simulator resets inside `step`, so that every row is an agent step, `is_first` ones too, but for the
+    very first, which nobody acted for.
     copier: the chunk's own, so that its numbers arrive with its rows; None for one that fits the device.
     """
 
@@ -123,6 +124,7 @@ class EpisodeTracker:
     ) -> None:
         device = evaluation.device
         self._evaluation, self._resets_inside = evaluation, resets_inside
+        self._began = False
         self._return = torch.zeros(spec.num_envs, device=device)
         self._length = torch.zeros(spec.num_envs, dtype=torch.int32, device=device)
         self._random = torch.ones(spec.num_envs, dtype=torch.bool, device=device)
@@ -141,7 +143,8 @@ class EpisodeTracker:
         """random: the actions that led to this arrival were drawn without weights."""
         device, numbers = self._return.device, self._stages.current
         first, last = arrival.is_first.to(device), arrival.is_last.to(device)
-        step = torch.ones_like(first) if self._resets_inside else ~first
+        step = torch.ones_like(first) if self._resets_inside and self._began else ~first
+        self._began = True
         self._return = torch.where(first, 0.0, self._return) + arrival.reward.to(device)
         self._length = torch.where(first, 0, self._length) + step
         self._random = torch.where(first, torch.zeros_like(self._random), self._random) | (step & random)

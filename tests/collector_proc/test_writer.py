@@ -151,14 +151,15 @@ def test_returns_lengths_and_steps_count_decisions_not_resets():
     assert steps == 5 * E - 5  # five of the rows are resets
 
 
-def test_a_simulator_that_resets_inside_step_has_an_agent_step_in_every_row():
+def test_a_simulator_that_resets_inside_step_has_an_agent_step_in_every_row_but_the_very_first():
     ticks = [
         arrival(0, first=(0, 1, 2), acting=True),
         arrival(1, last=(0, 1, 2), acting=True),
         arrival(2, first=(0, 1, 2), acting=True),
+        arrival(3, last=(0, 1, 2), acting=True),
     ]
     _, lengths, _, steps = track(ticks, resets_inside=True).take(100)
-    assert steps == 3 * E and lengths == [2, 2, 2]
+    assert steps == 3 * E and lengths == [1, 1, 1, 2, 2, 2]
 
 
 def test_an_episode_with_one_random_action_is_called_random():
