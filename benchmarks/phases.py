@@ -18,7 +18,7 @@ PARTS = {
     "_learn_model": "world model forward",
     "_imagine": "imagination forward",
     "_learn_behavior": "heads, returns and their slopes",
-    "_weight_gradients": "critic backward",
+    "_heads.weight_gradients": "critic backward",
 }
 BACKWARDS = {"_learn_behavior": "imagination and actor backward", None: "world model backward"}
 OPTIMISERS = "optimisers"

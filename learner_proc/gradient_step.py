@@ -17,7 +17,7 @@ from learner_proc.behavior import ActorLoss, Behavior, CriticLoss
 from learner_proc.heads import CRITIC_LAYERS, ScalarHead
 from learner_proc.imagination import Dreamer, Imagined, frozen_twin, random_subset
 from learner_proc.scan import Scan
-from learner_proc.slopes import Reading, read_head, weight_gradients
+from learner_proc.slopes import HeadReader
 from learner_proc.updater import Updater
 from learner_proc.world_model import ModelLoss, WorldModel
 from shared.model.policy import Policy
@@ -77,7 +77,7 @@ class GradientStep:
         self._dreaming = Scan(self._dreamer.step, dreaming, learned=actor, dtype=dtype, compiled=compiled)
         self._model_loss = compiled(self.world_model.loss)
         self._objective, self._regression = compiled(self._behavior.objective), compiled(self._behavior.regression)
-        self._read_head, self._weight_gradients = compiled(read_head), compiled(weight_gradients)
+        self._heads = HeadReader(dtype, compiled=compiled)
 
     @staticmethod
     def _updater(module: nn.Module, lr: float, settings: Settings) -> Updater:
@@ -148,26 +148,27 @@ class GradientStep:
         actor_updater, critic_updater = self._updaters["actor"], self._updaters["value"]
         behavior, lead, feat = self._behavior, imagined.feat.shape[:2], imagined.feat.detach().flatten(0, 1)
         heads = behavior.heads()
-        readings = [self._read(head, feat) for head in heads.values()]
+        readings = [self._heads.read(head.layers, feat) for head in heads.values()]
         said = {name: one.value.view(lead).requires_grad_() for name, one in zip(heads, readings, strict=True)}
         actor = self._objective(**said, start_terminal=terminal, entropy=imagined.entropy)
         # through the heads to the features, then through the imagined steps to the actor
         asked = [*said.values(), *([imagined.entropy] if imagined.entropy.requires_grad else [])]
         grads = torch.autograd.grad(actor_updater.scaled(actor.total), asked)
-        slopes = [grad.reshape(-1, 1) * one.slope for grad, one in zip(grads, readings, strict=False)]
-        feat_grad = torch.stack(slopes).sum(0).view_as(imagined.feat)
+        feat_grad = self._heads.feat_gradient(readings, [grad.reshape(-1) for grad in grads[: len(readings)]])
         ends = [imagined.feat, imagined.entropy][: 1 + len(grads) - len(readings)]
-        actor_grads = torch.autograd.grad(ends, actor_updater.params, [feat_grad, *grads[len(readings) :]])
+        actor_grads = torch.autograd.grad(
+            ends, actor_updater.params, [feat_grad.view_as(imagined.feat), *grads[len(readings) :]]
+        )
         # the critic's own loss: of the same reading, unless a slow copy of it was read
-        own = readings[list(heads).index("value")] if behavior.slow_critic is None else self._read(self.critic, feat)
+        own = readings[list(heads).index("value")]
+        if behavior.slow_critic is not None:
+            own = self._heads.read(self.critic.layers, feat)
         value = own.value.view(lead)[:, :-1].detach().requires_grad_()
         critic = self._regression(value, actor.target, actor.weight)
         (value_grad,) = torch.autograd.grad(critic_updater.scaled(critic.total), value)
-        critic_grads = self._weight_gradients(own, F.pad(value_grad, (0, 1)).flatten())  # the last step has no target
+        padded = F.pad(value_grad, (0, 1)).flatten()  # the last step has no target
+        critic_grads = self._heads.weight_gradients(own, padded)
         return actor, list(actor_grads), critic, critic_grads
-
-    def _read(self, head: ScalarHead, feat: Tensor) -> Reading:
-        return self._read_head(head.layers, feat, self._dtype or torch.float32)
 
     def observe_statistics(self, obs: dict[str, Tensor]) -> None:
         """Take newly committed rows (K, E, *shape) into the normaliser, once each; nothing without vectors."""

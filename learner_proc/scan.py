@@ -23,6 +23,7 @@ from torch.utils import _pytree as pytree
 from shared.model.rssm import Belief
 
 FEW_ROWS = 10  # of a product on the CPU, below which calling bfloat16 costs more than float32 arithmetic
+MANY_ROWS = 4096  # of all steps, above which weight gradients are taken call by call: joining the inputs costs more
 STEPS_PER_CALL = 10  # most steps that are compiled as one: a call costs as much as a cell's arithmetic on few rows
 
 
@@ -51,7 +52,7 @@ class _WeightGradient(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         (grad,) = grads
-        inputs = torch.cat(ctx.inputs)  # (T * N, in)
+        inputs = ctx.inputs[0] if len(ctx.inputs) == 1 else torch.cat(ctx.inputs)  # (T * N, in)
         return grad, (grad.flatten(0, 1).t() @ inputs).float(), None
 
 
@@ -76,7 +77,7 @@ class Scan:
         self._learned = [any(layer is other for other in learned) for layer in self._layers]
         self._masters = [layer.weight.detach() for layer in self._layers]
         self._frozen = self._masters if dtype == torch.float32 else [master.to(dtype) for master in self._masters]
-        self._steps = compiled(_steps_of(cell))
+        self._steps = compiled(_steps_of(cell, self._learned))
 
     def __call__(self, belief: Belief, inputs: Sequence[Tensor]) -> Any:
         """As `unroll`, with the weights of this moment; gradients must be taken before the next call."""
@@ -84,20 +85,20 @@ class Scan:
         frozen = self._masters if num_rows < FEW_ROWS and not self._masters[0].is_cuda else self._frozen
         if frozen is not self._masters:
             torch._foreach_copy_(frozen, self._masters)  # pyright: ignore[reportPrivateImportUsage]
-        kept: list[list[Tensor]] = [[] for _ in self._layers]
-        lead, dtype = (num_steps, num_rows), frozen[0].dtype
-        rows = [self._rows(index, lead, kept[index], dtype) for index in range(len(self._layers))]
         # asks for a gradient like all later beliefs, so that one compiled graph serves every call
         belief = Belief(*(part.detach().requires_grad_(torch.is_grad_enabled()) for part in belief))
         results: list[Any] = []
         size = max(k for k in range(1, STEPS_PER_CALL + 1) if num_steps % k == 0)
-        for pieces in zip(*(x.split(size) for x in (*rows, *inputs)), strict=True):
-            some = self._steps(tuple(frozen), pieces[: len(rows)], belief, pieces[len(rows) :])
-            results.append(some[0])
-            belief = some[1]
-            for layer_inputs, seen, learned in zip(kept, some[2], self._learned, strict=True):
-                if learned:
-                    layer_inputs.append(seen)
+        group = num_steps if num_steps * num_rows < MANY_ROWS else size
+        for group_inputs in zip(*(x.split(group) for x in inputs), strict=True):
+            kept: list[list[Tensor]] = [[] for _ in self._layers]
+            lead, dtype = (group, num_rows), frozen[0].dtype
+            rows = [self._rows(index, lead, kept[index], dtype) for index in range(len(self._layers))]
+            for pieces in zip(*(_split(x, size) for x in (*rows, *group_inputs)), strict=True):
+                some, belief, seen = self._steps(tuple(frozen), pieces[: len(rows)], belief, pieces[len(rows) :])
+                results.append(some)
+                for layer_inputs, x in zip(kept, seen, strict=True):
+                    layer_inputs.append(x)
         return pytree.tree_map(lambda *parts: torch.cat(parts, 1), *results)
 
     def _rows(self, index: int, lead: tuple[int, int], inputs: list[Tensor], dtype: torch.dtype) -> Tensor:
@@ -113,10 +114,16 @@ class Scan:
         return cast(Tensor, _WeightGradient.apply(rows, layer.weight, inputs)) if self._learned[index] else rows
 
 
-def _steps_of(cell: Callable[..., Any]) -> Callable[..., Any]:
+def _split(x: Tensor, size: int) -> Sequence[Tensor]:
+    """Along the steps; a whole one as it is, since the gradient of a split is a copy."""
+    return (x,) if x.shape[0] == size else x.split(size)
+
+
+def _steps_of(cell: Callable[..., Any], learned: Sequence[bool]) -> Callable[..., Any]:
     """A few steps of the cell with weights and rows as arguments.
 
-    Returns what `unroll` returns, the last belief, and per layer the inputs of its products (k * N, in), detached.
+    Returns what `unroll` returns, the last belief, and the inputs (k * N, in) of each learned layer's products, detached,
+    nothing for the others.
     """
 
     def steps(
@@ -133,7 +140,8 @@ def _steps_of(cell: Callable[..., Any]) -> Callable[..., Any]:
         def linear(layer: nn.Linear, x: Tensor) -> Tensor:
             index, row = calls.pop()
             x = x.to(weights[index].dtype)
-            seen[index].append(x.detach())
+            if learned[index]:
+                seen[index].append(x.detach())
             return torch.addmm(row, x, weights[index].t())
 
         def step(belief: Belief, *step_inputs: Tensor) -> Any:
@@ -141,6 +149,10 @@ def _steps_of(cell: Callable[..., Any]) -> Callable[..., Any]:
 
         with torch.autocast(weights[0].device.type, enabled=False):  # the casts are made above
             results = unroll(step, belief, inputs)
-        return results, Belief(*(part[:, -1] for part in results.belief)), [torch.cat(xs) for xs in seen]
+        return (
+            results,
+            Belief(*(part[:, -1] for part in results.belief)),
+            [torch.cat(xs) if xs else weights[0].new_empty(0) for xs in seen],
+        )
 
     return steps

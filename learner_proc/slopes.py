@@ -7,7 +7,8 @@ the critic twice forwards and twice backwards, for the actor's loss and for its 
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -15,12 +16,14 @@ from torch import Tensor, nn
 
 from shared.model.layers import BACKWARDS
 
+CACHED_ROWS = 2500  # on the CPU: layer after layer on so many rows stays in the cache, on all of them it does not
 
-class Reading(NamedTuple):
-    """What a head said of M features, and the rows its gradients are made of.
+
+class Block(NamedTuple):
+    """What a head said of M features, and the rows its gradients are made of; nothing of it carries a gradient.
 
     value (M,) float32; slope (M, F), dv/dfeat; per layer `inputs` (M, in) and, without the last one's ones, `slopes`
-    (M, out), dv/dy. Nothing of it carries a gradient.
+    (M, out), dv/dy.
     """
 
     value: Tensor
@@ -29,9 +32,48 @@ class Reading(NamedTuple):
     slopes: tuple[Tensor, ...]
 
 
+class Reading(NamedTuple):
+    """value (M,) float32 and slope (M, F) of all features; the blocks they were read in, in order."""
+
+    value: Tensor
+    slope: Tensor
+    blocks: tuple[Block, ...]
+
+
+class HeadReader:
+    """Reads scalar heads: stacks of activated linear layers with one output. Products in `dtype`."""
+
+    def __init__(self, dtype: torch.dtype, *, compiled: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
+        self._dtype = dtype
+        self._read_block, self._block_gradients = compiled(_read_block), compiled(_block_gradients)
+        self._join = compiled(_join)
+
+    def read(self, layers: nn.Sequential, feat: Tensor) -> Reading:
+        """Shapes: feat (M, F)."""
+        rows = feat.shape[0]
+        if not feat.is_cuda:  # equal blocks, so that one compiled form serves them all
+            count = next(n for n in range(-(-rows // CACHED_ROWS), rows + 1) if rows % n == 0)
+            rows //= count
+        blocks = tuple(self._read_block(layers, part, self._dtype) for part in feat.split(rows))
+        if len(blocks) == 1:
+            return Reading(blocks[0].value, blocks[0].slope, blocks)
+        return Reading(torch.cat([b.value for b in blocks]), torch.cat([b.slope for b in blocks]), blocks)
+
+    def weight_gradients(self, reading: Reading, grad: Tensor) -> list[Tensor]:
+        """The float32 gradients of a head's weights and biases, in the order of its parameters. Shapes: grad (M,), dL/dv."""
+        parts = grad.split(reading.blocks[0].value.shape[0])
+        total, *rest = [self._block_gradients(block, part) for block, part in zip(reading.blocks, parts, strict=True)]
+        for grads in rest:
+            torch._foreach_add_(total, grads)  # pyright: ignore[reportPrivateImportUsage]
+        return total
+
+    def feat_gradient(self, readings: list[Reading], grads: list[Tensor]) -> Tensor:
+        """dL/dfeat (M, F) float32, from what several heads said of the same features and dL/dv (M,) of each."""
+        return self._join([reading.slope for reading in readings], grads)
+
+
 @torch.no_grad()
-def read_head(layers: nn.Sequential, feat: Tensor, dtype: torch.dtype) -> Reading:
-    """Read a stack of activated linear layers with one output. Shapes: feat (M, F); products in `dtype`."""
+def _read_block(layers: nn.Sequential, feat: Tensor, dtype: torch.dtype) -> Block:
     x, inputs, slopes = feat.to(dtype), [], []
     weights = [layer.weight.to(dtype) for layer in layers if isinstance(layer, nn.Linear)]
     activations: list[tuple[nn.Module, Tensor, Tensor]] = []
@@ -46,15 +88,22 @@ def read_head(layers: nn.Sequential, feat: Tensor, dtype: torch.dtype) -> Readin
     for weight, (layer, before, after) in zip(reversed(weights[:-1]), reversed(activations), strict=True):
         slopes.append(BACKWARDS[type(layer)](slope, before, after))
         slope = slopes[-1] @ weight
-    return Reading(x.float().squeeze(-1), slope, tuple(inputs), tuple(reversed(slopes)))
+    return Block(x.float().squeeze(-1), slope, tuple(inputs), tuple(reversed(slopes)))
 
 
 @torch.no_grad()
-def weight_gradients(reading: Reading, grad: Tensor) -> list[Tensor]:
-    """The float32 gradients of a head's weights and biases, in the order of its parameters. Shapes: grad (M,), dL/dv."""
+def _block_gradients(block: Block, grad: Tensor) -> list[Tensor]:
     grads: list[Tensor] = []
-    row = grad[:, None].to(reading.slope.dtype)
-    for x, slope in zip(reading.inputs, reading.slopes, strict=False):  # the last layer's slope is one
+    row = grad[:, None].to(block.slope.dtype)
+    for x, slope in zip(block.inputs, block.slopes, strict=False):  # the last layer's slope is one
         scaled = slope * row
         grads += [(scaled.t() @ x).float(), scaled.sum(0, dtype=torch.float32)]
-    return [*grads, (row.t() @ reading.inputs[-1]).float(), grad.sum()[None]]
+    return [*grads, (row.t() @ block.inputs[-1]).float(), grad.sum()[None]]
+
+
+@torch.no_grad()
+def _join(slopes: list[Tensor], grads: list[Tensor]) -> Tensor:
+    total = slopes[0].float() * grads[0][:, None]
+    for slope, grad in zip(slopes[1:], grads[1:], strict=True):
+        total = total + slope.float() * grad[:, None]
+    return total

@@ -3,22 +3,28 @@ from __future__ import annotations
 import pytest
 import torch
 
-from learner_proc.slopes import read_head, weight_gradients
+from learner_proc import slopes
+from learner_proc.slopes import HeadReader
 from shared.model.layers import mlp
 
+HEADS = HeadReader(torch.float32, compiled=lambda function: function)
 
+
+@pytest.mark.parametrize("rows", [50, 7], ids=["one block", "ten blocks"])
 @pytest.mark.parametrize("activation", ["elu", "relu", "silu"])
-def test_a_reading_gives_the_gradients_that_autograd_gives(activation):
+def test_a_reading_gives_the_gradients_that_autograd_gives(activation, rows, monkeypatch):
+    monkeypatch.setattr(slopes, "CACHED_ROWS", rows)
     torch.manual_seed(0)
     layers = mlp(7, 11, 3, activation, 1)
     feat, upstream = torch.randn(50, 7, requires_grad=True), torch.randn(50)
     value = layers(feat).squeeze(-1)
     feat_grad, *grads = torch.autograd.grad((value * upstream).sum(), [feat, *layers.parameters()])
-    reading = read_head(layers, feat, torch.float32)
+    reading = HEADS.read(layers, feat)
+    assert len(reading.blocks) == {50: 1, 7: 10}[rows]
     assert not reading.value.requires_grad and not reading.slope.requires_grad
     torch.testing.assert_close(reading.value, value.detach(), rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(upstream[:, None] * reading.slope, feat_grad, rtol=1e-5, atol=1e-6)
-    for mine, other in zip(weight_gradients(reading, upstream), grads, strict=True):
+    torch.testing.assert_close(HEADS.feat_gradient([reading], [upstream]), feat_grad, rtol=1e-5, atol=1e-6)
+    for mine, other in zip(HEADS.weight_gradients(reading, upstream), grads, strict=True):
         torch.testing.assert_close(mine, other, rtol=1e-4, atol=1e-5)
 
 
@@ -27,7 +33,18 @@ def test_a_linear_head_has_its_weight_as_slope():
     torch.nn.init.constant_(layer.weight, 2.0)
     torch.nn.init.zeros_(layer.bias)
     layers = torch.nn.Sequential(layer)
-    reading = read_head(layers, torch.tensor([[1.0, 2.0, 3.0]]), torch.float32)
+    reading = HEADS.read(layers, torch.tensor([[1.0, 2.0, 3.0]]))
     assert reading.value.tolist() == [12.0] and reading.slope.tolist() == [[2.0, 2.0, 2.0]]
-    weight, bias = weight_gradients(reading, torch.tensor([10.0]))
+    weight, bias = HEADS.weight_gradients(reading, torch.tensor([10.0]))
     assert weight.tolist() == [[10.0, 20.0, 30.0]] and bias.tolist() == [10.0]
+
+
+def test_the_gradient_of_a_feature_is_the_sum_over_all_heads_that_read_it():
+    torch.manual_seed(0)
+    heads, feat = [mlp(3, 4, 2, "elu", 1) for _ in range(3)], torch.randn(5, 3, requires_grad=True)
+    upstream = [torch.randn(5) for _ in heads]
+    total = sum((head(feat).squeeze(-1) * up).sum() for head, up in zip(heads, upstream, strict=True))
+    assert isinstance(total, torch.Tensor)
+    (expected,) = torch.autograd.grad(total, feat)
+    found = HEADS.feat_gradient([HEADS.read(head, feat) for head in heads], upstream)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
