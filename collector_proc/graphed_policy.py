@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
@@ -24,9 +25,14 @@ def captured(step: Callable[[], None], device: torch.device) -> Callable[[], obj
     with torch.cuda.stream(stream):
         for _ in range(WARM_UPS):
             step()
-    # thread_local: a simulator's own threads may allocate while this one captures
-    with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
-        step()
+    gc.collect()
+    gc.disable()  # a finaliser that frees memory of the GPU would break the capture
+    try:
+        # thread_local: a simulator's own threads may allocate while this one captures
+        with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
+            step()
+    finally:
+        gc.enable()
     torch.cuda.current_stream(device).wait_stream(stream)
     return graph.replay
 

@@ -104,8 +104,7 @@ class Behavior(nn.Module):
     def regression(self, value: Tensor, target: Tensor, weight: Tensor) -> CriticLoss:
         """The critic's loss as a function of its values; shapes (N, H - 1)."""
         total = (weight * unit_gaussian_nll(target, value, event_dims=0)).mean()
-        # not a number where nothing counts: every start is the end of a task
-        bias = (weight * (value.detach() - target)).sum() / weight.sum()
+        bias = (weight * (value.detach() - target)).sum() / weight.sum().clamp_min(1e-6)
         return CriticLoss(total, bias)
 
     def heads(self) -> dict[str, ScalarHead]:

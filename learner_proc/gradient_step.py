@@ -148,7 +148,10 @@ class GradientStep:
         actor_updater, critic_updater = self._updaters["actor"], self._updaters["value"]
         behavior, lead, feat = self._behavior, imagined.feat.shape[:2], imagined.feat.detach().flatten(0, 1)
         heads = behavior.heads()
-        readings = [self._heads.read(head.layers, feat) for head in heads.values()]
+        shared = behavior.slow_critic is None  # one reading of the critic serves both losses
+        readings = [
+            self._heads.read(head.layers, feat, learned=shared and name == "value") for name, head in heads.items()
+        ]
         said = {name: one.value.view(lead).requires_grad_() for name, one in zip(heads, readings, strict=True)}
         actor = self._objective(**said, start_terminal=terminal, entropy=imagined.entropy)
         # through the heads to the features, then through the imagined steps to the actor
@@ -161,8 +164,8 @@ class GradientStep:
         )
         # the critic's own loss: of the same reading, unless a slow copy of it was read
         own = readings[list(heads).index("value")]
-        if behavior.slow_critic is not None:
-            own = self._heads.read(self.critic.layers, feat)
+        if not shared:
+            own = self._heads.read(self.critic.layers, feat, learned=True)
         value = own.value.view(lead)[:, :-1].detach().requires_grad_()
         critic = self._regression(value, actor.target, actor.weight)
         (value_grad,) = torch.autograd.grad(critic_updater.scaled(critic.total), value)

@@ -122,10 +122,13 @@ class Replay:
 
 
 class _HostStaging:
-    """Pinned copies of host samples on their way to the GPU; the host runs at most two steps ahead, so three suffice."""
+    """Pinned copies of host samples on their way to the GPU.
+
+    The host runs at most two steps ahead, and each may have a row of metrics beside it, so five suffice.
+    """
 
     def __init__(self) -> None:
-        self._slots: list[dict] = [{}, {}, {}]
+        self._slots: list[dict] = [{} for _ in range(5)]
         self._turn = 0
 
     def move(self, batch: dict, device: torch.device) -> dict:

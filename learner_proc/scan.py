@@ -22,6 +22,7 @@ from torch.utils import _pytree as pytree
 
 from shared.model.rssm import Belief
 
+CACHED_ROWS = 2500  # on the CPU: products over more rows than this fall out of the cache
 FEW_ROWS = 10  # of a product on the CPU, below which calling bfloat16 costs more than float32 arithmetic
 MANY_ROWS = 4096  # of all steps, above which weight gradients are taken call by call: joining the inputs costs more
 STEPS_PER_CALL = 10  # most steps that are compiled as one: a call costs as much as a cell's arithmetic on few rows
@@ -53,7 +54,10 @@ class _WeightGradient(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         (grad,) = grads
         inputs = ctx.inputs[0] if len(ctx.inputs) == 1 else torch.cat(ctx.inputs)  # (T * N, in)
-        return grad, (grad.flatten(0, 1).t() @ inputs).float(), None
+        flat, rows = grad.flatten(0, 1), inputs.shape[0] if inputs.is_cuda else CACHED_ROWS
+        with torch.autocast(inputs.device.type, enabled=False):
+            total, *rest = [(g.t() @ x).float() for g, x in zip(flat.split(rows), inputs.split(rows), strict=True)]
+        return grad, sum(rest, total), None
 
 
 class Scan:
@@ -88,11 +92,14 @@ class Scan:
         # asks for a gradient like all later beliefs, so that one compiled graph serves every call
         belief = Belief(*(part.detach().requires_grad_(torch.is_grad_enabled()) for part in belief))
         results: list[Any] = []
-        size = max(k for k in range(1, STEPS_PER_CALL + 1) if num_steps % k == 0)
+        # equal calls if it can be, else a shorter last one, which is compiled too
+        size = next(
+            (k for k in range(STEPS_PER_CALL, STEPS_PER_CALL // 2 - 1, -1) if num_steps % k == 0), STEPS_PER_CALL
+        )
         group = num_steps if num_steps * num_rows < MANY_ROWS else size
         for group_inputs in zip(*(x.split(group) for x in inputs), strict=True):
             kept: list[list[Tensor]] = [[] for _ in self._layers]
-            lead, dtype = (group, num_rows), frozen[0].dtype
+            lead, dtype = (group_inputs[0].shape[0], num_rows), frozen[0].dtype
             rows = [self._rows(index, lead, kept[index], dtype) for index in range(len(self._layers))]
             for pieces in zip(*(_split(x, size) for x in (*rows, *group_inputs)), strict=True):
                 some, belief, seen = self._steps(tuple(frozen), pieces[: len(rows)], belief, pieces[len(rows) :])
@@ -116,7 +123,7 @@ class Scan:
 
 def _split(x: Tensor, size: int) -> Sequence[Tensor]:
     """Along the steps; a whole one as it is, since the gradient of a split is a copy."""
-    return (x,) if x.shape[0] == size else x.split(size)
+    return (x,) if x.shape[0] <= size else x.split(size)
 
 
 def _steps_of(cell: Callable[..., Any], learned: Sequence[bool]) -> Callable[..., Any]:

@@ -14,16 +14,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from learner_proc.scan import CACHED_ROWS
 from shared.model.layers import BACKWARDS
-
-CACHED_ROWS = 2500  # on the CPU: layer after layer on so many rows stays in the cache, on all of them it does not
 
 
 class Block(NamedTuple):
     """What a head said of M features, and the rows its gradients are made of; nothing of it carries a gradient.
 
-    value (M,) float32; slope (M, F), dv/dfeat; per layer `inputs` (M, in) and, without the last one's ones, `slopes`
-    (M, out), dv/dy.
+    value (M,) float32; slope (M, F), dv/dfeat; of a head that learns, per layer `inputs` (M, in) and, without the last
+    one's ones, `slopes` (M, out), dv/dy.
     """
 
     value: Tensor
@@ -48,13 +47,14 @@ class HeadReader:
         self._read_block, self._block_gradients = compiled(_read_block), compiled(_block_gradients)
         self._join = compiled(_join)
 
-    def read(self, layers: nn.Sequential, feat: Tensor) -> Reading:
-        """Shapes: feat (M, F)."""
+    def read(self, layers: nn.Sequential, feat: Tensor, *, learned: bool) -> Reading:
+        """`learned`: keep what `weight_gradients` needs. Shapes: feat (M, F)."""
         rows = feat.shape[0]
-        if not feat.is_cuda:  # equal blocks, so that one compiled form serves them all
-            count = next(n for n in range(-(-rows // CACHED_ROWS), rows + 1) if rows % n == 0)
-            rows //= count
-        blocks = tuple(self._read_block(layers, part, self._dtype) for part in feat.split(rows))
+        if not feat.is_cuda:  # equal blocks if it can be, so that one compiled form serves them all
+            fewest = -(-rows // CACHED_ROWS)
+            rows //= next((n for n in range(fewest, 2 * fewest + 1) if rows % n == 0), 1)
+        with torch.no_grad():
+            blocks = tuple(self._read_block(layers, part, self._dtype, learned) for part in feat.split(rows))
         if len(blocks) == 1:
             return Reading(blocks[0].value, blocks[0].slope, blocks)
         return Reading(torch.cat([b.value for b in blocks]), torch.cat([b.slope for b in blocks]), blocks)
@@ -62,18 +62,19 @@ class HeadReader:
     def weight_gradients(self, reading: Reading, grad: Tensor) -> list[Tensor]:
         """The float32 gradients of a head's weights and biases, in the order of its parameters. Shapes: grad (M,), dL/dv."""
         parts = grad.split(reading.blocks[0].value.shape[0])
-        total, *rest = [self._block_gradients(block, part) for block, part in zip(reading.blocks, parts, strict=True)]
+        with torch.no_grad():
+            total, *rest = [self._block_gradients(*pair) for pair in zip(reading.blocks, parts, strict=True)]
         for grads in rest:
             torch._foreach_add_(total, grads)  # pyright: ignore[reportPrivateImportUsage]
         return total
 
     def feat_gradient(self, readings: list[Reading], grads: list[Tensor]) -> Tensor:
         """dL/dfeat (M, F) float32, from what several heads said of the same features and dL/dv (M,) of each."""
-        return self._join([reading.slope for reading in readings], grads)
+        with torch.no_grad():
+            return self._join([reading.slope for reading in readings], grads)
 
 
-@torch.no_grad()
-def _read_block(layers: nn.Sequential, feat: Tensor, dtype: torch.dtype) -> Block:
+def _read_block(layers: nn.Sequential, feat: Tensor, dtype: torch.dtype, learned: bool) -> Block:
     x, inputs, slopes = feat.to(dtype), [], []
     weights = [layer.weight.to(dtype) for layer in layers if isinstance(layer, nn.Linear)]
     activations: list[tuple[nn.Module, Tensor, Tensor]] = []
@@ -88,10 +89,10 @@ def _read_block(layers: nn.Sequential, feat: Tensor, dtype: torch.dtype) -> Bloc
     for weight, (layer, before, after) in zip(reversed(weights[:-1]), reversed(activations), strict=True):
         slopes.append(BACKWARDS[type(layer)](slope, before, after))
         slope = slopes[-1] @ weight
-    return Block(x.float().squeeze(-1), slope, tuple(inputs), tuple(reversed(slopes)))
+    kept = (tuple(inputs), tuple(reversed(slopes))) if learned else ((), ())
+    return Block(x.float().squeeze(-1), slope, *kept)
 
 
-@torch.no_grad()
 def _block_gradients(block: Block, grad: Tensor) -> list[Tensor]:
     grads: list[Tensor] = []
     row = grad[:, None].to(block.slope.dtype)
@@ -101,7 +102,6 @@ def _block_gradients(block: Block, grad: Tensor) -> list[Tensor]:
     return [*grads, (row.t() @ block.inputs[-1]).float(), grad.sum()[None]]
 
 
-@torch.no_grad()
 def _join(slopes: list[Tensor], grads: list[Tensor]) -> Tensor:
     total = slopes[0].float() * grads[0][:, None]
     for slope, grad in zip(slopes[1:], grads[1:], strict=True):

@@ -7,6 +7,7 @@ changes between two updates does so in place: parameters, moments, loss scales, 
 
 from __future__ import annotations
 
+import gc
 import time
 from collections.abc import Callable
 
@@ -60,8 +61,13 @@ class CapturedUpdate:
         stream.synchronize()
         torch.cuda.empty_cache()  # the graph takes memory of its own; what the warm-up took would lie idle beside it
         began = time.monotonic()
-        with torch.compiler.set_stance("fail_on_recompile"), torch.cuda.graph(self._graph, stream=stream):
-            self._metrics = update()
+        gc.collect()
+        gc.disable()  # a finaliser that frees memory of the GPU would break the capture
+        try:
+            with torch.compiler.set_stance("fail_on_recompile"), torch.cuda.graph(self._graph, stream=stream):
+                self._metrics = update()
+        finally:
+            gc.enable()
         torch.cuda.current_stream(replay.device).wait_stream(stream)
         self.capture_s = time.monotonic() - began
 

@@ -56,7 +56,8 @@ class Updater:
         norm = torch.nn.utils.get_total_norm(grads)
         bad = ~torch.isfinite(norm)
         for param, grad in zip(self.params, grads, strict=True):
-            param.grad = grad
+            # convolutions give theirs in their input's layout: the fused kernels walk all buffers in one order
+            param.grad = grad if grad.stride() == param.stride() else torch.empty_like(param).copy_(grad)
         torch.nn.utils.clip_grads_with_norm_(self.params, self.clip, norm)
         # read by the fused kernels: a set flag leaves parameters, moments and step count as they are
         self.optimizer.found_inf = bad.float()  # type: ignore[attr-defined]

@@ -168,6 +168,24 @@ def test_the_step_takes_the_gradients_that_autograd_takes_of_the_plain_losses(op
             torch.testing.assert_close(mine, other, rtol=1e-4, atol=1e-5 * float(other.abs().max()))
 
 
+@pytest.mark.parametrize("backend", [None, pytest.param("inductor", marks=pytest.mark.slow)])
+def test_an_update_from_pixels_is_the_one_that_plain_adam_makes_of_the_same_gradients(backend, monkeypatch):
+    step, batch = make(PIXELS, backend=backend), make_batch(PIXELS)
+    taken = record_gradients(step, monkeypatch)
+    owners = {name: updater.params for name, updater in step._updaters.items()}
+    before = {name: [p.detach().clone().requires_grad_() for p in params] for name, params in owners.items()}
+    run(step, 1, batch)
+    for name, params in before.items():
+        rate = step._updaters[name].optimizer.param_groups[0]["lr"]
+        plain_adam = torch.optim.Adam(params, lr=rate, eps=1e-5, fused=False, foreach=False)
+        for param, grad in zip(params, taken[name], strict=True):
+            param.grad = grad.contiguous()
+        torch.nn.utils.clip_grad_norm_(params, step._grad_clip)
+        plain_adam.step()
+        for mine, other in zip(owners[name], params, strict=True):
+            torch.testing.assert_close(mine, other, rtol=0, atol=1e-6)
+
+
 def test_the_fast_gradients_hold_in_bfloat16_within_its_rounding(monkeypatch):
     taken = {}
     for autocast in ("false", "bfloat16"):

@@ -46,7 +46,9 @@ def start(rows: int) -> Belief:
     return Belief(torch.full((rows, 5), 0.1), torch.zeros(rows, 2))
 
 
-@pytest.mark.parametrize(("steps", "calls"), [(6, 1), (2 * STEPS_PER_CALL, 2), (STEPS_PER_CALL + 1, 11)])
+@pytest.mark.parametrize(
+    ("steps", "calls"), [(6, 1), (2 * STEPS_PER_CALL, 2), (STEPS_PER_CALL + 7, 2), (15, 3), (2, 1)]
+)
 def test_a_scan_has_the_result_and_the_gradients_of_the_plain_cell_in_few_calls(steps: int, calls: int) -> None:
     cell, xs = Cell(), torch.randn(steps, 4, 3)
     plainly = unroll(cell.step, start(4), (xs,))

@@ -19,7 +19,7 @@ def test_a_reading_gives_the_gradients_that_autograd_gives(activation, rows, mon
     feat, upstream = torch.randn(50, 7, requires_grad=True), torch.randn(50)
     value = layers(feat).squeeze(-1)
     feat_grad, *grads = torch.autograd.grad((value * upstream).sum(), [feat, *layers.parameters()])
-    reading = HEADS.read(layers, feat)
+    reading = HEADS.read(layers, feat, learned=True)
     assert len(reading.blocks) == {50: 1, 7: 10}[rows]
     assert not reading.value.requires_grad and not reading.slope.requires_grad
     torch.testing.assert_close(reading.value, value.detach(), rtol=1e-5, atol=1e-6)
@@ -33,7 +33,7 @@ def test_a_linear_head_has_its_weight_as_slope():
     torch.nn.init.constant_(layer.weight, 2.0)
     torch.nn.init.zeros_(layer.bias)
     layers = torch.nn.Sequential(layer)
-    reading = HEADS.read(layers, torch.tensor([[1.0, 2.0, 3.0]]))
+    reading = HEADS.read(layers, torch.tensor([[1.0, 2.0, 3.0]]), learned=True)
     assert reading.value.tolist() == [12.0] and reading.slope.tolist() == [[2.0, 2.0, 2.0]]
     weight, bias = HEADS.weight_gradients(reading, torch.tensor([10.0]))
     assert weight.tolist() == [[10.0, 20.0, 30.0]] and bias.tolist() == [10.0]
@@ -46,5 +46,5 @@ def test_the_gradient_of_a_feature_is_the_sum_over_all_heads_that_read_it():
     total = sum((head(feat).squeeze(-1) * up).sum() for head, up in zip(heads, upstream, strict=True))
     assert isinstance(total, torch.Tensor)
     (expected,) = torch.autograd.grad(total, feat)
-    found = HEADS.feat_gradient([HEADS.read(head, feat) for head in heads], upstream)
+    found = HEADS.feat_gradient([HEADS.read(head, feat, learned=False) for head in heads], upstream)
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)

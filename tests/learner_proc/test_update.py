@@ -15,7 +15,7 @@ from shared.config import Geometry, Settings
 from shared.stream import ObsSpec, StreamSpec, plan_layout
 
 B, L, E, K, CAPACITY = 4, 8, 3, 4, 64
-SPEC = StreamSpec(E, {"policy": ObsSpec((5,), "float32")}, 2)
+SPEC = StreamSpec(E, {"policy": ObsSpec((5,), "float32"), "pixels": ObsSpec((64, 64, 3), "uint8")}, 2)
 SIZES = Geometry(E, K, CAPACITY, 2, B, L)
 CPU = torch.device("cpu")
 CAPTURES: list[tuple[str, bool, bool]] = [
@@ -29,6 +29,7 @@ CAPTURES: list[tuple[str, bool, bool]] = [
 
 def settings_of(*, compiled: bool = False, graphs: bool = True, backend: str = "eager", autocast="false") -> Settings:
     settings = Settings()
+    settings.networks.encoder_channels = 4
     settings.networks.state_dim, settings.networks.rssm_hidden_dim, settings.networks.hidden_dim = 3, 16, 16
     settings.optimization.imagination_horizon, settings.optimization.autocast = 4, autocast
     options = settings.optimization.compile
@@ -48,7 +49,8 @@ def replay_on(device: torch.device, *, slab_device: torch.device | None = None) 
         for entry in layout.fields:
             shape = chunk.get(entry.key).shape
             values = torch.rand(shape, generator=generator)
-            chunk.get(entry.key).copy_(values < 0.1 if entry.dtype == "bool" else values)
+            values = values < 0.1 if entry.dtype == "bool" else values * (255 if entry.dtype == "uint8" else 1)
+            chunk.get(entry.key).copy_(values)
         replay.commit(replay.promised % CAPACITY - K if replay.promised % CAPACITY else CAPACITY - K)
     return replay
 

@@ -40,3 +40,16 @@ def test_gradients_are_clipped_to_the_global_norm_and_the_norm_before_is_reporte
     moments = [updater.optimizer.state[p]["exp_avg"].item() for p in params]
     assert moments == pytest.approx([0.1 * 0.6, 0.1 * -0.8], rel=1e-4)
     assert [p.item() for p in params] == pytest.approx([-0.5, 0.5], rel=1e-3)  # Adam's first step is lr in size
+
+
+def test_a_gradient_in_another_layout_moves_the_weights_it_belongs_to():
+    """What convolutions give back for channels-last inputs."""
+    torch.manual_seed(0)
+    start, grad = torch.randn(4, 3, 2, 2), torch.randn(4, 3, 2, 2)
+    params = [torch.nn.Parameter(start.clone()) for _ in range(2)]
+    for param, layout in zip(params, (torch.contiguous_format, torch.channels_last), strict=True):
+        updater = Updater([param], lr=0.1, eps=1e-5, clip=100.0, scaled=False)
+        for _ in range(2):
+            updater.apply([grad.clone(memory_format=layout)])
+    assert torch.equal(params[0], params[1])
+    assert torch.equal((params[0] - start).sign(), -grad.sign())
