@@ -159,6 +159,7 @@ class Landing:
             return arrival
         assert self._device.type == "cuda", (arrival.reward.device, self._device)
         flags = {name: getattr(arrival, name) for name in ("reward", "is_first", "is_last", "is_terminal")}
+        flags |= {} if arrival.diverged is None else {"diverged": arrival.diverged}
         acting = None if arrival.acting_obs is None else self._brought("acting_obs.", arrival.acting_obs)
         return replace(arrival, obs=self._brought("obs.", arrival.obs), acting_obs=acting, **self._brought("", flags))
 

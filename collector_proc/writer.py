@@ -109,7 +109,7 @@ class EpisodeTracker:
     """Returns, lengths and kinds of finished episodes, summed on the device and read once per chunk.
 
     resets_inside: the simulator resets inside `step`, so that every row is an agent step, `is_first` ones too, but for the
-    very first, which nobody acted for.
+    very first, which nobody acted for. An episode whose state diverged is not finished, and counts nowhere.
     copier: the chunk's own, so that its numbers arrive with its rows; None for one that fits the device.
     """
 
@@ -149,10 +149,11 @@ class EpisodeTracker:
         self._length = torch.where(first, 0, self._length) + step
         self._random = torch.where(first, torch.zeros_like(self._random), self._random) | (step & random)
         kind = torch.where(self._random, 3, torch.where(self._evaluation, 2, 1))
+        finished = last if arrival.diverged is None else last & ~arrival.diverged.to(device)
         done = numbers.done[self._tick]
         done[0].copy_(self._return)
         done[1].copy_(self._length)
-        done[2].copy_(torch.where(last, kind, 0))
+        done[2].copy_(torch.where(finished, kind, 0))
         numbers.steps.add_(step.sum())
         self._tick += 1
 

@@ -38,7 +38,10 @@ class EnvSettings:
     n_parallel_envs: int = setting(8, "dm_control: environments stepped by each worker process", minimum=1)
     num_envs: Optional[int] = setting(None, "all but dm_control: environments stepped together", minimum=1)
     horizon: Optional[int] = setting(
-        None, "cut episodes as time-outs after this many agent steps; null: the task's own limit", minimum=2
+        None,
+        "cut episodes as time-outs after this many agent steps (a direct isaaclab task that does not stop one step short of "
+        "its limit, as they usually do: one more); null: the task's own limit",
+        minimum=2,
     )
     action_scale: float = setting(
         1.0,

@@ -33,6 +33,7 @@ from shared.config import DeadlineSettings
 
 MAX_STATUS_BYTES = 3072
 LAUNCH_PID = "TANDEM_LAUNCH_PID"
+SIM_GPU_INDEX = "TANDEM_SIM_GPU_INDEX"  # set by launch: the simulator's GPU as nvidia-smi counts
 KILL_S = 30.0  # how long the kernel may take to end a process after SIGKILL
 
 # Every phase a process may report, and the setting that says how long its counter may stand still in it.

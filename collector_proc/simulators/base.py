@@ -26,7 +26,8 @@ class Arrival:
 
     obs: one entry per key of the spec, (E, *shape). reward: (E,) float32, summed over the action repeat, 0 at resets.
     is_first, is_last, is_terminal: (E,) bool. acting_obs: what the policy acts on where it differs from `obs` (simulators
-    that reset inside `step`); None means `obs`.
+    that reset inside `step`); None means `obs`. diverged: (E,) bool, rows that stand for a state that was not finite: zeros,
+    first and last at once, the end of no episode; None means that there are none.
     """
 
     obs: dict[str, Tensor]
@@ -35,6 +36,7 @@ class Arrival:
     is_last: Tensor
     is_terminal: Tensor
     acting_obs: dict[str, Tensor] | None = None
+    diverged: Tensor | None = None
 
 
 class Simulator(Protocol):

@@ -13,18 +13,28 @@ import os
 import subprocess
 import sys
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
+from shared.config import CollectorSettings, EnvSettings
 from shared.errors import SettingError
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-    from shared.config import EnvSettings
+    from shared.config import Settings
 
 LIST_GYM = "import json, gymnasium; print(json.dumps(sorted(gymnasium.registry)))"
 LIST_MJLAB = "import json, mjlab.tasks; from mjlab.tasks.registry import list_tasks; print(json.dumps(list_tasks()))"
 LIST_GYM_S, LIST_MJLAB_S = 60.0, 180.0
+SPACES = ("action_scale", "obs_groups", "image_low", "image_high")
+IDLE = {  # settings of env that a backend does not read
+    "dm_control": (*SPACES, "reward_per_second", "randomize_start"),
+    "pendulum": (*SPACES, "reward_per_second", "randomize_start"),
+    "torchrl": ("randomize_start", "n_parallel_envs"),
+    "mjlab": ("n_parallel_envs",),
+    "isaaclab": ("n_parallel_envs",),
+}
 
 
 @dataclass(frozen=True)
@@ -43,6 +53,24 @@ TORCHRL_WRAPPERS = {
     "brax": TorchrlWrapper("BraxEnv", "brax", batched=True),
     "mujoco_playground": TorchrlWrapper("MujocoPlaygroundEnv", "mujoco_playground", batched=True),
 }
+
+
+def refuse_idle(settings: Settings) -> None:
+    """Refuse values that would silently do nothing. Raises: SettingError."""
+    env = settings.env
+    idle: list[tuple[str, Any, Any, str]] = [("env", env, EnvSettings(), name) for name in IDLE[env.backend]]
+    if not env.from_pixels:
+        idle += [("env", env, EnvSettings(), name) for name in ("image_low", "image_high")]
+    if env.backend in ("torchrl", "mjlab", "isaaclab"):
+        idle.append(("collector", settings.collector, CollectorSettings(), "num_collectors"))
+    for section, met, default, name in idle:
+        value, wanted = getattr(met, name), getattr(default, name)
+        if value != wanted:
+            raise SettingError(
+                f"{section}.{name}={json.dumps(value)} does nothing with env.backend={env.backend} and "
+                f"env.from_pixels={json.dumps(env.from_pixels)}; wanted {json.dumps(wanted)}, the default; set "
+                f"{section}.{name}={json.dumps(wanted)}"
+            )
 
 
 def check_torchrl(env: EnvSettings, suite_tasks: Iterable[tuple[str, str]]) -> None:
@@ -88,6 +116,7 @@ def check_isaaclab(env: EnvSettings) -> None:
     mend = f"Isaac Lab 2.3.2 needs Python 3.11 (this is {met}) and Isaac Sim 5.1: see its installation guide"
     for module in ("isaaclab", "gymnasium"):
         _check_importable(module, env, mend)
+    _refuse_isaac_lab_3()
     _refuse_other_settings(env)
     if env.frame_skip != 1:
         raise SettingError(
@@ -127,6 +156,17 @@ def _check_importable(module: str, env: EnvSettings, mend: str) -> None:
             f"env.backend={env.backend} env.name={env.name} needs the module {module}, which this Python does not have; "
             f"wanted it installed; {mend}"
         )
+
+
+def _refuse_isaac_lab_3() -> None:
+    """Told by a file of its task package, which is not imported: that would import torch."""
+    spec = importlib.util.find_spec("isaaclab_tasks")
+    for folder in (spec.submodule_search_locations or []) if spec is not None else []:
+        if (Path(folder) / "utils" / "sim_launcher.py").exists():
+            raise SettingError(
+                f"env.backend=isaaclab met Isaac Lab 3 in {folder}, whose start this backend has never been run with; wanted "
+                "Isaac Lab 2.3; install isaaclab 2.3.2 with Isaac Sim 5.1 in an environment of its own"
+            )
 
 
 def _check_known(name: str, known: list[str], prefix: str = "") -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import faulthandler
 import os
 import sys
@@ -32,13 +33,18 @@ def run(main: Callable[[], int]) -> NoReturn:
     except BaseException:
         if not _state["hard"]:
             raise
-        traceback.print_exc()
+        with contextlib.suppress(Exception):
+            traceback.print_exc()
         code = 1
     if not _state["hard"]:
         sys.exit(code)
-    for stream in (sys.stdout, sys.stderr):
-        stream.flush()
-    os._exit(code)
+    try:
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(Exception):
+                # a full disk, a closed pipe: the code matters more than the last words
+                stream.flush()
+    finally:
+        os._exit(code)
 
 
 @contextmanager

@@ -10,10 +10,12 @@ Importing this file needs neither torch nor Isaac; building the simulator starts
 from __future__ import annotations
 
 import difflib
+import importlib
+import sys
 import traceback
 from typing import TYPE_CHECKING, Any
 
-from collector_proc.simulators.isaac_launch import find_launch, simulator_device
+from collector_proc.simulators.isaac_launch import simulator_device, start_kit
 from shared.errors import SettingError, SimulatorError
 from shared.stream import StreamSpec
 
@@ -30,8 +32,7 @@ if TYPE_CHECKING:
 class TerminalObservations:
     """The last observations of episodes that end inside a step, caught between the rewards and the resets.
 
-    Limits: sensor noise is drawn anew, and of a history the newest frame is missing, because the observation manager adds
-    it only when the step itself observes.
+    Limits: what observing draws or counts by itself (sensor noise, modifiers with a memory) is drawn once more in such a tick.
     """
 
     def __init__(self, env: Any, entries: Any) -> None:
@@ -81,14 +82,14 @@ class TerminalObservations:
         if self._stepping:
             indices = slice(None) if env_ids is None else env_ids
             # cloned: what is observed may be a view of the state that the reset is about to overwrite
-            rows = {name: entry[indices].clone() for name, entry in self._entries(self._observe()).items()}
+            rows = {name: entry.clone() for name, entry in self._entries(self._observe(), indices).items()}
             self._caught.append((indices, rows))
         return self._reset_idx(env_ids)
 
     def _observe(self) -> dict[str, Any]:
         env = self._env
         if hasattr(env, "observation_manager"):
-            return env.observation_manager.compute()
+            return _compute_with_history(env.observation_manager)
         obs = dict(env._get_observations())
         if getattr(env.cfg, "observation_noise_model", None):
             obs["policy"] = env._observation_noise_model(obs["policy"])
@@ -119,20 +120,20 @@ class IsaacLabSimulator:
         """Takes minutes with a real Isaac Sim. Raises: SettingError, SimulatorError."""
         cameras = settings.env.from_pixels
         self.device = simulator_device(device, cameras=cameras)
+        assert "torch" not in sys.modules, "torch was imported before the simulator started"
         try:
-            launch = find_launch()
-            launch.start(device=self.device, cameras=cameras)
-            self._build(settings, launch, seed=seed, crash_dir=crash_dir)
-        except (SettingError, SimulatorError, AssertionError):
+            start_kit(device=self.device, cameras=cameras)
+            self._build(settings, seed=seed, crash_dir=crash_dir)
+        except (SettingError, SimulatorError):
             raise
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             traceback.print_exc()
             raise SimulatorError(
                 f"Isaac Lab did not start {settings.env.name}: {error!r}; wanted Isaac Lab 2.3 with Isaac Sim 5.1; "
                 "run python -m collector_proc.probe --config isaaclab, which reports step by step"
             ) from error
 
-    def _build(self, settings: Settings, launch: Any, *, seed: int, crash_dir: Path | None) -> None:
+    def _build(self, settings: Settings, *, seed: int, crash_dir: Path | None) -> None:
         import gymnasium
         import isaaclab_tasks  # noqa: F401  # pyright: ignore[reportMissingImports] # registers the tasks
         import torch
@@ -141,25 +142,29 @@ class IsaacLabSimulator:
         from collector_proc.simulators.manager_step import ManagerStep
 
         env = settings.env
-        cfg = self._task_cfg(settings, registered=list(gymnasium.registry), seed=seed)
-        launch.enter(cfg)
+        task = _registered_task(env.name, gymnasium.registry)
+        cfg = self._task_cfg(settings, task, seed=seed)
         with torch.no_grad():
             # unwrapped: gymnasium's wrappers hide the attributes that are used here
-            self._env: Any = gymnasium.make(env.name, cfg=cfg).unwrapped
+            self._env: Any = gymnasium.make(task, cfg=cfg).unwrapped
             sample, _ = self._env.reset()
-        self._num_whole, self._randomize = settings.collector.eval_envs, env.randomize_start
+            if env.from_pixels:  # the first reset observes before it waits for textures: its images may be blank
+                sample, _ = self._env.reset()
+        self._num_whole = settings.collector.eval_envs if env.randomize_start else self._env.num_envs
         self._first_obs: Any = sample
         self._entries = ObservationMap(sample, env)
         self._terminal = TerminalObservations(self._env, self._entries)
         self._actions = self._action_map(env.action_scale)
         where = torch.device(self.device)
         factor = 1 / self._env.step_dt if env.reward_per_second else 1.0
-        self._steps = ManagerStep(self._env.num_envs, device=where, reward_factor=factor, crash_dir=crash_dir)
+        self._steps = ManagerStep(
+            self._env.num_envs, device=where, reward_factor=factor, crash_dir=crash_dir, images=self._entries
+        )
         self.spec = StreamSpec(self._env.num_envs, self._entries.spec, self._actions.action_dim)
 
     @property
     def num_diverged(self) -> int:
-        """Rows that were not finite."""
+        """Rows that were not finite, as of the last tick looked at. Never waits."""
         return self._steps.num_diverged
 
     def reset(self) -> Arrival:
@@ -169,11 +174,10 @@ class IsaacLabSimulator:
         from collector_proc.simulators.manager_step import randomize_episode_lengths
 
         with torch.no_grad():
-            # Isaac Lab wants to be reset once; building did it, to see what there is to observe
+            # building has reset it, to see what there is to observe
             obs = self._first_obs if self._first_obs is not None else self._env.reset()[0]
             self._first_obs = None
-            if self._randomize:
-                randomize_episode_lengths(self._env, num_whole=self._num_whole)
+            randomize_episode_lengths(self._env, num_whole=self._num_whole)
             return self._steps.begin(self._entries(obs))
 
     def step(self, action: Tensor) -> Arrival:
@@ -191,29 +195,32 @@ class IsaacLabSimulator:
             return self._steps.arrival(row, fresh, was_reset=done)
 
     def close(self) -> None:
-        """Free the environment. Kit itself is left to the end of the process; see `isaac_launch.KitLaunch`."""
+        """Free the environment. Kit itself is left to the end of the process; see `isaac_launch.start_kit`."""
         try:
             self._env.close()
         except Exception:
             traceback.print_exc()  # the run is over: how it went is not for the teardown to say
 
-    def _task_cfg(self, settings: Settings, *, registered: list[str], seed: int) -> Any:
-        """The task's configuration with this run's values. Raises: SettingError if there is no such task."""
+    def _task_cfg(self, settings: Settings, task: str, *, seed: int) -> Any:
+        """The task's configuration with this run's values. Raises: SettingError where they do not fit."""
         from isaaclab_tasks.utils import parse_env_cfg  # pyright: ignore[reportMissingImports]
 
-        from collector_proc.simulators.manager_step import episode_length_s
-
         env = settings.env
-        if env.name not in registered:
-            nearest = difflib.get_close_matches(env.name, registered, n=4, cutoff=0.0)
+        cfg = parse_env_cfg(task, device=self.device, num_envs=env.num_envs)
+        if hasattr(cfg, "possible_agents"):
             raise SettingError(
-                f"env.name={env.name} is no task of this Isaac Lab; wanted one of its {len(registered)} registered ids, "
-                f"such as {', '.join(nearest)}; set env.name to it"
+                f"env.name={env.name} is a task of several agents, {cfg.possible_agents}; wanted one of one agent; choose "
+                "another env.name"
             )
-        cfg = parse_env_cfg(env.name, device=self.device, num_envs=env.num_envs)
+        direct = not hasattr(cfg, "terminations")
+        if env.reward_per_second and direct:
+            raise SettingError(
+                f"env.reward_per_second=true with the direct task {env.name}, whose rewards nobody multiplies by seconds; "
+                "wanted false; set env.reward_per_second=false and optimization.reward_scale instead"
+            )
         cfg.seed = seed
         if env.horizon is not None:
-            cfg.episode_length_s = episode_length_s(env.horizon, cfg.sim.dt * cfg.decimation)
+            _cut_episodes(cfg, env.horizon, direct=direct)
         if hasattr(cfg, "compute_final_obs"):
             cfg.compute_final_obs = True
         if env.from_pixels:
@@ -235,6 +242,58 @@ class IsaacLabSimulator:
         return ActionMap(space.low, space.high, scale=scale, device=torch.device(self.device))
 
 
+def _registered_task(name: str, registry: Any) -> str:
+    """The id of a task of Isaac Lab, or of the package that is named before it: "my_package.tasks:Isaac-Foo-v0".
+
+    Raises: SettingError if there is none.
+    """
+    package, _, task = name.rpartition(":")
+    if package:
+        try:
+            importlib.import_module(package)
+        except ModuleNotFoundError as error:
+            raise SettingError(
+                f"env.name={name} names the module {package}, which does not import: {error}; wanted the one that registers "
+                f"{task}; put its folder on PYTHONPATH, or install it"
+            ) from error
+    known = [id for id, spec in registry.items() if "env_cfg_entry_point" in spec.kwargs]
+    if task not in known:
+        nearest = difflib.get_close_matches(task, known, n=4, cutoff=0.0)
+        raise SettingError(
+            f"env.name={name} is no task of this Isaac Lab; wanted one of its {len(known)} registered ids, such as "
+            f"{', '.join(nearest)}, or my_package.tasks:Id; set env.name to it"
+        )
+    return task
+
+
+def _cut_episodes(cfg: Any, horizon: int, *, direct: bool) -> None:
+    """Let the task's own time-out cut after `horizon` agent steps. Raises: SettingError if it has none."""
+    from collector_proc.simulators.manager_step import episode_length_s
+
+    if not direct and not any(getattr(term, "time_out", False) for term in vars(cfg.terminations).values()):
+        raise SettingError(
+            f"env.horizon={horizon} has no time-out to move: the task's terminations are {list(vars(cfg.terminations))}; "
+            "wanted one with time_out=True; set env.horizon=null"
+        )
+    # direct tasks compare their age with max_episode_length - 1
+    cfg.episode_length_s = episode_length_s(horizon + direct, cfg.sim.dt * cfg.decimation)
+
+
+def _compute_with_history(manager: Any) -> dict[str, Any]:
+    """The groups as the step itself would observe them, with the newest frame in their histories; these stay as they are."""
+    histories = getattr(manager, "_group_obs_term_history_buffer", {})
+    buffers = [buffer for group in histories.values() for buffer in group.values()]
+    if not buffers:
+        return manager.compute()
+    names = ("_buffer", "_pointer", "_num_pushes")
+    kept = [[value.clone() if hasattr(value, "clone") else value for value in map(vars(b).get, names)] for b in buffers]
+    try:
+        return manager.compute(update_history=True)
+    finally:
+        for buffer, values in zip(buffers, kept, strict=True):
+            vars(buffer).update(zip(names, values, strict=True))
+
+
 def _prepare_cameras(cfg: Any) -> None:
     """Frames of this episode, and bytes: by default a reset shows the old frame and images come with their mean taken off."""
     if hasattr(cfg, "num_rerenders_on_reset"):
@@ -243,5 +302,8 @@ def _prepare_cameras(cfg: Any) -> None:
     for group in vars(groups).values() if groups is not None else ():
         for term in vars(group).values() if hasattr(group, "__dict__") else ():
             params: Any = getattr(term, "params", None)
-            if getattr(getattr(term, "func", None), "__name__", "") == "image" and params.get("data_type") == "rgb":
+            if (
+                getattr(getattr(term, "func", None), "__name__", "") == "image"
+                and params.get("data_type", "rgb") == "rgb"
+            ):
                 params["normalize"] = False

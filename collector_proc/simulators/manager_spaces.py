@@ -7,7 +7,7 @@
 from __future__ import annotations
 
 import difflib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 IMAGE_SIZE = 64
 DEFAULT_GROUPS = ("policy", "actor")  # what IsaacLab and mjlab call the group an actor sees
 COLOURS = (1, 3, 4)  # 4: RGB and alpha
+TOLERANCE = 1e-3  # by which float images may leave their range
 LUMINANCE = (0.299, 0.587, 0.114)  # ITU-R BT.601
 
 
@@ -31,14 +32,20 @@ class ObservationMap:
     """Chosen observation groups as named stream entries: flat float32 vectors and 64x64 uint8 images.
 
     A group that holds terms gives one entry "group_term" for each. The only image is called "pixels", several are
-    "pixels_<name>".
+    "pixels_<name>". outside: () int64 on the device, 1 once a float image had left [env.image_low, env.image_high].
     """
 
     def __init__(self, sample: Mapping[str, Any], env: EnvSettings) -> None:
-        """sample: what one reset returned. Raises: SettingError if the settings and what is there do not fit."""
+        """sample: what one reset returned.
+
+        Raises: SettingError if the settings and what is there do not fit, SimulatorError on an image that shows nothing.
+        """
         self._gray, self._low, self._high = env.grayscale, env.image_low, env.image_high
         groups = _chosen_groups(sample, env.obs_groups)
         flat = _flatten({name: sample[name] for name in groups})
+        self.outside = torch.zeros((), dtype=torch.int64, device=next(iter(flat.values())).device)
+        self._lowest = torch.full((), env.image_low, device=self.outside.device)  # of all values in float images so far
+        self._highest = torch.full_like(self._lowest, env.image_high)
         images = [name for name, entry in flat.items() if entry.dim() == 4]
         if bool(images) != env.from_pixels:
             raise SettingError(
@@ -57,13 +64,26 @@ class ObservationMap:
             for name, entry in self(sample).items()
         }
 
-    def __call__(self, obs: Mapping[str, Any]) -> dict[str, Tensor]:
-        """Entries (E, *shape); they may share memory with the simulator's tensors. Others groups than chosen are ignored."""
+    def __call__(self, obs: Mapping[str, Any], rows: Tensor | slice | None = None) -> dict[str, Tensor]:
+        """Entries (E, *shape), or of some rows only; they may share memory with the simulator's tensors.
+
+        Other groups than chosen are ignored.
+        """
         flat = _flatten({name: obs[name] for name in self._groups})
+        if rows is not None:
+            flat = {name: entry[rows] for name, entry in flat.items()}
         return {
             self._names[name]: self._image(entry) if entry.dim() == 4 else entry.reshape(len(entry), -1).float()
             for name, entry in flat.items()
         }
+
+    def refuse_range(self) -> NoReturn:
+        """Raises: SettingError with the values met. Waits for the device."""
+        raise SettingError(
+            f"env.image_low={self._low} env.image_high={self._high} do not hold the images any more: met values "
+            f"{float(self._lowest):.3g} .. {float(self._highest):.3g}; wanted their range, which becomes bytes 0 .. 255; "
+            "set both to hold every value"
+        )
 
     def _image(self, image: Tensor) -> Tensor:
         """(E, H, W, C) or (E, C, H, W) to (E, 64, 64, 1 or 3) uint8; shrunk by the mean over the area of each pixel."""
@@ -75,12 +95,19 @@ class ObservationMap:
             return image
         values = image.float()
         if image.dtype != torch.uint8:
+            self._watch(values)
             values = ((values - self._low) / (self._high - self._low) * 255).nan_to_num(0.0, 255.0, 0.0)
         if self._gray and image.shape[3] == 3:
             values = (values * values.new_tensor(LUMINANCE)).sum(-1, keepdim=True)
         if values.shape[1:3] != (IMAGE_SIZE, IMAGE_SIZE):
             values = functional.adaptive_avg_pool2d(values.permute(0, 3, 1, 2), IMAGE_SIZE).permute(0, 2, 3, 1)
         return values.round().clamp(0, 255).to(torch.uint8)
+
+    def _watch(self, values: Tensor) -> None:
+        """Remember on the device whether a value lay outside the range. NaN is for `ManagerStep` to find, in other entries."""
+        low, high = values.nan_to_num(self._low, self._high, self._low).aminmax()
+        self._lowest, self._highest = torch.minimum(self._lowest, low), torch.maximum(self._highest, high)
+        self.outside.copy_((self._lowest < self._low - TOLERANCE) | (self._highest > self._high + TOLERANCE))
 
 
 class ActionMap:
@@ -135,7 +162,7 @@ def _channels_first(image: Tensor) -> bool:
 
 
 def _check_image(name: str, image: Tensor, env: EnvSettings) -> None:
-    """Raises: SimulatorError on a shape that is no image, SettingError on values outside the declared range."""
+    """Raises: SimulatorError on what is no image or shows nothing, SettingError on values outside the declared range."""
     if not _channels_first(image) and image.shape[3] not in COLOURS:
         raise SimulatorError(
             f"observation {name!r} has shape {tuple(image.shape)}; wanted images (E, H, W, C) or (E, C, H, W) with 1, 3 "
@@ -144,7 +171,12 @@ def _check_image(name: str, image: Tensor, env: EnvSettings) -> None:
     if image.dtype == torch.uint8:
         return
     low, high = (float(value) for value in image.float().aminmax())
-    if not env.image_low - 1e-3 <= low <= high <= env.image_high + 1e-3:
+    if low == high:
+        raise SimulatorError(
+            f"image {name!r} is {low:.3g} in every pixel of every environment; wanted a picture, to tell its range by; let "
+            "its camera see something at the reset, or choose other env.obs_groups"
+        )
+    if not env.image_low - TOLERANCE <= low <= high <= env.image_high + TOLERANCE:
         raise SettingError(
             f"env.image_low={env.image_low} env.image_high={env.image_high} do not hold image {name!r}: met values "
             f"{low:.3g} .. {high:.3g}; wanted its range, which becomes bytes 0 .. 255; set them, -1 and 1 for images "

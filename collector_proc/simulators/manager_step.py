@@ -9,13 +9,15 @@ within one tick. One tick, environment 2 falling at it, environment 3 diverging:
     is_last              0      0      1      1
     is_first             0      0      0      1      environment 2's next row is `is_first` and keeps its true reward
 
-Nothing here waits for the device, except where a function says so.
+Nothing here waits for the device, except where a function says so: counts travel to the host while the policy acts, and are
+looked at before the next step.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import os
+import traceback
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -29,29 +31,72 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
+    from collector_proc.simulators.manager_spaces import ObservationMap
+
 MAX_DUMPS = 4  # files of one incarnation
 MAX_DUMPED_ROWS = 8  # environments in one file
-DIVERGED_TICKS = 100  # in a row: resets mend nothing any more
+MAX_STREAK = 100  # diverged rows of one environment, never two finite ones in between: resets mend nothing
+SHARE_TICKS, MAX_SHARE = 1000, 0.01  # of all rows of the last ticks: what is left is not worth learning from
 
 
-class HostFlag:
-    """One bool of the device that the host reads later, having waited for its copy only and not for newer work."""
+class HostCounts:
+    """Whole numbers of the device that the host reads later, having waited for their copy only and not for newer work."""
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, size: int, device: torch.device) -> None:
         cuda = device.type == "cuda"
         self._device = device
-        self._host = torch.zeros((), dtype=torch.bool, pin_memory=cuda)
-        self._event = torch.cuda.Event() if cuda else None
+        self._host = torch.zeros(size, dtype=torch.int64, pin_memory=cuda)
+        self._event = torch.cuda.Event(blocking=True) if cuda else None  # sleeps instead of spinning
 
-    def post(self, flag: Tensor) -> None:
-        self._host.copy_(flag, non_blocking=True)
+    def post(self, counts: Tensor) -> None:
+        """counts: (size,) int64."""
+        self._host.copy_(counts, non_blocking=True)
         if self._event is not None:
             self._event.record(torch.cuda.current_stream(self._device))
 
-    def read(self) -> bool:
+    def read(self) -> list[int]:
         if self._event is not None:
             self._event.synchronize()
-        return bool(self._host)
+        return self._host.tolist()
+
+
+class Divergence:
+    """How often each environment diverged of late, kept on the device. `counts` is what the host needs for its verdict."""
+
+    def __init__(self, num_envs: int, device: torch.device) -> None:
+        self._num_envs = num_envs
+        self._whole = torch.ones(num_envs, dtype=torch.bool, device=device)  # the last row was finite
+        self._streak = torch.zeros(num_envs, dtype=torch.int64, device=device)
+        self._ticks = torch.zeros(
+            SHARE_TICKS, dtype=torch.int64, device=device
+        )  # diverged rows of each of the last ticks
+        self._total = torch.zeros((), dtype=torch.int64, device=device)
+        self._tick = 0
+
+    def add(self, diverged: Tensor) -> None:
+        """diverged: (E,) bool, of one tick."""
+        mended = self._whole & ~diverged
+        self._streak = torch.where(diverged, self._streak + 1, torch.where(mended, 0, self._streak))
+        self._whole = ~diverged
+        number = diverged.sum()
+        self._ticks[self._tick % SHARE_TICKS] = number
+        self._total += number
+        self._tick += 1
+
+    def counts(self) -> Tensor:
+        """(3,) int64: diverged rows so far, in the last SHARE_TICKS ticks, and the longest streak of one environment."""
+        return torch.stack([self._total, self._ticks.sum(), self._streak.amax()])
+
+    def check(self, total: int, recent: int, streak: int) -> None:
+        """Raises: SimulatorError if an environment does not mend, or too many diverge."""
+        if streak < MAX_STREAK and recent <= MAX_SHARE * SHARE_TICKS * self._num_envs:
+            return
+        raise SimulatorError(
+            f"{total} rows diverged, {recent} of them in the last {SHARE_TICKS} ticks of {self._num_envs} environments and "
+            f"{streak} of one environment without two finite rows in between; wanted at most {MAX_SHARE:.0%} of the rows, "
+            f"fewer than {MAX_STREAK} of one environment; look at crash/diverged-*.npz, lower env.action_scale or the "
+            "task's forces"
+        )
 
 
 class ManagerStep:
@@ -59,25 +104,28 @@ class ManagerStep:
 
     A tick is: `pending()` (which environments the backend must reset first), the simulator's step, `row()`, then
     `arrival()` once ended environments are reset. reward_factor multiplies every reward. crash_dir: where the first
-    non-finite states are written.
+    non-finite states are written. images: what every tick's observations went through, asked whether its images stayed in
+    their range.
     """
 
     def __init__(
-        self, num_envs: int, *, device: torch.device, reward_factor: float = 1.0, crash_dir: Path | None = None
+        self,
+        num_envs: int,
+        *,
+        device: torch.device,
+        reward_factor: float = 1.0,
+        crash_dir: Path | None = None,
+        images: ObservationMap | None = None,
     ) -> None:
-        self._num_envs, self._reward_factor, self._crash_dir = num_envs, reward_factor, crash_dir
+        self._reward_factor, self._crash_dir, self._images = reward_factor, crash_dir, images
         self._first = torch.ones(num_envs, dtype=torch.bool, device=device)  # the next row begins an episode
         self._diverged = torch.zeros_like(self._first)  # in the newest row
         self._pending = torch.zeros_like(self._first)
-        self._count = torch.zeros((), dtype=torch.int64, device=device)
-        self._flag = HostFlag(device)
+        self._divergence = Divergence(num_envs, device)
+        self._counts = HostCounts(4, device)
         self._raw: dict[str, Tensor] = {}
-        self._num_dumps = self._streak = 0
-
-    @property
-    def num_diverged(self) -> int:
-        """Rows that were not finite. Waits for the device."""
-        return int(self._count)
+        self._num_dumps = 0
+        self.num_diverged = 0  # rows that were not finite, as of the last `pending()`; reading it never waits
 
     def begin(self, obs: dict[str, Tensor]) -> Arrival:
         """The arrival at reset(): every environment begins. obs: entries (E, *shape)."""
@@ -103,6 +151,7 @@ class ManagerStep:
             is_first=first,
             is_last=last,
             is_terminal=terminated & ~diverged,
+            diverged=diverged,
         )
 
     def arrival(self, row: Arrival, fresh: dict[str, Tensor], *, was_reset: Tensor) -> Arrival:
@@ -114,40 +163,42 @@ class ManagerStep:
         acting = {name: _where(was_reset, fresh[name], entry) for name, entry in row.obs.items()}
         bad = ~_finite(acting)
         self._pending = (self._diverged & ~was_reset) | bad
-        self._count += (self._diverged | bad).sum()
         self._diverged = self._diverged | bad
-        self._flag.post(self._diverged.any())
+        self._divergence.add(self._diverged)
+        outside = torch.zeros_like(bad[:1]) if self._images is None else self._images.outside.view(1)
+        self._counts.post(torch.cat([self._divergence.counts(), outside]))
         return dataclasses.replace(row, acting_obs=_blank(acting, bad))
 
     def pending(self) -> Tensor | None:
         """Indices of environments to reset before the next step, None in the ordinary tick. Call it once per tick.
 
         Waits for a copy made at the end of the last tick, and for the device only if something diverged, which it then
-        writes down. Raises: SimulatorError if environments have diverged in 100 ticks in a row.
+        writes down. Raises: SimulatorError if environments do not mend or too many diverge, SettingError if an image left
+        its range.
         """
-        if not self._flag.read():
-            self._streak = 0
+        total, recent, streak, outside = self._counts.read()
+        if outside and self._images is not None:
+            self._images.refuse_range()
+        if total == self.num_diverged:
             return None
-        self._streak += 1
+        self.num_diverged = total
         self._dump()
-        if self._streak >= DIVERGED_TICKS:
-            raise SimulatorError(
-                f"environments diverged in each of the last {DIVERGED_TICKS} ticks, {self.num_diverged} rows so far; "
-                "wanted finite observations and rewards after a reset; look at crash/diverged-*.npz, lower "
-                "env.action_scale or the task's forces"
-            )
+        self._divergence.check(total, recent, streak)
         indices = self._pending.nonzero().squeeze(-1)
         return indices if len(indices) else None
 
     def _dump(self) -> None:
-        """The raw rows of what diverged, as `crash/diverged-<pid>-<n>.npz`."""
+        """The raw rows of what diverged, as `crash/diverged-<pid>-<n>.npz`; a full disk ends no run."""
         if self._crash_dir is None or self._num_dumps >= MAX_DUMPS:
             return
         indices = self._diverged.nonzero().squeeze(-1)[:MAX_DUMPED_ROWS]
         rows: dict[str, Any] = {name: entry[indices].cpu().numpy() for name, entry in self._raw.items()}
         path = self._crash_dir / f"diverged-{os.getpid()}-{self._num_dumps}.npz"
-        np.savez(path, env=indices.cpu().numpy(), **rows)
         self._num_dumps += 1
+        try:
+            np.savez(path, env=indices.cpu().numpy(), **rows)
+        except OSError:
+            traceback.print_exc()
 
 
 def episode_length_s(horizon: int, step_s: float) -> float:
@@ -157,6 +208,8 @@ def episode_length_s(horizon: int, step_s: float) -> float:
 
 def randomize_episode_lengths(env: Any, *, num_whole: int) -> None:
     """Let the first episodes end at different times: after one reset of all, time-outs would otherwise coincide for good.
+
+    Some tasks draw such ages themselves: those are replaced.
 
     env: has `episode_length_buf` (E,) and `max_episode_length`; otherwise nothing happens. The last num_whole environments
     (evaluation) keep whole episodes.

@@ -49,12 +49,13 @@ class MjlabSimulator:
             device=self._torch_device,
             reward_factor=1 / self._env.step_dt if env.reward_per_second else 1.0,
             crash_dir=crash_dir,
+            images=self._observe,
         )
         self.spec = StreamSpec(env.num_envs, self._observe.spec, self._act.action_dim)
 
     @property
     def num_diverged(self) -> int:
-        """Rows that were not finite: recorded as zeros, their environments reset. Waits for the device."""
+        """Rows that were not finite: recorded as zeros, their environments reset. As of the last tick looked at; never waits."""
         return self._tick.num_diverged
 
     def reset(self) -> Arrival:

@@ -8,7 +8,7 @@ import subprocess
 import sys
 from typing import TYPE_CHECKING
 
-from collector_proc.simulators.checks import check_isaaclab, check_mjlab, check_torchrl, nearest
+from collector_proc.simulators.checks import check_isaaclab, check_mjlab, check_torchrl, nearest, refuse_idle
 from collector_proc.simulators.pendulum import TASKS
 from collector_proc.simulators.suite import NO_RENDERER
 from shared.errors import SettingError
@@ -35,6 +35,7 @@ def check_env(settings: Settings) -> None:
             "env.grayscale=true has no image to act on: env.from_pixels=false; "
             "wanted both or neither; set env.from_pixels=true"
         )
+    refuse_idle(settings)
     if env.backend == "dm_control":
         _check_dm_control(env)
     elif env.backend == "pendulum":

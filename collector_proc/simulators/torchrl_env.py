@@ -128,13 +128,13 @@ class TorchrlSimulator:
         self.device = str(first.device)
         self._observe = ObservationMap(sample, env)
         self._act = ActionMap(*self._rows[0].bounds(), scale=env.action_scale, device=first.device)
-        self._tick = ManagerStep(env.num_envs, device=first.device, crash_dir=crash_dir)
+        self._tick = ManagerStep(env.num_envs, device=first.device, crash_dir=crash_dir, images=self._observe)
         self._steps = torch.zeros(env.num_envs, dtype=torch.int64, device=first.device)  # of the running episodes
         self.spec = StreamSpec(env.num_envs, self._observe.spec, self._act.action_dim)
 
     @property
     def num_diverged(self) -> int:
-        """Rows that were not finite: recorded as zeros, their environments reset."""
+        """Rows that were not finite: recorded as zeros, their environments reset. As of the last tick looked at."""
         return self._tick.num_diverged
 
     def reset(self) -> Arrival:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from shared.errors import SettingError
-from shared.supervision import LAUNCH_PID
+from shared.supervision import LAUNCH_PID, SIM_GPU_INDEX
 
 NO_GPU = "no GPU found: simulator and learner both run on the CPU"
 _QUERY = ["nvidia-smi", "--query-gpu=index,uuid,name", "--format=csv,noheader"]
@@ -124,7 +124,7 @@ def child_environment(role: str, devices: Devices, outer: Mapping[str, str], *, 
         env.setdefault(
             "MUJOCO_EGL_DEVICE_ID", str(devices.sim.index)
         )  # EGL sees every GPU, whatever the mask above says
-        env["TANDEM_SIM_GPU_INDEX"] = str(devices.sim.index)  # and so does Isaac's renderer
+        env[SIM_GPU_INDEX] = str(devices.sim.index)  # and so does Isaac's renderer
     conf = allocator_conf(outer)
     return env | dict.fromkeys(_ALLOCATOR_KEYS, conf)
 

@@ -1,5 +1,7 @@
 """Chunks and episodes: rows land where they were granted, returns are the collector's own sums."""
 
+import dataclasses
+
 import pytest
 import torch
 
@@ -160,6 +162,15 @@ def test_a_simulator_that_resets_inside_step_has_an_agent_step_in_every_row_but_
     ]
     _, lengths, _, steps = track(ticks, resets_inside=True).take(100)
     assert steps == 3 * E and lengths == [1, 1, 1, 2, 2, 2]
+
+
+def test_a_diverged_row_finishes_no_episode():
+    broken = dataclasses.replace(
+        arrival(2, reward=0.0, first=(1,), last=(0, 1)), diverged=torch.tensor([False, True, False])
+    )
+    ticks = [arrival(0, first=(0, 1, 2)), arrival(1, reward=2.0), broken, arrival(3, reward=5.0, first=(0, 1))]
+    returns, lengths, kinds, _ = track([*ticks, arrival(4, reward=7.0, last=(1,))]).take(100)
+    assert (returns, lengths, kinds) == ([2.0, 7.0], [2, 1], [0, 0]), "environment 1: what came before is not counted"
 
 
 def test_an_episode_with_one_random_action_is_called_random():

@@ -34,12 +34,16 @@ def main() -> int:
         error, simulator = f"{type(caught).__name__}: {caught}", None
     import torch
 
+    gc_enabled = gc.isenabled()
+    gc.collect()
+
     facts = {
         "argv": sys.argv == before["argv"],
         "stdout": sys.stdout is before["stdout"],
         "handler": signal.getsignal(signal.SIGTERM) is before["handler"],
         "fatal": [signal.getsignal(signum) == signal.SIG_DFL for signum in (signal.SIGSEGV, signal.SIGABRT)],
-        "gc": gc.isenabled(),
+        "gc": gc_enabled,
+        "launcher lives": any(type(thing).__name__ == "AppLauncher" for thing in gc.get_objects()),
     }
     torch.save({"error": error, "facts": facts, **outcome}, result)
     if simulator is not None:
@@ -65,11 +69,13 @@ def drive(simulator: Any, num_ticks: int, nan: list[int] | None) -> dict[str, An
         copies.append(copy(arrivals[-1]))
         truths.append(dict(truth))
     kept = [copy(arrival) for arrival in arrivals]
+    anew = copy(simulator.reset())
     return {
         "spec": simulator.spec.to_dict(),
         "rows": stack(copies),
         "kept": stack(kept),
         "truth": truths,
+        "anew": anew,
         "num_diverged": simulator.num_diverged,
     }
 

@@ -48,6 +48,7 @@ def main() -> None:
     facts["parse_env_cfg"] = parameters(parse_env_cfg)
     cfg = parse_env_cfg(task, device="cpu", num_envs=64)
     cfg.seed = 0
+    cfg.episode_length_s = 19.5 * cfg.sim.dt * cfg.decimation
     env: Any = gymnasium.make(task, cfg=cfg).unwrapped
     facts |= {f"{name}": parameters(getattr(type(env), name)) for name in ("reset", "step", "_reset_idx", "close")}
     names = "episode_length_buf max_episode_length step_dt num_envs device single_action_space extras cfg scene sim"
@@ -70,6 +71,13 @@ def stepping(env: Any) -> dict[str, Any]:
     import torch
 
     obs, _ = env.reset()
+    oldest, reset_idx = [], env._reset_idx
+
+    def watched(env_ids: Any) -> Any:
+        oldest.append(int(env.episode_length_buf[env_ids].max()))
+        return reset_idx(env_ids)
+
+    env._reset_idx = watched
     facts: dict[str, Any] = {"groups": sorted(obs), "box": str(type(env.single_action_space).__name__)}
     facts["unbounded"] = not bool(torch.as_tensor(env.single_action_space.low).isfinite().any())
     generator = torch.Generator().manual_seed(0)
@@ -86,6 +94,7 @@ def stepping(env: Any) -> dict[str, Any]:
         kinds.add(str((reward.dtype, terminated.dtype, time_out.dtype, obs["policy"].dtype)))
     facts["flags keep their memory"] = len(flags) == 1
     facts["ages of ended episodes when step returns"] = sorted(ages)
+    facts["steps before the limit at which episodes time out"] = int(env.max_episode_length) - max(oldest)
     facts["dtypes"] = sorted(kinds)
     if hasattr(env, "observation_manager"):  # of direct environments each task decides
         facts["rewards keep their memory"] = len(rewards) == 1

@@ -20,11 +20,12 @@ import numpy as np
 import pytest
 import torch
 
-from collector_proc.simulators.isaac_launch import SIM_GPU_INDEX, KitLaunch, SceneLaunch, find_launch, simulator_device
+from collector_proc.simulators.isaac_launch import simulator_device
 from collector_proc.simulators.registry import check_env
 from shared.compose import compose
 from shared.errors import SettingError
-from tests.fakes.isaac_worlds import REPO, TIER_A, drive, environment
+from shared.supervision import SIM_GPU_INDEX
+from tests.fakes.isaac_worlds import TIER_A, drive, environment
 
 WHOLE = "env.randomize_start=false"
 TASKS = ["Fake-Manager-v0", "Fake-Direct-v0", "Fake-Final-v0", "Fake-Bounded-v0"]
@@ -78,12 +79,31 @@ def test_arrivals_own_their_memory(whole: Callable, task: str) -> None:
 def test_the_process_gets_back_what_the_launcher_takes(tmp_path: Path) -> None:
     record = tmp_path / "record"
     seen = drive(tmp_path, "A", "Fake-Manager-v0", ticks=1, FAKE_RECORD=str(record))
-    assert seen["facts"] == {"argv": True, "stdout": True, "handler": True, "fatal": [True, True], "gc": True}
+    assert seen["facts"] == {
+        "argv": True,
+        "stdout": True,
+        "handler": True,
+        "fatal": [True, True],
+        "gc": True,
+        "launcher lives": True,
+    }
     (met,) = [json.loads(line) for line in record.read_text().splitlines()]
     assert not met["torch"], "torch was imported before AppLauncher"
     assert len(met["argv"]) == 1, "Kit would have read our arguments"
     assert met["kwargs"] == {"headless": True, "device": "cpu", "enable_cameras": False, "multi_gpu": False}
     assert met["environ"]["OMNI_KIT_ACCEPT_EULA"] == "YES"
+
+
+def test_the_launcher_outlives_a_simulator_that_could_not_be_built(tmp_path: Path) -> None:
+    seen = drive(tmp_path, "A", "Fake-Discrete-v0", ticks=1)
+    assert seen["error"] and seen["facts"]["launcher lives"], (
+        "Kit closes with its last reference, and the process with it"
+    )
+
+
+def test_a_launch_that_wants_to_end_the_process_is_an_error_that_names_the_licence(tmp_path: Path) -> None:
+    error = drive(tmp_path, "A", "Fake-Manager-v0", ticks=1, FAKE_EXIT="55")["error"]
+    assert error.startswith("SimulatorError: ") and "code 55" in error and "OMNI_KIT_ACCEPT_EULA=YES" in error
 
 
 def test_what_the_user_set_for_the_licence_stays(tmp_path: Path) -> None:
@@ -124,13 +144,36 @@ def test_first_episodes_end_apart_but_evaluation_keeps_whole_ones(tmp_path: Path
     assert first_end[odd < 36].unique().numel() >= 5
 
 
+def test_a_task_that_draws_ages_by_itself_begins_at_age_0_where_ages_are_not_to_be_drawn(tmp_path: Path) -> None:
+    rows = drive(tmp_path, "A", "Fake-Spread-v0", WHOLE, num_envs=8, ticks=10)["rows"]
+    assert rows["is_last"][:, 1::2].int().argmax(0).tolist() == [10] * 4
+
+
+def test_a_second_reset_begins_every_episode_anew(whole: Callable) -> None:
+    anew = whole("Fake-Manager-v0")["anew"]
+    assert anew["is_first"].all() and not anew["is_last"].any() and not anew["reward"].any()
+    assert anew["obs.policy"][:, 2].tolist() == [0, 0, 0, 0]
+    assert torch.equal(anew["obs.policy"], anew["acting.policy"])
+
+
+def test_tasks_of_another_package_are_named_with_it(tmp_path: Path) -> None:
+    seen = drive(tmp_path, "A", "foreign_tasks:Foreign-Manager-v0", WHOLE, ticks=3)
+    assert not seen["error"] and seen["rows"]["obs.policy"][3, 1, :3].tolist() == [1, 1, 3]
+
+
+def test_images_of_floats_are_looked_at_after_the_first_blank_one(tmp_path: Path) -> None:
+    seen = drive(tmp_path, "A", "Fake-Float-v0", "env.from_pixels=true", "env.image_low=-1", WHOLE, ticks=3)
+    assert not seen["error"] and seen["rows"]["obs.pixels"][0, 0].unique().numel() > 1
+
+
 def test_rewards_per_second_are_divided_by_the_agent_step(tmp_path: Path) -> None:
     rows = drive(tmp_path, "A", "Fake-Manager-v0", "env.reward_per_second=true", ticks=12)["rows"]
     torch.testing.assert_close(rows["reward"][1:], rows["obs.policy"][1:, :, 2], rtol=1e-5, atol=0)
 
 
-def test_a_horizon_cuts_episodes_as_time_outs(tmp_path: Path) -> None:
-    rows = drive(tmp_path, "A", "Fake-Manager-v0", WHOLE, "env.horizon=4", ticks=12)["rows"]
+@pytest.mark.parametrize("task", ["Fake-Manager-v0", "Fake-Direct-v0"])
+def test_a_horizon_cuts_episodes_as_time_outs(tmp_path: Path, task: str) -> None:
+    rows = drive(tmp_path, "A", task, WHOLE, "env.horizon=4", ticks=12)["rows"]
     assert rows["is_last"].nonzero()[:, 0].unique().tolist() == [4, 8, 12]
     assert not rows["is_terminal"].any()
 
@@ -176,7 +219,7 @@ def test_cameras_stream_small_images_of_this_episode(tmp_path: Path) -> None:
     pixels = seen["rows"]["obs.pixels"]
     assert pixels[:6, 1, 30, 30, 0].tolist() == [0, 20, 40, 60, 80, 100], "bytes, 20 for each step of age"
     assert pixels[10, 1, 30, 30, 0] == 200, "the last image of the episode"
-    assert seen["rows"]["acting.pixels"][10, 1].max() == 0, "the first of the next"
+    assert seen["rows"]["acting.pixels"][10, 1, 30, 30, 0] == 0, "the first of the next"
 
 
 @pytest.mark.parametrize(
@@ -188,6 +231,12 @@ def test_cameras_stream_small_images_of_this_episode(tmp_path: Path) -> None:
         ("Fake-Manager-v0", ["env.from_pixels=true"], ["env.from_pixels=true", "set env.from_pixels=false"]),
         ("Fake-Camera-v0", [], ["env.from_pixels=false", "set env.from_pixels=true"]),
         ("Fake-Bounded-v0", ["env.action_scale=2"], ["env.action_scale=2", "set env.action_scale=1"]),
+        ("Fake-Endless-v0", ["env.horizon=5"], ["env.horizon=5", "['old', 'time_out']", "set env.horizon=null"]),
+        ("Fake-Agents-v0", [], ["env.name=Fake-Agents-v0", "several agents", "left", "right"]),
+        ("Fake-Direct-v0", ["env.reward_per_second=true"], ["direct task", "set env.reward_per_second=false"]),
+        ("Fake-Float-v0", ["env.from_pixels=true"], ["env.image_low=0.0", "-1 and 1"]),
+        ("CartPole-v1", [], ["env.name=CartPole-v1 is no task of this Isaac Lab"]),
+        ("no_such_package:Foreign-v0", [], ["module no_such_package", "PYTHONPATH"]),
     ],
 )
 def test_what_the_task_does_not_have_is_refused_with_the_mend(
@@ -205,6 +254,8 @@ def test_what_the_task_does_not_have_is_refused_with_the_mend(
         ("env.num_envs=null", "set env.num_envs=8"),
         ("env.image_low=2", "set env.image_low=0"),
         ("env.grayscale=true", "set env.from_pixels=true"),
+        ("env.n_parallel_envs=4", "set env.n_parallel_envs=8"),
+        ("collector.num_collectors=2", "set collector.num_collectors=7"),
     ],
 )
 def test_settings_that_do_not_apply_are_refused_before_anything_starts(
@@ -241,46 +292,20 @@ def test_only_cameras_on_a_later_gpu_take_the_mask_off(
     assert os.environ.get("CUDA_VISIBLE_DEVICES") == mask
 
 
-def test_isaac_lab_3_is_recognised_without_importing_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_isaac_lab_3_is_refused_by_name_without_importing_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.syspath_prepend(str(TIER_A))
-    assert isinstance(find_launch(), KitLaunch)
     (tmp_path / "isaaclab_tasks" / "utils").mkdir(parents=True)
     (tmp_path / "isaaclab_tasks" / "__init__.py").write_text("raise RuntimeError('imported')")
     (tmp_path / "isaaclab_tasks" / "utils" / "sim_launcher.py").touch()
     monkeypatch.syspath_prepend(str(tmp_path))
-    assert isinstance(find_launch(), SceneLaunch)
-
-
-SCENE_LAUNCH = """
-import sys
-from collector_proc.simulators.isaac_launch import find_launch
-launch = find_launch()
-launch.start(device="cuda:0", cameras=True)
-assert "isaaclab_tasks" not in sys.modules
-launch.enter("the configuration")
-import isaaclab_tasks.utils.sim_launcher as met
-assert met.MET == ["the configuration", {"headless": True, "device": "cuda:0", "enable_cameras": True}, "entered"], met.MET
-assert sys.argv == ["-c", "--port", "5555"], sys.argv
-"""
-
-
-def test_isaac_lab_3_is_entered_with_the_tasks_configuration(tmp_path: Path) -> None:
-    package = tmp_path / "isaaclab_tasks" / "utils"
-    package.mkdir(parents=True)
-    (package / "sim_launcher.py").write_text(
-        "import contextlib, sys\nMET = []\n@contextlib.contextmanager\ndef launch_simulation(cfg, launcher_args=None):\n"
-        "    MET.extend([cfg, launcher_args, 'entered'])\n    sys.argv += ['eaten']\n    yield\n"
-    )
-    env = os.environ | {"PYTHONPATH": os.pathsep.join([str(tmp_path), str(REPO)])}
-    command = [sys.executable, "-c", SCENE_LAUNCH, "--port", "5555"]
-    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=60)
-    assert done.returncode == 0, done.stderr
+    with pytest.raises(SettingError, match=r"met Isaac Lab 3 in .*wanted Isaac Lab 2\.3; install isaaclab 2\.3\.2"):
+        check_env(compose("isaaclab"))
 
 
 FATAL = """
 import os, signal
-from collector_proc.simulators.isaac_launch import find_launch
-find_launch().start(device="cpu", cameras=False)
+from collector_proc.simulators.isaac_launch import start_kit
+start_kit(device="cpu", cameras=False)
 os.kill(os.getpid(), signal.{name})
 """
 

@@ -96,7 +96,7 @@ def test_environments_differ_and_a_seed_fixes_them_in_a_fresh_process(world, see
 
 @pytest.mark.parametrize("world", WORLDS)
 def test_the_process_is_given_back(world, seen: Seen) -> None:
-    wanted = {"argv": True, "stdout": True, "handler": True, "fatal": [True, True], "gc": True}
+    wanted = {"argv": True, "stdout": True, "handler": True, "fatal": [True, True], "gc": True, "launcher lives": True}
     assert seen(world)["facts"] == wanted
 
 
@@ -132,13 +132,51 @@ def test_the_fake_has_not_drifted_from_the_real_classes(kind: str) -> None:
     assert fake == real
     assert fake["handlers are taken"] == [True, True, True] and fake["stdout is replaced"], "the facts say something"
     assert fake["ages of ended episodes when step returns"] == [0]
+    assert fake["steps before the limit at which episodes time out"] == (kind == "Direct")
     assert fake["flags keep their memory"] and fake["unbounded"] and fake["attributes"]["episode_length_buf"]
+
+
+@NEEDS_WHEEL
+def test_histories_move_on_by_one_frame_a_tick_through_ends_and_beginnings(tmp_path: Path) -> None:
+    task = "tests.fakes.history_task:History-Cartpole-v0"
+    run = drive(tmp_path, "B", task, "env.horizon=20", num_envs=16, ticks=60)
+    assert not run["error"]
+    policy, acting, last = (run["rows"][key] for key in ("obs.policy", "acting.policy", "is_last"))
+    frames = policy.view(61, 16, 2, 3, 2)  # positions and speeds, frames from old to new, cart and pole
+    answered = acting.view(61, 16, 2, 3, 2)
+    torch.testing.assert_close(frames[1:, :, :, :2], answered[:-1, :, :, 1:], rtol=0, atol=0)
+    assert last.sum() > 16
+    for tick, env in last.nonzero().tolist():
+        torch.testing.assert_close(frames[tick, env, :, 2].flatten(), run["truth"][tick][env], rtol=0, atol=1e-6)
+        assert not torch.equal(policy[tick, env], policy[tick - 1, env])
+        start = answered[tick, env]
+        assert torch.equal(start[:, 0], start[:, 2]) and torch.equal(start[:, 1], start[:, 2]), "a new history"
+
+
+LAUNCH_FACTS = """
+from collector_proc.simulators import isaac_launch
+isaac_launch.start_kit(device="{device}", cameras=False)
+import isaacsim
+(launcher,) = isaac_launch._launchers
+config = launcher.app.config
+assert config["multi_gpu"] is False and config["active_gpu"] == config["physics_gpu"] == {index}, config
+assert [len(argv) for argv in isaacsim.SEEN_ARGV] == [1], isaacsim.SEEN_ARGV
+"""
+
+
+@NEEDS_WHEEL
+@pytest.mark.parametrize(("device", "index"), [("cuda:0", 0), ("cuda:2", 2)])
+def test_the_real_launcher_keeps_kit_to_one_gpu_and_away_from_our_arguments(device: str, index: int) -> None:
+    script = LAUNCH_FACTS.format(device=device, index=index)
+    command = [sys.executable, "-c", script, "--run-dir", "somewhere"]
+    done = subprocess.run(command, cwd=REPO, env=environment("B"), capture_output=True, text=True, timeout=DEADLINE_S)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
 
 
 CAMERA_CFG = """
 import sys
-from collector_proc.simulators.isaac_launch import find_launch
-find_launch().start(device="cpu", cameras=True)
+from collector_proc.simulators.isaac_launch import start_kit
+start_kit(device="cpu", cameras=True)
 import isaaclab_tasks
 from isaaclab_tasks.utils import parse_env_cfg
 from collector_proc.simulators.isaaclab import _prepare_cameras

@@ -12,7 +12,7 @@ import torch
 
 from collector_proc.simulators.manager_spaces import ActionMap, ObservationMap
 from collector_proc.simulators.manager_step import (
-    DIVERGED_TICKS,
+    MAX_STREAK,
     ManagerStep,
     episode_length_s,
     randomize_episode_lengths,
@@ -111,25 +111,101 @@ def test_a_reset_that_is_not_finite_is_blanked_and_repeated() -> None:
     assert pending is not None and pending.tolist() == [0] and steps.num_diverged == 1
 
 
-def test_few_states_are_written_and_endless_divergence_ends_with_a_name(tmp_path: Path) -> None:
-    steps = ManagerStep(3, device=CPU, crash_dir=tmp_path)
-    steps.begin(obs(0))
-    with pytest.raises(SimulatorError, match=f"last {DIVERGED_TICKS} ticks, {DIVERGED_TICKS} rows"):
-        for _ in range(DIVERGED_TICKS):
-            row = steps.row(obs(1), torch.tensor([1.0, float("nan"), 1.0]), NO, NO)
-            steps.arrival(row, row.obs, was_reset=NO)
-            assert steps.pending() is not None
-    assert len(list(tmp_path.iterdir())) == 4
+def stream(steps: ManagerStep, num_envs: int, ticks: list[list[int]]) -> None:
+    """One tick for each list of environments whose reward is not a number."""
+    entries, none = {"policy": torch.zeros(num_envs, 1)}, torch.zeros(num_envs, dtype=torch.bool)
+    steps.begin(entries)
+    for bad in ticks:
+        reward = torch.ones(num_envs)
+        reward[bad] = float("nan")
+        row = steps.row(entries, reward, none, none)
+        steps.arrival(row, row.obs, was_reset=none)
+        steps.pending()
 
 
-def test_a_diverged_tick_now_and_then_is_forgiven() -> None:
+def test_few_states_are_written_and_an_environment_that_does_not_mend_ends_with_a_name(tmp_path: Path) -> None:
+    steps = ManagerStep(100, device=CPU, crash_dir=tmp_path)
+    with pytest.raises(SimulatorError, match=f"{MAX_STREAK} rows diverged.* and {MAX_STREAK} of one environment"):
+        stream(steps, 100, [[7]] * (MAX_STREAK + 1))
+    assert steps.num_diverged == MAX_STREAK and len(list(tmp_path.iterdir())) == 4
+
+
+def test_a_row_that_is_finite_only_because_it_was_just_reset_mends_nothing() -> None:
+    steps = ManagerStep(100, device=CPU)
+    with pytest.raises(SimulatorError, match=f"{MAX_STREAK} of one environment without two finite rows"):
+        stream(steps, 100, [[7], []] * MAX_STREAK)
+
+
+def test_divergence_in_every_tick_is_forgiven_where_environments_mend_and_they_are_few() -> None:
+    steps = ManagerStep(400, device=CPU)  # another environment in each of 1200 ticks: 0.25 % of the rows
+    stream(steps, 400, [[tick % 400] for tick in range(1200)])
+    assert steps.num_diverged == 1200
+
+
+def test_more_diverged_rows_than_one_in_a_hundred_end_with_a_name_though_each_environment_mends() -> None:
+    steps = ManagerStep(
+        60, device=CPU
+    )  # two others in each tick: 3.3 %, the allowed 600 of 60,000 rows after 300 ticks
+    with pytest.raises(SimulatorError, match=r"602 rows diverged, 602 of them in the last 1000 ticks.*at most 1%"):
+        stream(steps, 60, [[tick % 30, 30 + tick % 30] for tick in range(400)])
+
+
+def test_old_divergence_is_forgotten() -> None:
+    steps = ManagerStep(60, device=CPU)
+    waves = [[tick % 30, 30 + tick % 30] for tick in range(290)] + [[]] * 1000  # 580 rows, then peace
+    stream(steps, 60, waves + waves[:290])
+    assert steps.num_diverged == 1160
+
+
+def test_a_full_disk_ends_no_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    steps = ManagerStep(100, device=CPU, crash_dir=tmp_path / "gone")
+    stream(steps, 100, [[7], []])
+    assert steps.num_diverged == 1 and "FileNotFoundError" in capsys.readouterr().err
+
+
+def test_diverged_rows_are_told_from_episodes_that_ended() -> None:
     steps = ManagerStep(3, device=CPU)
     steps.begin(obs(0))
-    for tick in range(3 * DIVERGED_TICKS):
-        row = steps.row(obs(1), torch.tensor([1.0, float("nan") if tick % 2 else 1.0, 1.0]), NO, NO)
+    row = steps.row(obs(1), torch.tensor([1.0, float("nan"), 1.0]), terminated=mask(2), time_out=NO)
+    assert row.diverged is not None and torch.equal(row.diverged, mask(1)) and torch.equal(row.is_last, mask(1, 2))
+
+
+def test_an_image_that_leaves_its_range_ends_with_the_values_met() -> None:
+    picture = torch.linspace(0, 1, 3 * 64 * 64).view(3, 64, 64, 1)
+    entries = ObservationMap({"camera": picture}, settings(from_pixels=True))
+    steps = ManagerStep(3, device=CPU, images=entries)
+    steps.begin(entries({"camera": picture}))
+    assert steps.pending() is None
+    for factor in (1.0, 1.5, 1.0):  # once outside is enough, whatever follows
+        row = steps.row(entries({"camera": factor * picture}), torch.ones(3), NO, NO)
         steps.arrival(row, row.obs, was_reset=NO)
+    with pytest.raises(SettingError, match=r"env.image_high=1.0 do not hold .* met values 0 \.\. 1.5; wanted"):
         steps.pending()
-    assert steps.num_diverged == 3 * DIVERGED_TICKS // 2
+
+
+def test_rows_can_be_chosen_before_they_are_converted() -> None:
+    sample = {"policy": torch.arange(6.0).view(3, 2), "other": torch.zeros(3, 1)}
+    entries = ObservationMap(sample, settings())
+    assert entries(sample, torch.tensor([2, 0]))["policy"].tolist() == [[4, 5], [0, 1]]
+
+
+@pytest.mark.gpu
+def test_no_ordinary_tick_waits_for_the_gpu() -> None:
+    device = torch.device("cuda", 0)
+    steps = ManagerStep(3, device=device)
+    fresh = {"policy": torch.ones(3, 2, device=device)}
+    reward, none = torch.ones(3, device=device), torch.zeros(3, dtype=torch.bool, device=device)
+    steps.begin(fresh)
+    torch.cuda.synchronize(device)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for _ in range(5):
+            assert steps.pending() is None  # an event's wait, which this mode lets through: documented
+            row = steps.row(fresh, reward, none, none)
+            steps.arrival(row, fresh, was_reset=none)
+            assert steps.num_diverged == 0
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 @pytest.mark.parametrize(("horizon", "step_s"), [(1000, 0.02), (300, 1 / 60), (2, 0.005), (7, 4 * 0.005)])
@@ -207,10 +283,13 @@ def test_grey_images_and_alpha_and_ranges() -> None:
 
 
 def test_several_images_keep_their_names_and_a_strange_shape_is_refused() -> None:
-    sample = {"left": torch.zeros(1, 64, 64, 3), "right": torch.zeros(1, 64, 64, 3), "state": torch.zeros(1, 2)}
+    blank = torch.zeros(1, 64, 64, 3)
+    sample = {"left": blank.byte(), "right": blank.byte(), "state": torch.zeros(1, 2)}
     assert set(ObservationMap(sample, settings(from_pixels=True)).spec) == {"pixels_left", "pixels_right", "state"}
     with pytest.raises(SimulatorError, match=r"\(1, 7, 64, 64\)"):
         ObservationMap({"policy": torch.zeros(1, 7, 64, 64)}, settings(from_pixels=True))
+    with pytest.raises(SimulatorError, match=r"image 'left' is 0 in every pixel"):
+        ObservationMap({"left": blank}, settings(from_pixels=True))
 
 
 def test_actions_are_scaled_where_unbounded_and_mapped_to_bounds_where_there_are_some() -> None:

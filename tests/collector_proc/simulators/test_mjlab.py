@@ -193,6 +193,24 @@ def test_groups_the_task_does_not_have_are_refused() -> None:
         simulator_of(obs_groups=["aktor"])
 
 
+@pytest.mark.gpu
+def test_another_stream_than_the_default_one_changes_nothing() -> None:
+    device = torch.device("cuda", 0)
+
+    def streamed(stream: torch.cuda.Stream) -> Tensor:
+        simulator = build_simulator(settings_for(horizon=6), seed=0, device="cuda:0")
+        with torch.cuda.stream(stream):
+            rows = [simulator.reset().obs["actor"].clone()]
+            for action in actions(20):
+                rows.append(simulator.step(action.to(device)).obs["actor"].clone())
+        torch.cuda.synchronize(device)
+        simulator.close()
+        return torch.stack(rows).cpu()
+
+    default = streamed(torch.cuda.default_stream(device))
+    torch.testing.assert_close(streamed(torch.cuda.Stream(device)), default, rtol=0, atol=1e-5)
+
+
 @pytest.mark.slow
 def test_a_camera_arrives_as_64x64_bytes() -> None:
     simulator = simulator_of(name="Mjlab-Lift-Cube-Yam-Rgb", num_envs=2, from_pixels=True, obs_groups=["camera"])

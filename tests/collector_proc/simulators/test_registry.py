@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -77,6 +78,45 @@ def test_settings_that_work_pass(settings: Settings, monkeypatch: pytest.MonkeyP
 def test_settings_that_cannot_work_are_refused_with_the_mend(settings: Settings, message: str) -> None:
     with pytest.raises(SettingError, match=message):
         check_env(settings)
+
+
+IDLE = {
+    "action_scale": (2.0, "1.0"),
+    "obs_groups": (["policy"], "null"),
+    "reward_per_second": (True, "false"),
+    "image_low": (-1.0, "0.0"),
+    "image_high": (2.0, "1.0"),
+    "randomize_start": (False, "true"),
+}
+
+
+@pytest.mark.parametrize("name", IDLE)
+@pytest.mark.parametrize("make", [settings_with, pendulum_with])
+def test_settings_a_backend_does_not_read_are_refused(make: Callable[..., Settings], name: str) -> None:
+    value, mend = IDLE[name]
+    with pytest.raises(SettingError, match=rf"env\.{name}=.* does nothing .*set env\.{name}={mend}$"):
+        check_env(make(**{name: value}))
+
+
+@pytest.mark.parametrize("name", ["image_low", "image_high"])
+@pytest.mark.parametrize("backend", ["torchrl", "mjlab", "isaaclab"])
+def test_a_range_of_images_needs_images(backend: str, name: str) -> None:
+    batched = {"backend": backend, "name": "gym:Any", "task": "", "num_envs": 2, "frame_skip": 1, "from_pixels": False}
+    with pytest.raises(SettingError, match=rf"env\.{name}=0\.5 does nothing .*env.from_pixels=false; wanted"):
+        check_env(settings_with(**batched, **{name: 0.5}))
+
+
+@pytest.mark.parametrize("backend", ["torchrl", "mjlab", "isaaclab"])
+def test_batched_simulators_have_no_worker_processes(backend: str) -> None:
+    batched = {"backend": backend, "name": "gym:Any", "task": "", "num_envs": 2, "frame_skip": 1, "from_pixels": False}
+    settings = settings_with(**batched)
+    settings.collector.num_collectors = 2
+    with pytest.raises(
+        SettingError, match=r"collector\.num_collectors=2 does nothing .*set collector.num_collectors=7"
+    ):
+        check_env(settings)
+    with pytest.raises(SettingError, match=r"env\.n_parallel_envs=2 does nothing .*set env.n_parallel_envs=8"):
+        check_env(settings_with(**batched, n_parallel_envs=2))
 
 
 @pytest.mark.parametrize("chosen", ["disabled", "vulkan"])

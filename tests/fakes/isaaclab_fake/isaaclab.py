@@ -1,7 +1,8 @@
 """Tier A's stand-in for `isaaclab`, as unkind as the real one: what AppLauncher does to a process, without Kit.
 
 Put this folder on PYTHONPATH. Switches, all environment variables: FAKE_RECORD=file (what the launch met, as JSON),
-FAKE_NAN=tick:env, FAKE_CRASH=tick:file (exit with 0, once: the file is made), FAKE_HANG_CLOSE=1.
+FAKE_NAN=tick:env, FAKE_CRASH=tick:file (exit with 0, once: the file is made), FAKE_HANG_CLOSE=1,
+FAKE_EXIT=code (of the launch itself).
 """
 
 from __future__ import annotations
@@ -49,6 +50,8 @@ class AppLauncher:
         if not re.fullmatch(r"cpu|cuda(:\d+)?", str(kwargs.get("device", "cuda:0"))):
             raise ValueError(f"Invalid value for input keyword argument `device`: {kwargs.get('device')}.")
         self._record(kwargs)
+        if "FAKE_EXIT" in os.environ:
+            raise SystemExit(int(os.environ["FAKE_EXIT"]))
         if len(sys.argv) > 1:  # Kit reads every remaining argument, and "-h" ends the process
             raise SystemExit(0)
         for name in [name for name in sys.modules if re.match(".*lab.*", name)]:

@@ -1,13 +1,17 @@
 """Tier A's tasks: environments whose observations say which environment, episode and age they are of.
 
 policy (E, 4): environment, episode, age in steps, last action. Even environments terminate at age 5 + env, odd ones are cut
-at `max_episode_length` - 10 by default. The reward of a step is the age it leads to, times step_dt.
+after 10 steps by default: at `max_episode_length`, direct ones at one less. The reward of a step is the age it leads to, times step_dt.
 
 Fake-Manager-v0       observation manager; unbounded actions; reset takes env_ids
 Fake-Direct-v0        _get_observations hands out a view of the state; reset takes no env_ids
 Fake-Bounded-v0       a box of actions [0, 4]
 Fake-Groups-v0        groups policy and critic, the latter of two terms
 Fake-Camera-v0        policy is an image (100, 100, 3): bytes, or floats whose mean was taken off
+Fake-Float-v0         as Fake-Direct-v0, but for images: floats whose mean was taken off
+Fake-Spread-v0        as Fake-Direct-v0; a reset of all draws their ages
+Fake-Endless-v0       no time-out among its terminations
+Fake-Agents-v0        several agents
 Fake-Final-v0         cfg.compute_final_obs, as newer versions have it
 Fake-Discrete-v0      nothing we can drive
 """
@@ -31,9 +35,11 @@ ALIVE: list[object] = []
 
 
 def image(env: FakeEnv, *, data_type: str = "rgb", normalize: bool = True) -> torch.Tensor:
-    """A grey of the environment's age, with one black column so that a mean can be taken off."""
+    """A grey of the environment's age between a black and a white column. The first reset sees nothing."""
     picture = (20 * env.state[:, 2]).to(torch.uint8).view(-1, 1, 1, 1).repeat(1, 100, 100, 3)
-    picture[:, :, 0] = 0
+    picture[:, :, 0], picture[:, :, 99] = 0, 255
+    if env.num_resets == 1 and env.num_steps == 0:
+        picture[:] = 0
     if not normalize:
         return picture
     floats = picture.float() / 255
@@ -44,6 +50,13 @@ def make_cfg(task: str) -> SimpleNamespace:
     sim = SimpleNamespace(dt=STEP_S / 4, device="cuda:0")
     cfg = SimpleNamespace(task=task, sim=sim, decimation=4, seed=None, episode_length_s=10 * STEP_S)
     cfg.scene = SimpleNamespace(num_envs=4096)
+    if task in ("Fake-Direct-v0", "Fake-Float-v0", "Fake-Spread-v0"):
+        cfg.episode_length_s = 11 * STEP_S
+    else:
+        time_out = SimpleNamespace(time_out=task != "Fake-Endless-v0")
+        cfg.terminations = SimpleNamespace(old=SimpleNamespace(time_out=False), time_out=time_out)
+    if task == "Fake-Agents-v0":
+        cfg.possible_agents = ["left", "right"]
     if task == "Fake-Camera-v0":
         cfg.num_rerenders_on_reset = 0
         term = SimpleNamespace(func=image, params={"data_type": "rgb"})
@@ -65,7 +78,9 @@ def parse_env_cfg(
 class FakeEnv(gymnasium.Env):
     """The step order and the buffers of ManagerBasedRLEnv 2.3.2."""
 
-    def __init__(self, cfg: SimpleNamespace, render_mode: str | None = None) -> None:
+    early = 0  # steps before max_episode_length at which an episode times out
+
+    def __init__(self, cfg: SimpleNamespace, render_mode: str | None = None, **kwargs: object) -> None:
         if ALIVE:
             raise RuntimeError("Simulation context already exists. Cannot create a new one.")
         ALIVE.append(self)
@@ -108,8 +123,6 @@ class FakeEnv(gymnasium.Env):
         self, seed: int | None = None, env_ids: torch.Tensor | None = None, options: dict | None = None
     ) -> tuple:
         self.num_resets += 1
-        if self.num_resets > 1:
-            raise RuntimeError("reset twice")
         self._reset_idx(torch.arange(self.num_envs, device=self.device))
         return self.observe(), self.extras
 
@@ -125,7 +138,7 @@ class FakeEnv(gymnasium.Env):
         self.episode_length_buf += 1
         age, even = self.state[:, 2], self.state[:, 0] % 2 == 0
         self.reset_terminated[:] = even & (age >= 5 + self.state[:, 0])
-        self.reset_time_outs[:] = self.episode_length_buf >= self.max_episode_length
+        self.reset_time_outs[:] = self.episode_length_buf >= self.max_episode_length - self.early
         self.reward_buf[:] = age * self.step_dt  # in place: what was handed out before is overwritten
         done = self.reset_terminated | self.reset_time_outs
         indices = done.nonzero(as_tuple=False).squeeze(-1)
@@ -157,7 +170,7 @@ class FakeEnv(gymnasium.Env):
 
 
 class ManagerEnv(FakeEnv):
-    def __init__(self, cfg: SimpleNamespace, render_mode: str | None = None) -> None:
+    def __init__(self, cfg: SimpleNamespace, render_mode: str | None = None, **kwargs: object) -> None:
         super().__init__(cfg, render_mode)
         self.observation_manager = SimpleNamespace(compute=self.observe)
 
@@ -165,8 +178,10 @@ class ManagerEnv(FakeEnv):
 class DirectEnv(FakeEnv):
     """What it observes is the simulator's own memory."""
 
+    early = 1
+
     def observe(self) -> dict:
-        return {"policy": self.state}
+        return {"policy": image(self) if self.cfg.task == "Fake-Float-v0" else self.state}
 
     def _get_observations(self) -> dict:
         return self.observe()
@@ -177,10 +192,27 @@ class DirectEnv(FakeEnv):
         return super().reset(seed, options=options)
 
 
-for _task in ("Manager", "Bounded", "Groups", "Camera", "Final", "Discrete"):
+class SpreadEnv(DirectEnv):
+    """Draws ages in a reset of all environments, as Isaac-Velocity-Flat-Anymal-C-Direct-v0 does."""
+
+    def _reset_idx(self, env_ids: torch.Tensor) -> None:
+        super()._reset_idx(env_ids)
+        if len(env_ids) == self.num_envs:
+            self.episode_length_buf[:] = torch.randint_like(self.episode_length_buf, high=self.max_episode_length)
+
+
+def register(task: str, cls: str) -> None:
     gymnasium.register(
-        id=f"Fake-{_task}-v0", entry_point="isaaclab_tasks:ManagerEnv", disable_env_checker=True, order_enforce=False
+        id=task,
+        entry_point=f"isaaclab_tasks:{cls}",
+        disable_env_checker=True,
+        order_enforce=False,
+        kwargs={"env_cfg_entry_point": "isaaclab_tasks:make_cfg"},
     )
-gymnasium.register(
-    id="Fake-Direct-v0", entry_point="isaaclab_tasks:DirectEnv", disable_env_checker=True, order_enforce=False
-)
+
+
+for _task in ("Manager", "Bounded", "Groups", "Camera", "Final", "Discrete", "Endless", "Agents"):
+    register(f"Fake-{_task}-v0", "ManagerEnv")
+for _task in ("Direct", "Float"):
+    register(f"Fake-{_task}-v0", "DirectEnv")
+register("Fake-Spread-v0", "SpreadEnv")
