@@ -78,7 +78,7 @@ def collect(folders: list[Path], *, name: str, command: str) -> dict[str, Any]:
     env = load_settings(folders[0] / "config.yaml").env
     return {
         "name": name,
-        "task": f"{env.name}_{env.task}",
+        "task": f"{env.name}_{env.task}".rstrip("_"),  # only dm_control has both
         "observations": "pixels" if env.from_pixels else "state",
         "command": command,
         "git": run["git"],
@@ -97,11 +97,11 @@ def draw(result: dict[str, Any], out: Path) -> None:
         curve = run["curve"]
         random += [value for value in curve["random_return_mean"][-1:] if value is not None]
         axes[0].plot([s / 60 for s in curve["wall_s"]], curve["eval_return_mean"], label=f"seed {run['seed']}")
-        axes[1].plot(curve["env_frames"], curve["eval_return_mean"], label=f"seed {run['seed']}")
+        axes[1].plot([n / 1000 for n in curve["env_frames"]], curve["eval_return_mean"], label=f"seed {run['seed']}")
     published = DREAMER_V1_PIXELS.get(result["task"])
     longest = max((run["curve"]["env_frames"] or [0])[-1] for run in result["runs"])
     if published is not None and result["observations"] == "pixels":
-        points = [(frames, score) for frames, score in zip(ENV_FRAMES, published, strict=True) if frames <= 2 * longest]
+        points = [(frames / 1000, score) for frames, score in zip(ENV_FRAMES, published, strict=True) if frames <= 2 * longest]
         axes[1].plot(*zip(*points, strict=True), "k--", label="published V1") if points else None
     for axis in axes:
         if random:
@@ -110,7 +110,7 @@ def draw(result: dict[str, Any], out: Path) -> None:
         axis.spines[["top", "right"]].set_visible(False)
         axis.set_xlim(left=0)
     axes[0].set_xlabel("wall time, minutes")
-    axes[1].set_xlabel("env frames")
+    axes[1].set_xlabel("env frames, thousands")
     axes[0].set_ylabel("evaluation return\n(mean of up to 20 episodes)")
     axes[1].legend(frameon=False)
     figure.suptitle(f"{result['task']} from {result['observations']}: {result['name']}")
