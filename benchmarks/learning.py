@@ -101,7 +101,9 @@ def draw(result: dict[str, Any], out: Path) -> None:
     published = DREAMER_V1_PIXELS.get(result["task"])
     longest = max((run["curve"]["env_frames"] or [0])[-1] for run in result["runs"])
     if published is not None and result["observations"] == "pixels":
-        points = [(frames / 1000, score) for frames, score in zip(ENV_FRAMES, published, strict=True) if frames <= 2 * longest]
+        points = [
+            (frames / 1000, score) for frames, score in zip(ENV_FRAMES, published, strict=True) if frames <= 2 * longest
+        ]
         axes[1].plot(*zip(*points, strict=True), "k--", label="published V1") if points else None
     for axis in axes:
         if random:

@@ -6,6 +6,7 @@ import statistics
 import time
 from collections import defaultdict
 from collections.abc import Callable
+from operator import attrgetter
 from typing import Any
 from unittest.mock import patch
 
@@ -80,7 +81,9 @@ def phase_ms(step: GradientStep, batch: TensorDict, *, repetitions: int, clock: 
     watch = PhaseClock(batch.device, clock)
     parts: Any = step  # its private parts, by name
     for name, phase in PARTS.items():
-        setattr(parts, name, watch.timed(phase, getattr(parts, name), name))
+        *path, last = name.split(".")
+        owner = attrgetter(*path)(parts) if path else parts
+        setattr(owner, last, watch.timed(phase, getattr(owner, last), name))
     for updater in parts._updaters.values():
         updater.apply = watch.timed(OPTIMISERS, updater.apply)
     taken: defaultdict[str, list[float]] = defaultdict(list)
