@@ -1,10 +1,13 @@
 """Which options earn their place: one task trained under several named sets of settings, each with the same seeds.
 
-    python -m benchmarks.options --config quickstart --sets v1 kl robust --seeds 0 1 --name options_pendulum
+    python -m benchmarks.options --config quickstart --sets v1 std slow --seeds 0 1 --name options_pendulum
     python -m benchmarks.options --config quickstart --sets continue no_continue --seeds 0 1 2 env.task=balance
     python -m benchmarks.options --draw benchmarks/results/options_pendulum.json
 
-The sets differ in losses and exploration alone; sizes, schedule and step sizes are the config's. Everything behind the
+Sets: v1 (plain KL, the actor starts at std 5); kl (v1 with balanced KL under 0.5 nats); std (kl, the actor starts at std 1); slow
+(std with a slow critic); norm (std with returns over their percentile range and an entropy bonus); all (slow and norm);
+all_quiet (all with less exploration noise); continue and no_continue (the config as it is, with and without a continue head).
+They differ in losses and exploration alone; sizes, schedule and step sizes are the config's. Everything behind the
 options goes to launch.py as it stands.
 """
 
@@ -39,11 +42,11 @@ _STD = _KL | {"networks.init_std": "1"}
 _SLOW = _STD | {"optimization.slow_critic_decay": "0.98"}
 _NORM = _STD | {"optimization.return_norm": "percentile", "optimization.entropy_scale": "3e-4"}
 SETS = {
-    "v1": _V1,  # plain KL, 1 nat for vectors, actor's std 5
-    "kl": _KL,  # + balanced KL, 0.5 nats
-    "std": _STD,  # + actor's std 1
-    "slow": _SLOW,  # std + slow critic
-    "norm": _NORM,  # std + returns over their percentile range, entropy bonus
+    "v1": _V1,
+    "kl": _KL,
+    "std": _STD,
+    "slow": _SLOW,
+    "norm": _NORM,
     "all": _SLOW | _NORM,
     "all_quiet": _SLOW | _NORM | {"networks.exploration_noise": "0.1"},
     "continue": {"networks.continue_head": "true"},

@@ -12,11 +12,18 @@ import torch
 from PIL import Image
 
 from learner_proc.startup import open_run
+from shared.errors import SettingError
 
 
 def sample_frames(run_dir: Path, windows: int, steps: int) -> torch.Tensor:
     """Images (windows, steps, 64, 64, C) uint8, drawn by the learner's own sampler from the newest checkpoint."""
-    return open_run(run_dir)[2].sample(windows, steps)["obs", "pixels"]
+    batch = open_run(run_dir)[2].sample(windows, steps)
+    if "pixels" not in batch["obs"]:
+        met = ", ".join(sorted(batch["obs"].keys()))
+        raise SettingError(
+            f"{run_dir} observes {met} and no pixels; wanted a run with env.from_pixels=true; name another"
+        )
+    return batch["obs", "pixels"]
 
 
 def main() -> None:
@@ -26,7 +33,10 @@ def main() -> None:
     parser.add_argument("--windows", type=int, default=4, help="sampled windows, one row each")
     parser.add_argument("--steps", type=int, default=8, help="consecutive steps of a window")
     arguments = parser.parse_args()
-    frames = sample_frames(arguments.run, arguments.windows, arguments.steps)
+    try:
+        frames = sample_frames(arguments.run, arguments.windows, arguments.steps)
+    except SettingError as error:
+        parser.error(str(error))
     grid = frames.permute(0, 2, 1, 3, 4).flatten(0, 1).flatten(1, 2)  # (windows * 64, steps * 64, C)
     image = Image.fromarray(grid.expand(-1, -1, 3).contiguous().numpy())
     image.resize((image.width * 2, image.height * 2), Image.Resampling.NEAREST).save(arguments.out)

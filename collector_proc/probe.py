@@ -80,7 +80,10 @@ def main() -> int:
         device = options.device or _default_device()
         _say_versions(report, settings, device)
         _probe(report, settings, device=device, num_ticks=options.ticks)
-    except (SettingError, SimulatorError) as error:
+    except SettingError as error:
+        report.check(False, str(error))
+        return 1  # a setting or a missing package, which the line above mends: no issue to open
+    except SimulatorError as error:
         report.check(False, str(error))
     except Exception:
         report.check(False, traceback.format_exc())

@@ -301,7 +301,9 @@ class Learner:
         return min(WINDOW_LENGTH, self._geometry.capacity - 2 * self._geometry.ticks_per_chunk)
 
     def _replay_ratio(self) -> float:
-        return self._pacing.replayed / max(self._pacing.collected, 1)
+        """Of the whole run; the ledger that paces it begins anew with every resume."""
+        replayed = self.counters.gradient_steps * self._geometry.frames_per_step
+        return replayed / max(self.counters.agent_steps, 1)
 
     def _show_status(self) -> None:
         if time.monotonic() - self._status_at > STATUS_S:

@@ -189,7 +189,7 @@ class Watch:
             self._collector_death = hang or describe_exit(returncode)
             if returncode == CANNOT_START:
                 self._show_death(collector, self._collector_death)
-                self._end_learner(Outcome(1, "the simulator cannot start; the lines above say why"))
+                self._end_learner(Outcome(2, "the simulator cannot start; the lines above say why"))
                 return None
         if self._snapshots["learner"].phase in LAST_PHASES or time.monotonic() - self._collector_died_at < GRACE_S:
             return None

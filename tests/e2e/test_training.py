@@ -15,6 +15,7 @@ import torch
 
 from benchmarks.show_frames import sample_frames
 from learner_proc.run_report import write_report
+from shared.compose import load_settings
 from shared.launching.metrics import SUMMARY_KEYS
 from shared.supervision import read
 
@@ -204,6 +205,8 @@ def test_a_refused_resume_leaves_the_run_resumable(tmp_path):
     launch = start(run_dir, "--resume", str(run_dir), "optimization.total_optim_steps=15")
     output = finish(launch)
     assert launch.returncode == 0 and summary(run_dir)["gradient_steps"] == 15, output
+    last, batch_size = rows(run_dir)[-1], load_settings(run_dir / "config.yaml").replay_buffer.batch_size
+    assert last["replay_ratio"] == pytest.approx(15 * batch_size / last["agent_steps"]), "of the whole run"
 
 
 def test_ctrl_c_during_start_up_ends_within_seconds(tmp_path):
@@ -232,5 +235,5 @@ def test_a_simulator_that_cannot_start_is_not_started_again_and_again(tmp_path):
     command = ["env.name=cartpole", "env.task=balance", "collector.num_collectors=0", *TINY]
     launch = start(tmp_path / "run", *command, mujoco_gl="glfw")
     output = finish(launch, 60)
-    assert launch.returncode == 1 and "MUJOCO_GL" in output, output
+    assert launch.returncode == 2 and "MUJOCO_GL" in output, output
     assert summary(tmp_path / "run")["collector_restarts"] == 0
