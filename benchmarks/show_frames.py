@@ -18,8 +18,8 @@ from shared.errors import SettingError
 def sample_frames(run_dir: Path, windows: int, steps: int) -> torch.Tensor:
     """Images (windows, steps, 64, 64, C) uint8, drawn by the learner's own sampler from the newest checkpoint."""
     batch = open_run(run_dir)[2].sample(windows, steps)
-    if "pixels" not in batch["obs"]:
-        met = ", ".join(sorted(batch["obs"].keys()))
+    if ("obs", "pixels") not in batch.keys(include_nested=True):
+        met = ", ".join(sorted(map(str, batch.get("obs").keys())))
         raise SettingError(
             f"{run_dir} observes {met} and no pixels; wanted a run with env.from_pixels=true; name another"
         )
