@@ -30,7 +30,7 @@ LIST_GYM_S, LIST_MJLAB_S = 60.0, 180.0
 SPACES = ("action_scale", "obs_groups", "image_low", "image_high")
 IDLE = {  # settings of env that a backend does not read
     "dm_control": (*SPACES, "reward_per_second", "randomize_start"),
-    "pendulum": (*SPACES, "reward_per_second", "randomize_start"),
+    "pendulum": (*SPACES, "reward_per_second", "randomize_start", "n_parallel_envs"),
     "torchrl": ("randomize_start", "n_parallel_envs"),
     "mjlab": ("n_parallel_envs",),
     "isaaclab": ("n_parallel_envs",),
@@ -61,7 +61,7 @@ def refuse_idle(settings: Settings) -> None:
     idle: list[tuple[str, Any, Any, str]] = [("env", env, EnvSettings(), name) for name in IDLE[env.backend]]
     if not env.from_pixels:
         idle += [("env", env, EnvSettings(), name) for name in ("image_low", "image_high")]
-    if env.backend in ("torchrl", "mjlab", "isaaclab"):
+    if env.backend != "dm_control":
         idle.append(("collector", settings.collector, CollectorSettings(), "num_collectors"))
     for section, met, default, name in idle:
         value, wanted = getattr(met, name), getattr(default, name)

@@ -106,7 +106,7 @@ def test_a_range_of_images_needs_images(backend: str, name: str) -> None:
         check_env(settings_with(**batched, **{name: 0.5}))
 
 
-@pytest.mark.parametrize("backend", ["torchrl", "mjlab", "isaaclab"])
+@pytest.mark.parametrize("backend", ["torchrl", "mjlab", "isaaclab", "pendulum"])
 def test_batched_simulators_have_no_worker_processes(backend: str) -> None:
     batched = {"backend": backend, "name": "gym:Any", "task": "", "num_envs": 2, "frame_skip": 1, "from_pixels": False}
     settings = settings_with(**batched)
