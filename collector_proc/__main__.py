@@ -19,7 +19,13 @@ from shared.errors import SettingError, SimulatorError, TransportError
 from shared.handover import Disconnected, connect
 from shared.logs import configure
 from shared.run_folder import read_run
-from shared.supervision import Progress, die_with_parent, enable_stack_dumps, install_stop_flag
+from shared.supervision import (
+    Progress,
+    die_first_when_memory_ends,
+    die_with_parent,
+    enable_stack_dumps,
+    install_stop_flag,
+)
 
 
 def main() -> int:
@@ -37,6 +43,7 @@ def main() -> int:
     enable_stack_dumps(arguments.run_dir / "crash", "collector")
     stop = install_stop_flag()
     die_with_parent()
+    die_first_when_memory_ends()  # the learner owns what must survive
     seed = settings.env.seed + 1000 * arguments.incarnation + 1_000_000 * run.num_resumes
     sizes = geometry(settings, num_envs(settings))
     simulator, code = None, 1

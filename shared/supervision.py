@@ -34,6 +34,7 @@ from shared.config import DeadlineSettings
 MAX_STATUS_BYTES = 3072
 LAUNCH_PID = "TANDEM_LAUNCH_PID"
 SIM_GPU_INDEX = "TANDEM_SIM_GPU_INDEX"  # set by launch: the simulator's GPU as nvidia-smi counts
+OOM_SCORE = 500  # of a process that can be replaced; 0 is usual, 1000 the most
 KILL_S = 30.0  # how long the kernel may take to end a process after SIGKILL
 
 # Every phase a process may report, and the setting that says how long its counter may stand still in it.
@@ -188,6 +189,13 @@ def die_with_parent() -> None:
     expected = os.environ.get(LAUNCH_PID)
     if expected is not None and os.getppid() != int(expected):
         raise SystemExit(f"launch (pid {expected}) ended before this process started; start launch.py again")
+
+
+def die_first_when_memory_ends() -> None:
+    """Let the kernel, short of memory, kill this process and its children before others; as far as it permits."""
+    score = Path("/proc/self/oom_score_adj")
+    with contextlib.suppress(OSError, ValueError):
+        score.write_text(str(max(OOM_SCORE, int(score.read_text()))))
 
 
 class StopFlag:

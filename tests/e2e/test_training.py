@@ -125,8 +125,11 @@ def test_a_killed_collector_is_replaced_while_the_learner_lives(tmp_path):
     run_dir = tmp_path / "run"
     launch = start(run_dir, *PENDULUM, "optimization.total_optim_steps=100000", "optimization.replay_ratio=4")
     wait_for_steps(run_dir, 10, launch)
-    learner = read(run_dir / "learner.progress").pid
-    os.kill(read(run_dir / "collector.progress").pid, signal.SIGKILL)
+    learner, collector = (read(run_dir / f"{role}.progress").pid for role in ("learner", "collector"))
+    scores = [int(Path(f"/proc/{pid}/oom_score_adj").read_text()) for pid in (learner, collector)]
+    own = int(Path("/proc/self/oom_score_adj").read_text())
+    assert scores == [own, max(own, 500)], "the kernel, short of memory, takes the collector"
+    os.kill(collector, signal.SIGKILL)
     before = read(run_dir / "learner.progress").status["agent_steps"]
     end = time.monotonic() + 120
     while read(run_dir / "learner.progress").status["agent_steps"] <= before + 2000:

@@ -245,6 +245,18 @@ def test_a_process_whose_parent_is_gone_already_does_not_start() -> None:
     assert "launch (pid 1) ended before" in answer.stderr
 
 
+def test_a_process_that_offers_itself_is_killed_for_memory_before_others() -> None:
+    own = int(Path("/proc/self/oom_score_adj").read_text())
+    script = (
+        "import pathlib, sys; from shared.supervision import die_first_when_memory_ends\n"
+        "score = pathlib.Path('/proc/self/oom_score_adj')\n"
+        "for before in (None, '700'):\n"
+        "    before and score.write_text(before); die_first_when_memory_ends(); print(int(score.read_text()))\n"
+    )
+    answer = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=DEADLINE_S)
+    assert answer.stdout.split() == [str(max(own, 500)), "700"], "raised, and never lowered"
+
+
 def test_a_stop_flag_can_be_taken_back_from_a_simulator_that_stole_the_signals() -> None:
     flag: StopFlag = install_stop_flag()
     try:
