@@ -83,7 +83,12 @@ class CollectorSettings:
         choices=("mode", "mean"),
     )
     cudagraphs: bool = setting(True, "on a GPU: the acting step as one CUDA graph")
-    max_restarts: int = setting(10, "times a dead collector is started again before the run ends", minimum=0)
+    max_restarts: int = setting(
+        10, "times a dead collector is started again before the run ends; see healthy_after_s", minimum=0
+    )
+    healthy_after_s: float = setting(
+        3600.0, "seconds of collecting after which a collector's earlier deaths are forgotten", minimum=0.0
+    )
 
 
 @dataclass

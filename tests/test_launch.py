@@ -177,6 +177,13 @@ def test_a_collector_beyond_its_restarts_ends_the_run_after_the_learner_saved(tm
     _assert_nothing_is_left(run)
 
 
+def test_deaths_before_an_incarnation_proved_healthy_are_forgotten(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    forgetful = ("collector.max_restarts=1", "collector.healthy_after_s=0")
+    assert _launch(run, "serve:collector-is-good", "collect-until:3", *forgetful) == 0
+    assert _summary(run)["collector_restarts"] == 3
+
+
 def test_a_hung_collector_is_dumped_killed_and_replaced(tmp_path: Path) -> None:
     run = tmp_path / "run"
     assert _launch(run, "serve:collector-is-good", "hang-until:1", "deadlines.step_s=1") == 0

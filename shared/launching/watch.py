@@ -2,7 +2,8 @@
 
 learner ends with 0        -> finished: the collector is stopped, exit 0
 learner ends otherwise     -> the collector is stopped, exit 1 (2 if it refused a setting or checkpoint)
-collector ends or hangs    -> the next incarnation within collector.max_restarts; the learner goes on meanwhile
+collector ends or hangs    -> the next incarnation within collector.max_restarts; the learner goes on meanwhile;
+                              forgotten once an incarnation has collected for collector.healthy_after_s
 first Ctrl-C or SIGTERM    -> the learner is asked to save and end, then the collector is stopped, exit 130 or 143
 second one                 -> both are killed at once
 """
@@ -14,6 +15,7 @@ import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from shared.launching.budget import RestartBudget
 from shared.launching.children import Starter, describe_exit
 from shared.launching.metrics import STEP, MetricsTail, last_row
 from shared.supervision import LAST_PHASES, ChildProcess, Snapshot, StopFlag, overdue_s, read
@@ -62,6 +64,8 @@ class Watch:
         self._ending: tuple[Outcome, float] | None = None  # asked the learner to end, with this deadline
         self._collector_died_at: float | None = None
         self._collector_death = ""
+        collector = settings.collector
+        self._budget = RestartBudget(collector.max_restarts, healthy_after_s=collector.healthy_after_s)
         self._watched_since = self._passed_at = time.monotonic()
         self._said_ready = False
         self.restarts = 0
@@ -95,6 +99,7 @@ class Watch:
             self._watched_since = now
         self._passed_at = now
         self._snapshots = {role: read(self._starter.folder.progress(role)) for role in self._children}
+        self._budget.observe(self._snapshots["collector"])
         self._forward_rows()
         self._display.show(self._snapshots["learner"], self._snapshots["collector"], self._row, restarts=self.restarts)
 
@@ -199,18 +204,24 @@ class Watch:
         return None
 
     def _restart_collector(self) -> None:
-        budget = self._settings.collector.max_restarts
-        if self.restarts >= budget:
+        settings = self._settings.collector
+        if not self._budget.allows_another():
             reason = (
-                f"collector died {self.restarts + 1} times, the last time by {self._collector_death}; "
-                f"collector.max_restarts={budget} allows no further start"
+                f"collector died {self._budget.deaths} times, the last time by {self._collector_death}, and never collected "
+                f"for collector.healthy_after_s={settings.healthy_after_s:g} s meanwhile; "
+                f"collector.max_restarts={settings.max_restarts} allows no further start"
             )
             self._log.error(reason)
             self._end_learner(Outcome(1, reason))
             return
         self.restarts += 1
         self._start("collector")
-        self._log.warning("collector started again", incarnation=self.restarts, budget=budget)
+        self._log.warning(
+            "collector started again",
+            incarnation=self.restarts,
+            deaths=self._budget.deaths,
+            budget=settings.max_restarts,
+        )
 
     def _hang(self, child: ChildProcess) -> str | None:
         """What it hung in, once its counter stood still for longer than its phase allows; it is dead then."""

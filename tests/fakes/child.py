@@ -106,8 +106,10 @@ def main() -> int:
     if behaviour == "hang":
         child.stand_still()
         return 0
-    fault, first_good = behaviour, int(argument)  # die-until:N, hang-until:N
+    fault, first_good = behaviour, int(argument)  # die-until:N, collect-until:N, hang-until:N
     if child.incarnation < first_good:
+        if fault == "collect-until":
+            child.progress.phase("collecting")
         if fault == "hang-until":
             child.stand_still()
         return 1
