@@ -14,7 +14,7 @@ from collector_proc.graphed_policy import GraphedPolicy
 from collector_proc.simulators.base import Arrival
 from shared.config import CollectorSettings, NetworkSettings
 from shared.model.policy import Policy
-from shared.stream import StreamSpec
+from shared.stream import StreamSpec, evaluation_columns
 from shared.weights import (
     WeightsError,
     acting_tensors,
@@ -85,7 +85,7 @@ class WeightsReceiver:
 class Actor:
     """Chooses the actions of all E environments and remembers what it needs for the next tick.
 
-    The last `eval_envs` columns act without noise. Until weights have been adopted, and for `random_ticks`, every action
+    Of the columns, `eval_envs` act without noise, spread evenly. Until weights have been adopted, and for `random_ticks`, every action
     is uniform random.
     """
 
@@ -103,7 +103,7 @@ class Actor:
         self.device, self.random_ticks = device, random_ticks
         self._shape = (spec.num_envs, spec.action_dim)
         self.evaluation = torch.zeros(spec.num_envs, dtype=torch.bool, device=device)
-        self.evaluation[spec.num_envs - collector.eval_envs :] = True
+        self.evaluation[evaluation_columns(spec.num_envs, collector.eval_envs)] = True
         self.belief = self.policy.initial_belief(spec.num_envs)
         self._act = partial(
             self.policy.act,

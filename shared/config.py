@@ -75,7 +75,7 @@ class CollectorSettings:
         10_000, "agent steps of uniform random actions before the first gradient step", minimum=1
     )
     eval_envs: int = setting(
-        1, "the last columns of the vector act without noise and are reported as evaluation", minimum=0
+        1, "columns, spread evenly, that act without noise and are reported as evaluation", minimum=0
     )
     eval_action: str = setting(
         "mode",

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 _DEVICE = "processes get their devices from launch: use --sim-gpu and --train-gpu"
 _WINDOWS = "the sampler gathers its windows on the train GPU inside the gradient step, so there is nothing to prefetch"
-_EVALUATION = "evaluation runs all the time in the last columns of the simulator: see collector.eval_envs"
+_EVALUATION = "evaluation runs all the time in some columns of the simulator: see collector.eval_envs"
 _GRAPHS = "there is no such switch: the whole gradient step is compiled with optimization.compile.enabled"
 _ROLLOUT = "the RSSM is unrolled inside the one gradient step: see optimization.compile.enabled"
 

@@ -34,6 +34,15 @@ MAX_ROW_VALUES = 1 << 32  # of all environments together: more in one tick is no
 DTYPE_BYTES = {"float32": 4, "int64": 8, "uint8": 1, "bool": 1}
 
 
+def evaluation_columns(num_envs: int, num_evaluating: int) -> list[int]:
+    """The columns that act without noise, spread evenly; of one, the last.
+
+    Simulators lay out what environments differ in by their order (terrain types are blocks of neighbours): a block of
+    evaluation columns would see one kind, and training would lack it. Example: 2 of 8 are columns 3 and 7.
+    """
+    return [(k + 1) * num_envs // num_evaluating - 1 for k in range(num_evaluating)]
+
+
 @dataclass(frozen=True)
 class Field:
     """One entry of a row: `shape` excludes time and, where `per_env`, the environment."""

@@ -139,7 +139,7 @@ class IsaacLabSimulator:
         import torch
 
         from collector_proc.simulators.manager_spaces import ObservationMap
-        from collector_proc.simulators.manager_step import ManagerStep
+        from collector_proc.simulators.manager_step import ManagerStep, finite_horizon, whole_columns
 
         env = settings.env
         task = _registered_task(env.name, gymnasium.registry)
@@ -150,7 +150,7 @@ class IsaacLabSimulator:
             sample, _ = self._env.reset()
             if env.from_pixels:  # the first reset observes before it waits for textures: its images may be blank
                 sample, _ = self._env.reset()
-        self._num_whole = settings.collector.eval_envs if env.randomize_start else self._env.num_envs
+        self._whole = whole_columns(settings, self._env.num_envs)
         self._first_obs: Any = sample
         self._entries = ObservationMap(sample, env)
         self._terminal = TerminalObservations(self._env, self._entries)
@@ -158,7 +158,12 @@ class IsaacLabSimulator:
         where = torch.device(self.device)
         factor = 1 / self._env.step_dt if env.reward_per_second else 1.0
         self._steps = ManagerStep(
-            self._env.num_envs, device=where, reward_factor=factor, crash_dir=crash_dir, images=self._entries
+            self._env.num_envs,
+            device=where,
+            reward_factor=factor,
+            finite_horizon=finite_horizon(cfg, env),
+            crash_dir=crash_dir,
+            images=self._entries,
         )
         self.spec = StreamSpec(self._env.num_envs, self._entries.spec, self._actions.action_dim)
 
@@ -177,7 +182,7 @@ class IsaacLabSimulator:
             # building has reset it, to see what there is to observe
             obs = self._first_obs if self._first_obs is not None else self._env.reset()[0]
             self._first_obs = None
-            randomize_episode_lengths(self._env, num_whole=self._num_whole)
+            randomize_episode_lengths(self._env, whole=self._whole)
             return self._steps.begin(self._entries(obs))
 
     def step(self, action: Tensor) -> Arrival:

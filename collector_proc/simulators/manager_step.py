@@ -25,6 +25,7 @@ import torch
 
 from collector_proc.simulators.base import Arrival
 from shared.errors import SimulatorError
+from shared.stream import evaluation_columns
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from collector_proc.simulators.manager_spaces import ObservationMap
+    from shared.config import EnvSettings, Settings
 
 MAX_DUMPS = 4  # files of one incarnation
 MAX_DUMPED_ROWS = 8  # environments in one file
@@ -103,8 +105,8 @@ class ManagerStep:
     """Turns each tick of E environments into an Arrival that owns its memory, and keeps account of what diverged.
 
     A tick is: `pending()` (which environments the backend must reset first), the simulator's step, `row()`, then
-    `arrival()` once ended environments are reset. reward_factor multiplies every reward. crash_dir: where the first
-    non-finite states are written. images: what every tick's observations went through, asked whether its images stayed in
+    `arrival()` once ended environments are reset. reward_factor multiplies every reward. finite_horizon: a time-out ends the
+    task itself. crash_dir: where the first non-finite states are written. images: what every tick's observations went through, asked whether its images stayed in
     their range.
     """
 
@@ -114,10 +116,12 @@ class ManagerStep:
         *,
         device: torch.device,
         reward_factor: float = 1.0,
+        finite_horizon: bool = False,
         crash_dir: Path | None = None,
         images: ObservationMap | None = None,
     ) -> None:
-        self._reward_factor, self._crash_dir, self._images = reward_factor, crash_dir, images
+        self._reward_factor, self._finite_horizon = reward_factor, finite_horizon
+        self._crash_dir, self._images = crash_dir, images
         self._first = torch.ones(num_envs, dtype=torch.bool, device=device)  # the next row begins an episode
         self._diverged = torch.zeros_like(self._first)  # in the newest row
         self._pending = torch.zeros_like(self._first)
@@ -150,7 +154,7 @@ class ManagerStep:
             reward=torch.where(diverged, 0.0, reward.float() * self._reward_factor),
             is_first=first,
             is_last=last,
-            is_terminal=terminated & ~diverged,
+            is_terminal=(last if self._finite_horizon else terminated) & ~diverged,
             diverged=diverged,
         )
 
@@ -206,19 +210,30 @@ def episode_length_s(horizon: int, step_s: float) -> float:
     return (horizon - 0.5) * step_s
 
 
-def randomize_episode_lengths(env: Any, *, num_whole: int) -> None:
+def finite_horizon(cfg: Any, env: EnvSettings) -> bool:
+    """Whether the task says that its time-out is its end, so that nothing comes after it; a cut of ours never is."""
+    return bool(getattr(cfg, "is_finite_horizon", False)) and env.horizon is None
+
+
+def whole_columns(settings: Settings, num_envs: int) -> list[int]:
+    """The environments whose first episodes begin at age 0: those that evaluate, or all without env.randomize_start."""
+    num_whole = settings.collector.eval_envs if settings.env.randomize_start else num_envs
+    return evaluation_columns(num_envs, num_whole)
+
+
+def randomize_episode_lengths(env: Any, *, whole: list[int]) -> None:
     """Let the first episodes end at different times: after one reset of all, time-outs would otherwise coincide for good.
 
     Some tasks draw such ages themselves: those are replaced.
 
-    env: has `episode_length_buf` (E,) and `max_episode_length`; otherwise nothing happens. The last num_whole environments
-    (evaluation) keep whole episodes.
+    env: has `episode_length_buf` (E,) and `max_episode_length`; otherwise nothing happens. The environments in `whole`
+    keep whole episodes.
     """
     lengths = getattr(env, "episode_length_buf", None)
     if lengths is None:
         return
     drawn = torch.randint_like(lengths, int(env.max_episode_length))
-    drawn[len(drawn) - num_whole :] = 0
+    drawn[whole] = 0
     env.episode_length_buf = drawn
 
 

@@ -14,7 +14,13 @@ from torch import Tensor
 
 from collector_proc.simulators.checks import nearest
 from collector_proc.simulators.manager_spaces import ActionMap, ObservationMap
-from collector_proc.simulators.manager_step import ManagerStep, episode_length_s, randomize_episode_lengths
+from collector_proc.simulators.manager_step import (
+    ManagerStep,
+    episode_length_s,
+    finite_horizon,
+    randomize_episode_lengths,
+    whole_columns,
+)
 from shared.errors import SettingError, SimulatorError
 from shared.stream import StreamSpec
 
@@ -37,7 +43,7 @@ class MjlabSimulator:
         self._env = _make(env, num_envs=env.num_envs, seed=seed, device=device)
         self._torch_device = torch.device(self._env.device)
         self.device = str(self._torch_device)
-        self._num_whole = settings.collector.eval_envs if env.randomize_start else env.num_envs
+        self._whole = whole_columns(settings, env.num_envs)
         with torch.no_grad(), _warp_order(self._torch_device):
             obs, _ = self._env.reset()
         self._observe = ObservationMap(obs, env)
@@ -48,6 +54,7 @@ class MjlabSimulator:
             env.num_envs,
             device=self._torch_device,
             reward_factor=1 / self._env.step_dt if env.reward_per_second else 1.0,
+            finite_horizon=finite_horizon(self._env.cfg, env),
             crash_dir=crash_dir,
             images=self._observe,
         )
@@ -62,7 +69,7 @@ class MjlabSimulator:
         """Start every environment anew; training ones at random ages, unless env.randomize_start is off."""
         with torch.no_grad(), _warp_order(self._torch_device):
             obs, _ = self._env.reset()
-            randomize_episode_lengths(self._env, num_whole=self._num_whole)
+            randomize_episode_lengths(self._env, whole=self._whole)
             return self._tick.begin(self._observe(obs))
 
     def step(self, action: Tensor) -> Arrival:

@@ -50,6 +50,11 @@ def scan(actor: Actor, rows: list[Arrival], actions: list[torch.Tensor], env: in
     return belief
 
 
+def test_evaluation_is_spread_over_the_columns():
+    assert make_actor(eval_envs=2).evaluation.tolist() == [False, True, False, True]
+    assert not make_actor(eval_envs=0).evaluation.any()
+
+
 NOISE = torch.zeros(E, NETWORKS.state_dim)
 
 

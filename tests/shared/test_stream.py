@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from shared.stream import ALIGNMENT, SLAB_UNIT, ObsSpec, StreamSpec, plan_layout, ring_views
+from shared.stream import ALIGNMENT, SLAB_UNIT, ObsSpec, StreamSpec, evaluation_columns, plan_layout, ring_views
 
 SPEC = StreamSpec(3, {"policy": ObsSpec((5,), "float32"), "pixels": ObsSpec((64, 64, 3), "uint8")}, 2)
 
@@ -56,3 +56,10 @@ def test_a_slab_of_the_wrong_size_is_refused():
     layout = plan_layout(SPEC, capacity=7)
     with pytest.raises(ValueError, match="wanted uint8"):
         ring_views(torch.zeros(layout.num_bytes - 1, dtype=torch.uint8), layout)
+
+
+def test_evaluation_columns_meet_every_kind_of_environment_that_lies_in_blocks():
+    blocks = [column * 20 // 4096 for column in evaluation_columns(4096, 40)]  # as Isaac Lab lays terrain types
+    assert sorted(blocks) == [kind for kind in range(20) for _ in range(2)]
+    assert evaluation_columns(8, 1) == [7] and evaluation_columns(8, 0) == []
+    assert evaluation_columns(8, 8) == list(range(8))

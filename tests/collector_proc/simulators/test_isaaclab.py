@@ -140,8 +140,19 @@ def test_first_episodes_end_apart_but_evaluation_keeps_whole_ones(tmp_path: Path
     rows = drive(tmp_path, "A", "Fake-Manager-v0", *overrides, num_envs=40, ticks=10)["rows"]
     odd = torch.arange(1, 40, 2)  # they end by time-out only
     first_end = rows["is_last"][:, odd].int().argmax(0)
-    assert (first_end[odd >= 36] == 10).all()
-    assert first_end[odd < 36].unique().numel() >= 5
+    evaluating = torch.isin(odd, torch.tensor([9, 19, 29, 39]))
+    assert (first_end[evaluating] == 10).all()
+    assert first_end[~evaluating].unique().numel() >= 5
+
+
+@pytest.mark.parametrize(("overrides", "ends_the_task"), [((), True), (("env.horizon=7",), False)])
+def test_a_time_out_of_a_task_with_a_finite_horizon_is_its_end(
+    tmp_path: Path, overrides: tuple[str, ...], ends_the_task: bool
+) -> None:
+    rows = drive(tmp_path, "A", "Fake-Finite-v0", WHOLE, *overrides, num_envs=4, ticks=11)["rows"]
+    timed_out = rows["is_last"][:, 1::2]  # odd ones never fall
+    assert timed_out.any() and bool(rows["is_terminal"][:, 1::2][timed_out].all()) is ends_the_task
+    assert not rows["is_terminal"][~rows["is_last"]].any()
 
 
 def test_a_task_that_draws_ages_by_itself_begins_at_age_0_where_ages_are_not_to_be_drawn(tmp_path: Path) -> None:

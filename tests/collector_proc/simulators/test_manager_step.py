@@ -19,7 +19,7 @@ from collector_proc.simulators.manager_step import (
 )
 from shared.config import EnvSettings
 from shared.errors import SettingError, SimulatorError
-from shared.stream import ObsSpec
+from shared.stream import ObsSpec, evaluation_columns
 
 CPU = torch.device("cpu")
 NO = torch.zeros(3, dtype=torch.bool)
@@ -217,11 +217,13 @@ def test_the_horizon_survives_the_simulators_rounding_up(horizon: int, step_s: f
 
 def test_random_ages_stay_below_the_limit_and_spare_evaluation() -> None:
     env = SimpleNamespace(episode_length_buf=torch.zeros(1000, dtype=torch.long), max_episode_length=50)
-    randomize_episode_lengths(env, num_whole=10)
-    ages = env.episode_length_buf
-    assert not ages[990:].any() and ages[:990].min() >= 0 and 45 <= ages[:990].max() < 50
-    assert ages[:990].unique().numel() > 40
-    randomize_episode_lengths(SimpleNamespace(), num_whole=0)  # nothing to set: nothing happens
+    whole = evaluation_columns(1000, 10)
+    randomize_episode_lengths(env, whole=whole)
+    ages, drawn = env.episode_length_buf, torch.ones(1000, dtype=torch.bool)
+    drawn[whole] = False
+    assert not ages[whole].any() and ages.min() >= 0 and 45 <= ages[drawn].max() < 50
+    assert ages[drawn].unique().numel() > 40
+    randomize_episode_lengths(SimpleNamespace(), whole=[])  # nothing to set: nothing happens
 
 
 @pytest.mark.parametrize(

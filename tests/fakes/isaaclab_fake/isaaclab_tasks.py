@@ -12,6 +12,7 @@ Fake-Float-v0         as Fake-Direct-v0, but for images: floats whose mean was t
 Fake-Spread-v0        as Fake-Direct-v0; a reset of all draws their ages
 Fake-Endless-v0       no time-out among its terminations
 Fake-Agents-v0        several agents
+Fake-Finite-v0        as Fake-Manager-v0, with cfg.is_finite_horizon: running out of time is the end of the task
 Fake-Final-v0         cfg.compute_final_obs, as newer versions have it
 Fake-Discrete-v0      nothing we can drive
 """
@@ -55,6 +56,8 @@ def make_cfg(task: str) -> SimpleNamespace:
     else:
         time_out = SimpleNamespace(time_out=task != "Fake-Endless-v0")
         cfg.terminations = SimpleNamespace(old=SimpleNamespace(time_out=False), time_out=time_out)
+    if task == "Fake-Finite-v0":
+        cfg.is_finite_horizon = True
     if task == "Fake-Agents-v0":
         cfg.possible_agents = ["left", "right"]
     if task == "Fake-Camera-v0":
@@ -211,7 +214,7 @@ def register(task: str, cls: str) -> None:
     )
 
 
-for _task in ("Manager", "Bounded", "Groups", "Camera", "Final", "Discrete", "Endless", "Agents"):
+for _task in ("Manager", "Bounded", "Groups", "Camera", "Finite", "Final", "Discrete", "Endless", "Agents"):
     register(f"Fake-{_task}-v0", "ManagerEnv")
 for _task in ("Direct", "Float"):
     register(f"Fake-{_task}-v0", "DirectEnv")
