@@ -14,6 +14,7 @@ import importlib
 import inspect
 import math
 import os
+import sys
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +25,7 @@ from collector_proc.simulators.checks import TORCHRL_WRAPPERS
 from collector_proc.simulators.manager_spaces import ActionMap, ObservationMap
 from collector_proc.simulators.manager_step import ManagerStep
 from collector_proc.simulators.suite import UNLIMITED, environment_seed, renderer_variables
+from collector_proc.simulators.torchrl_layers import refuse_own_resets
 from shared.errors import SettingError, SimulatorError
 from shared.stream import StreamSpec
 
@@ -51,8 +53,10 @@ class EnvRows:
     """The rows of the vector that one EnvBase steps: batch size [n], or none, which is one row."""
 
     def __init__(self, env: EnvBase) -> None:
-        """Raises: SettingError if the actions are not one continuous entry, or rewards or ends not one per row."""
+        """Raises: SettingError if the environment resets itself, its actions are not one continuous entry, or its rewards
+        or ends not one per row."""
         self.env, self.num_rows = env, env.batch_size.numel()
+        refuse_own_resets(env)
         self._action = _action_leaf(env)
         self._keys = {"_".join(key): key for key in _leaves(env.observation_spec)}
         _check_row_entries(env, self.num_rows)
@@ -222,10 +226,10 @@ def _maker(env: EnvSettings, *, num_envs: int, device: str) -> Callable[[int], E
     """A function of a seed that makes one environment."""
     prefix, _, name = env.name.partition(":")
     wrapper = TORCHRL_WRAPPERS.get(prefix)
+    _leave_isaaclab_alone()
     if wrapper is None:
         return _imported_maker(prefix, name, num_envs=num_envs, device=device)
     os.environ.update(renderer_variables(env.from_pixels))  # read once, when mujoco is first imported
-    _leave_isaaclab_alone()
     made_by = getattr(importlib.import_module("torchrl.envs"), wrapper.cls)
     options: dict[str, Any] = {"batch_size": [num_envs], "device": device} if wrapper.batched else {}
     if env.from_pixels:
@@ -273,7 +277,7 @@ def _run(env: EnvSettings, make: Callable[[], EnvBase]) -> EnvBase:
 def _leave_isaaclab_alone() -> None:
     """Keep torchrl's GymEnv from importing an installed isaaclab, which dies without a running Omniverse."""
     wrapping = importlib.import_module("torchrl.envs.libs.gym")
-    if getattr(wrapping, "_has_isaaclab", False):
+    if getattr(wrapping, "_has_isaaclab", False) and "isaaclab" not in sys.modules:
         wrapping._has_isaaclab = False  # pyright: ignore[reportAttributeAccessIssue]
 
 

@@ -10,10 +10,11 @@ from __future__ import annotations
 import itertools
 from typing import Any
 
+import gymnasium
 import torch
 from tensordict import TensorDict
 from torchrl.data import Binary, Bounded, Composite, OneHot, Unbounded
-from torchrl.envs import EnvBase
+from torchrl.envs import EnvBase, GymEnv, GymWrapper, SerialEnv, StepCounter, TransformedEnv
 
 IMAGE = (128, 96, 3)
 singles = itertools.count()  # the row of the next environment that make_single makes
@@ -101,3 +102,38 @@ def make_discrete() -> CountingEnv:
 
 def make_nothing() -> dict:
     return {}
+
+
+SELF_RESETTING: dict[str, Any] = {"auto_reset": True}  # torchrl's metaclass takes it, and gives back an AutoResetEnv
+
+
+def make_self_resetting(num_envs: int) -> EnvBase:
+    return CountingEnv(list(range(num_envs)), batched=True, **SELF_RESETTING)
+
+
+def make_self_resetting_kept(num_envs: int) -> EnvBase:
+    kept = CountingEnv(list(range(num_envs)), batched=True, **(SELF_RESETTING | {"auto_reset_replace": False}))
+    return TransformedEnv(kept, StepCounter())
+
+
+def make_self_resetting_workers(num_envs: int) -> EnvBase:
+    return SerialEnv(num_envs, lambda: CountingEnv([0], batched=False, **SELF_RESETTING))
+
+
+def make_vector(num_envs: int, mode: str) -> EnvBase:
+    """gymnasium's vector of inverted pendulums: they fall after few steps, one sooner than the other."""
+    options = {"autoreset_mode": gymnasium.vector.AutoresetMode[mode]}
+    vector = gymnasium.make_vec("InvertedPendulum-v5", num_envs, vectorization_mode="sync", vector_kwargs=options)
+    return GymWrapper(vector)
+
+
+def make_same_step(num_envs: int) -> EnvBase:
+    return make_vector(num_envs, "SAME_STEP")
+
+
+def make_disabled(num_envs: int) -> EnvBase:
+    return make_vector(num_envs, "DISABLED")
+
+
+def make_next_step(num_envs: int) -> EnvBase:
+    return GymEnv("InvertedPendulum-v5", num_envs=num_envs)

@@ -165,6 +165,36 @@ def test_environments_that_do_not_fit_are_refused_with_the_mend(name: str, messa
 
 
 @pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        ("make_self_resetting", r"resets itself \(AutoResetEnv\), which overwrites the last .*with auto_reset=False"),
+        ("make_self_resetting_kept", r"resets itself \(AutoReset(Env|Transform)\).*with auto_reset=False"),
+        ("make_self_resetting_workers", r"resets itself \(AutoResetTransform in SerialEnv\).*without AutoReset"),
+        ("make_next_step", r"resets itself \(AsyncVectorEnv with .*NEXT_STEP\).*AutoresetMode.DISABLED"),
+    ],
+)
+def test_environments_that_reset_themselves_and_lose_their_last_observation_are_refused(
+    make: str, message: str
+) -> None:
+    with pytest.raises(SettingError, match=message):
+        simulator_of(f"counting_env:{make}", 2)
+
+
+@pytest.mark.parametrize("make", ["make_same_step", "make_disabled"])
+def test_a_gymnasium_vector_hands_over_true_last_observations(make: str) -> None:
+    simulator = simulator_of(f"counting_env:{make}", 2)
+    fallen = [
+        (arrival.obs["observation"][env, 1].abs().item(), arrival.acting_obs["observation"][env, 1].abs().item())
+        for arrival in play(simulator, 60)
+        for env in range(2)
+        if arrival.is_terminal[env] and arrival.acting_obs is not None
+    ]
+    simulator.close()
+    assert fallen
+    assert all(last > 0.2 and fresh <= 0.01 for last, fresh in fallen)  # the task ends beyond 0.2, begins within 0.01
+
+
+@pytest.mark.parametrize(
     ("settings", "message"),
     [
         (

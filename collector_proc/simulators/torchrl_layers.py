@@ -1,0 +1,83 @@
+"""What a torchrl environment is built of: wrappers, transforms, and which of them begin episodes by themselves. Imports torch.
+
+EnvBase(auto_reset=True), AutoResetTransform     the last observation becomes NaN, or the next episode's first
+native_autoreset=True                            the last observation is the next episode's first
+gymnasium vector, NEXT_STEP (GymEnv's own)       the last observation is zeros, the first that of the old episode
+gymnasium vector, SAME_STEP                      true observations; only rows that are done can be reset
+gymnasium vector, DISABLED                       true observations; any row can be reset
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from torchrl.envs import AutoResetEnv, AutoResetTransform, Compose, TransformedEnv, VecGymEnvTransform
+
+from shared.errors import SettingError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from torchrl.envs import EnvBase, Transform
+
+MAKE_VECTOR = (
+    "make it as torchrl.envs.GymWrapper(gymnasium.make_vec(ID, num_envs=N, "
+    "vector_kwargs={'autoreset_mode': gymnasium.vector.AutoresetMode.DISABLED}))"
+)
+
+
+def layers_of(env: EnvBase) -> Iterator[EnvBase]:
+    """The environment and every one it transforms, outermost first."""
+    yield env
+    while isinstance(env, TransformedEnv):
+        env = env.base_env
+        yield env
+
+
+def transforms_of(env: EnvBase) -> list[Transform]:
+    """Its transforms, in the order in which a step goes through them."""
+    inner_first = reversed([layer for layer in layers_of(env) if isinstance(layer, TransformedEnv)])
+    return [transform for layer in inner_first for transform in _single(layer.transform)]
+
+
+def refuse_own_resets(env: EnvBase) -> None:
+    """Raises: SettingError if the environment resets itself in a way that loses how its episodes ended."""
+    found = _own_reset(env)
+    if found is not None:
+        what, mend = found
+        raise SettingError(
+            f"the environment resets itself ({what}), which overwrites the last observation of every episode; wanted one "
+            f"that waits for reset(); {mend}"
+        )
+
+
+def _single(transform: Any) -> list[Transform]:
+    if isinstance(transform, Compose):
+        return [single for part in transform.transforms for single in _single(part)]
+    return [transform]
+
+
+def _own_reset(env: EnvBase) -> tuple[str, str] | None:
+    """What resets by itself and the mend, or None."""
+    for part in (*layers_of(env), *transforms_of(env)):
+        own = vars(part)
+        if isinstance(part, AutoResetEnv | AutoResetTransform) or own.get("auto_reset"):
+            return type(part).__name__, "make it with auto_reset=False"
+        if own.get("_torchrl_native_autoreset"):
+            return "native_autoreset=True", "make it with native_autoreset=False"
+        for wrapped in _wrapped(own.get("_env")):
+            if "AutoReset" in type(wrapped).__name__:  # of gym, brax, jumanji: their reset replaces the observation
+                return type(wrapped).__name__, "make it without that wrapper"
+            if getattr(getattr(wrapped, "autoreset_mode", None), "name", "") == "NEXT_STEP":
+                return f"{type(wrapped).__name__} with AutoresetMode.NEXT_STEP", MAKE_VECTOR
+        for word in (AutoResetTransform.__name__, VecGymEnvTransform.__name__):
+            if word in str(own.get("_dummy_env_str")):  # a batch of workers knows its environments by their description
+                return f"{word} in {type(part).__name__}", f"make its environments without {word}"
+    return None
+
+
+def _wrapped(env: Any) -> Iterator[Any]:
+    """An environment of another library and all that it wraps."""
+    while env is not None:
+        yield env
+        env = getattr(env, "__dict__", {}).get("env")
