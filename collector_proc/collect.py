@@ -234,22 +234,23 @@ class Collector:
         if self._shipment is None or not self._writer.arrived():
             return False
         shipment, self._shipment = self._shipment, None
-        returns, lengths, kinds, steps = self._tracker.take(MAX_EPISODES)
-        count = len(returns)
+        finished = self._tracker.take(MAX_EPISODES)
+        count = len(finished.returns)
         commit = Commit(
             seq=shipment.grant.seq,
             row=shipment.grant.row,
-            agent_steps=steps,
-            env_frames=steps * self._simulator.frames_per_step,
+            agent_steps=finished.steps,
+            env_frames=finished.steps * self._simulator.frames_per_step,
             policy_version=shipment.policy_version,
             checksum=shipment.checksum,
-            returns=struct.pack(f"<{count}f", *returns),
-            lengths=struct.pack(f"<{count}i", *lengths),
-            kinds=bytes(kinds),
+            returns=struct.pack(f"<{count}f", *finished.returns),
+            lengths=struct.pack(f"<{count}i", *finished.lengths),
+            kinds=bytes(finished.kinds),
+            num_episodes=finished.num_episodes,
             num_diverged=getattr(self._simulator, "num_diverged", 0),
         )
         self._channel.send(commit, deadline_s=self._settings.deadlines.compile_s, alive=self._progress.advance)
-        self._report(steps)
+        self._report(finished.steps)
         return True
 
     def _report(self, steps: int) -> None:

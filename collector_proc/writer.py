@@ -7,7 +7,6 @@ the next one is gathered in the other.
 from __future__ import annotations
 
 import time
-from collections import deque
 from typing import NamedTuple
 
 import torch
@@ -17,7 +16,10 @@ from torch import Tensor
 from collector_proc.copies import Copier, Flight, Landed, Stages, copier_between
 from collector_proc.simulators.base import Arrival
 from shared.checksum import checksum
+from shared.messages import EPISODE_KINDS
 from shared.stream import Layout, StreamSpec
+
+TRAINING, EVALUATION, RANDOM = (EPISODE_KINDS.index(kind) for kind in ("train", "eval", "random"))
 
 
 class ChunkWriter:
@@ -105,6 +107,17 @@ class EpisodeNumbers(NamedTuple):
     steps: Tensor
 
 
+class Finished(NamedTuple):
+    """One chunk's finished episodes and agent steps. Named, in the order in which they ended: returns, lengths and kinds
+    (indices of EPISODE_KINDS) of the newest; num_episodes counts all."""
+
+    returns: list[float]
+    lengths: list[int]
+    kinds: list[int]
+    num_episodes: int
+    steps: int
+
+
 class EpisodeTracker:
     """Returns, lengths and kinds of finished episodes, summed on the device and read once per chunk.
 
@@ -137,7 +150,6 @@ class EpisodeTracker:
         self._host = numbers(pin_memory=device.type == "cuda")
         self._flight: Flight | None = None  # of numbers that nobody has taken yet
         self._tick = 0
-        self._waiting: deque[tuple[float, int, int]] = deque()
 
     def add(self, arrival: Arrival, *, random: bool) -> None:
         """random: the actions that led to this arrival were drawn without weights."""
@@ -148,7 +160,7 @@ class EpisodeTracker:
         self._return = torch.where(first, 0.0, self._return) + arrival.reward.to(device)
         self._length = torch.where(first, 0, self._length) + step
         self._random = torch.where(first, torch.zeros_like(self._random), self._random) | (step & random)
-        kind = torch.where(self._random, 3, torch.where(self._evaluation, 2, 1))
+        kind = 1 + torch.where(self._random, RANDOM, torch.where(self._evaluation, EVALUATION, TRAINING))
         finished = last if arrival.diverged is None else last & ~arrival.diverged.to(device)
         done = numbers.done[self._tick]
         done[0].copy_(self._return)
@@ -165,15 +177,25 @@ class EpisodeTracker:
         self._stages.current.done.zero_()
         self._tick = 0
 
-    def take(self, maximum: int) -> tuple[list[float], list[int], list[int], int]:
-        """Returns, lengths and kinds (indices of EPISODE_KINDS) of at most `maximum` finished episodes, and the agent
-        steps of the chunk that was sent. Waits for its numbers if they have not arrived."""
-        steps = 0
-        if self._flight is not None:
-            self._flight.wait()
-            done, steps, self._flight = self._host.done, int(self._host.steps), None
-            ticks, envs = done[:, 2].nonzero(as_tuple=True)
-            rows = done[ticks, :, envs].tolist()
-            self._waiting.extend((value, int(length), int(kind) - 1) for value, length, kind in rows)
-        taken = [self._waiting.popleft() for _ in range(min(maximum, len(self._waiting)))]
-        return [t[0] for t in taken], [t[1] for t in taken], [t[2] for t in taken], steps
+    def take(self, maximum: int) -> Finished:
+        """What finished in the chunk that was sent, `maximum` episodes by name. Waits for its numbers if they have not
+        arrived. Nothing is kept for later: what is not named now would be old by then."""
+        if self._flight is None:
+            return Finished([], [], [], 0, 0)
+        self._flight.wait()
+        self._flight = None
+        done = self._host.done
+        ticks, envs = done[:, 2].nonzero(as_tuple=True)
+        rows = done[ticks, :, envs]  # (finished, 3), oldest first
+        returns, lengths, kinds = rows[_newest(rows[:, 2] - 1 == EVALUATION, maximum)].T.tolist()
+        steps = int(self._host.steps)
+        return Finished(returns, [int(x) for x in lengths], [int(x) - 1 for x in kinds], len(rows), steps)
+
+
+def _newest(evaluation: Tensor, maximum: int) -> Tensor:
+    """Indices, in order, of the newest episodes: evaluation's ahead of the others, for up to half of the room."""
+    first = evaluation.nonzero().flatten()
+    first = first[max(0, len(first) - (maximum + 1) // 2) :]
+    others = (~evaluation).nonzero().flatten()
+    others = others[max(0, len(others) - (maximum - len(first))) :]
+    return torch.cat([first, others]).sort().values

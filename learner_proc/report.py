@@ -74,8 +74,8 @@ class Report:
         # a restarted collector counts from 0 again
         totals.num_diverged += max(0, commit.num_diverged - self._diverged_before)
         self._diverged_before = commit.num_diverged
-        count = len(commit.kinds)
-        totals.episodes += count
+        totals.episodes += commit.num_episodes
+        count = len(commit.kinds)  # the list names the newest: nobody infers the number from it
         returns = struct.unpack(f"<{count}f", commit.returns)
         for value, length, kind in zip(returns, struct.unpack(f"<{count}i", commit.lengths), commit.kinds, strict=True):
             self._returns[EPISODE_KINDS[min(kind, 2)]].append(value)

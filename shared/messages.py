@@ -13,9 +13,9 @@ from typing import Any
 
 import msgpack
 
-PROTOCOL = 1
+PROTOCOL = 2
 MAX_MESSAGE_BYTES = 64 * 1024
-MAX_EPISODES = 2048  # finished episodes in one commit; the rest ride with the next one
+MAX_EPISODES = 2048  # finished episodes that one commit names; all are counted
 _COUNT = 1 << 48
 
 
@@ -76,8 +76,8 @@ class Grant:
 
 @dataclass(frozen=True)
 class Commit:
-    """A granted chunk is complete in the replay. Episodes are packed arrays of equal count: float32 returns,
-    int32 lengths in agent steps, uint8 kinds (see `EPISODE_KINDS`)."""
+    """A granted chunk is complete in the replay. Of the `num_episodes` that finished in it, the newest are named in packed
+    arrays of equal count: float32 returns, int32 lengths in agent steps, uint8 kinds (see `EPISODE_KINDS`)."""
 
     seq: int = _int()
     row: int = _int()
@@ -88,6 +88,7 @@ class Commit:
     returns: bytes = _bounded(bytes, 4 * MAX_EPISODES)
     lengths: bytes = _bounded(bytes, 4 * MAX_EPISODES)
     kinds: bytes = _bounded(bytes, MAX_EPISODES)
+    num_episodes: int = _int()
     num_diverged: int = _int()
 
 
@@ -127,9 +128,17 @@ def decode(raw: bytes) -> Message:
         raise MalformedMessage("no map with a known type")
     _check(cls, values)
     message = cls(**values)
-    if isinstance(message, Commit) and not len(message.returns) == len(message.lengths) == 4 * len(message.kinds):
-        raise MalformedMessage("a commit's episode arrays differ in count")
+    if isinstance(message, Commit):
+        _check_episodes(message)
     return message
+
+
+def _check_episodes(commit: Commit) -> None:
+    count = len(commit.kinds)
+    if not len(commit.returns) == len(commit.lengths) == 4 * count:
+        raise MalformedMessage("a commit's episode arrays differ in count")
+    if commit.num_episodes < count:
+        raise MalformedMessage(f"a commit counts {commit.num_episodes} episodes and names {count}")
 
 
 def _packed(values: dict) -> bytes:

@@ -144,6 +144,7 @@ def test_a_commit_is_sent_in_the_first_tick_after_its_rows_have_arrived_and_not_
     (commit,) = scene.commits()
     assert (commit.seq, commit.row, commit.agent_steps, commit.env_frames) == (0, ROWS[0], 2 * E, 4 * E)
     assert struct.unpack("<2f", commit.returns) == (2.0, 2.0) and struct.unpack("<2i", commit.lengths) == (2, 2)
+    assert commit.num_episodes == 2
     assert scene.copier.num_host_waits == 0, "nothing was read before it had arrived"
 
 

@@ -207,8 +207,9 @@ def test_on_a_gpu_no_tick_waits_for_the_device():
         finally:
             torch.cuda.set_sync_debug_mode("default")
         land(writer)
-        returns, lengths, _, steps = tracker.take(10)
-        assert len(returns) == len(lengths) == 1 and steps == K * E
+        finished = tracker.take(10)
+        assert len(finished.returns) == len(finished.lengths) == finished.num_episodes == 1
+        assert finished.steps == K * E
 
 
 @pytest.mark.gpu

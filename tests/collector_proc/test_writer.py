@@ -9,7 +9,7 @@ from collector_proc.copies import Copier
 from collector_proc.simulators.base import Arrival
 from collector_proc.writer import ChunkWriter, EpisodeTracker
 from shared.checksum import checksum
-from shared.messages import EPISODE_KINDS
+from shared.messages import EPISODE_KINDS, MAX_EPISODES
 from shared.stream import ObsSpec, StreamSpec, plan_layout, ring_views
 from tests.fakes.late_copier import LateCopier
 
@@ -114,17 +114,17 @@ def test_episodes_gathered_meanwhile_leave_numbers_under_way_alone():
     tracker.send()
     tracker.add(arrival(2, first=(0,), last=(1, 2)), random=False)
     copier.land()
-    assert tracker.take(10) == ([1.0], [1], [0], 3)
+    assert tracker.take(10) == ([1.0], [1], [0], 1, 3)
     tracker.add(arrival(3, first=(1, 2)), random=False)
     tracker.send()
     copier.land()
-    assert tracker.take(10) == ([2.0, 2.0], [2, 2], [0, 0], 3)
+    assert tracker.take(10) == ([2.0, 2.0], [2, 2], [0, 0], 2, 3)
     for tick in (4, 5):
         tracker.add(arrival(tick), random=False)
     tracker.send()
     copier.land()
-    assert tracker.take(10) == ([], [], [], 2 * E), "the stage of the first chunk was emptied"
-    assert tracker.take(10) == ([], [], [], 0) and copier.num_host_waits == 0
+    assert tracker.take(10) == ([], [], [], 0, 2 * E), "the stage of the first chunk was emptied"
+    assert tracker.take(10) == ([], [], [], 0, 0) and copier.num_host_waits == 0
 
 
 def track(ticks, *, resets_inside=False, random=lambda tick: False, evaluation=(2,)):
@@ -146,11 +146,11 @@ EPISODE = [
 
 
 def test_returns_lengths_and_steps_count_decisions_not_resets():
-    returns, lengths, kinds, steps = track(EPISODE).take(100)
+    returns, lengths, kinds, num_episodes, steps = track(EPISODE).take(100)
     assert returns == [5.0, 5.0, 17.0]  # environments 0 and 2 at tick 2; environment 1 gathered 2 + 3 + 5 + 7
     assert lengths == [2, 2, 4]
     assert [EPISODE_KINDS[kind] for kind in kinds] == ["train", "eval", "train"]
-    assert steps == 5 * E - 5  # five of the rows are resets
+    assert num_episodes == 3 and steps == 5 * E - 5  # five of the rows are resets
 
 
 def test_a_simulator_that_resets_inside_step_has_an_agent_step_in_every_row_but_the_very_first():
@@ -160,8 +160,8 @@ def test_a_simulator_that_resets_inside_step_has_an_agent_step_in_every_row_but_
         arrival(2, first=(0, 1, 2), acting=True),
         arrival(3, last=(0, 1, 2), acting=True),
     ]
-    _, lengths, _, steps = track(ticks, resets_inside=True).take(100)
-    assert steps == 3 * E and lengths == [1, 1, 1, 2, 2, 2]
+    finished = track(ticks, resets_inside=True).take(100)
+    assert finished.steps == 3 * E and finished.lengths == [1, 1, 1, 2, 2, 2]
 
 
 def test_a_diverged_row_finishes_no_episode():
@@ -169,22 +169,47 @@ def test_a_diverged_row_finishes_no_episode():
         arrival(2, reward=0.0, first=(1,), last=(0, 1)), diverged=torch.tensor([False, True, False])
     )
     ticks = [arrival(0, first=(0, 1, 2)), arrival(1, reward=2.0), broken, arrival(3, reward=5.0, first=(0, 1))]
-    returns, lengths, kinds, _ = track([*ticks, arrival(4, reward=7.0, last=(1,))]).take(100)
-    assert (returns, lengths, kinds) == ([2.0, 7.0], [2, 1], [0, 0]), "environment 1: what came before is not counted"
+    finished = track([*ticks, arrival(4, reward=7.0, last=(1,))]).take(100)
+    assert finished[:3] == ([2.0, 7.0], [2, 1], [0, 0]), "environment 1: what came before is not counted"
 
 
 def test_an_episode_with_one_random_action_is_called_random():
-    kinds = track(EPISODE, random=lambda tick: tick == 1).take(100)[2]
+    kinds = track(EPISODE, random=lambda tick: tick == 1).take(100).kinds
     assert [EPISODE_KINDS[kind] for kind in kinds] == ["random"] * 3
-    kinds = track(EPISODE, random=lambda tick: tick <= 0).take(100)[2]
+    kinds = track(EPISODE, random=lambda tick: tick <= 0).take(100).kinds
     assert [EPISODE_KINDS[kind] for kind in kinds] == ["train", "eval", "train"], "the reset row has no action"
 
 
-def test_episodes_beyond_a_commits_room_ride_with_the_next_one():
-    tracker = track(EPISODE)
-    first, second = tracker.take(2), tracker.take(2)
-    assert len(first[0]) == 2 and first[3] == 10
-    assert second[0] == [17.0] and second[3] == 0
+def many_ends(tracker: EpisodeTracker, spec: StreamSpec, chunk: int, ticks: int) -> None:
+    """A chunk in which all environments end at every tick; an episode's return is 100 * chunk + tick."""
+    flag = torch.ones(spec.num_envs, dtype=torch.bool)
+    obs = {"policy": torch.zeros(spec.num_envs, 1)}
+    for tick in range(ticks):
+        reward = torch.full((spec.num_envs,), 100.0 * chunk + tick)
+        tracker.add(Arrival(obs, reward, flag, flag, torch.zeros_like(flag)), random=False)
+    tracker.send()
+
+
+@pytest.mark.parametrize("num_evaluating", [1, 16, 4095])
+def test_with_more_ends_than_a_commit_names_the_newest_are_named_and_all_are_counted(num_evaluating: int):
+    spec, ticks = StreamSpec(4096, {"policy": ObsSpec((1,), "float32")}, 1), 2
+    mask = torch.zeros(4096, dtype=torch.bool)
+    mask[torch.arange(num_evaluating)] = True
+    tracker = EpisodeTracker(spec, ticks=ticks, evaluation=mask, resets_inside=False)
+    for chunk in range(3):
+        many_ends(tracker, spec, chunk, ticks)
+        finished = tracker.take(MAX_EPISODES)
+        assert finished.num_episodes == 8192 and len(finished.returns) <= MAX_EPISODES
+        newest = {kind: value for value, kind in zip(finished.returns, finished.kinds, strict=True)}
+        assert newest == {0: 100.0 * chunk + 1, 1: 100.0 * chunk + 1}, "neither kind crowds the other out"
+        assert finished.kinds.count(1) == min(2 * num_evaluating, MAX_EPISODES // 2)
+        assert all(value >= 100.0 * chunk for value in finished.returns), "nothing is left over from a chunk before"
+    assert tracker.take(MAX_EPISODES) == ([], [], [], 0, 0), "and nothing waits"
+
+
+def test_named_episodes_keep_the_order_in_which_they_ended():
+    returns = track(EPISODE).take(2).returns
+    assert returns == [5.0, 17.0], "the evaluation's, and the newest of the others"
 
 
 def test_writing_a_chunk_that_is_not_full_is_an_error():

@@ -83,7 +83,7 @@ class ScriptedCollector:
             self.writer.add(arrival, torch.rand(2, 1), version)
         checksum = self.writer.checksum()
         self.writer.write(grant.row)
-        self.channel.send(Commit(grant.seq, grant.row, 16, 32, version, checksum + error, b"", b"", b"", 0))
+        self.channel.send(Commit(grant.seq, grant.row, 16, 32, version, checksum + error, b"", b"", b"", 0, 0))
 
 
 @pytest.fixture

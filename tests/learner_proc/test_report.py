@@ -24,10 +24,10 @@ def rows(tmp_path) -> list[dict]:
     return [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
 
 
-def commit(returns=(), kinds=(), version=0) -> Commit:
+def commit(returns=(), kinds=(), version=0, unnamed=0) -> Commit:
     count = len(returns)
     packed = struct.pack(f"<{count}f", *returns), struct.pack(f"<{count}i", *([10] * count)), bytes(kinds)
-    return Commit(1, 0, 100, 200, version, 0, *packed, 0)
+    return Commit(1, 0, 100, 200, version, 0, *packed, count + unnamed, 0)
 
 
 def test_a_row_holds_the_mean_of_its_window_alone(tmp_path):
@@ -50,6 +50,13 @@ def test_training_evaluation_and_random_episodes_are_kept_apart(tmp_path):
     row = report.poll() or rows(tmp_path)[0]
     assert (row["episode_return_mean"], row["eval_return_mean"], row["random_return_mean"]) == (2.0, 5.0, 100.0)
     assert (row["episodes"], row["agent_steps"], row["env_frames"], row["policy_lag_mean"]) == (4, 100, 200, 2.0)
+
+
+def test_episodes_are_counted_by_the_collector_and_not_by_the_list(tmp_path):
+    report, counters = make(tmp_path)
+    for _ in range(3):
+        report.add_commit(commit(returns=(1.0, 2.0), kinds=(0, 1), unnamed=8190), newest_version=0)
+    assert counters.episodes == 3 * 8192
 
 
 def test_windows_without_a_finite_step_are_noticed_and_counted(tmp_path):

@@ -19,7 +19,7 @@ from shared.messages import (
     encode,
 )
 
-COMMIT = Commit(7, 40, 1000, 2000, 3, -5, b"\0" * 8, b"\1\0\0\0" * 2, b"\0\1", 0)
+COMMIT = Commit(7, 40, 1000, 2000, 3, -5, b"\0" * 8, b"\1\0\0\0" * 2, b"\0\1", 5, 0)
 EVERY = [
     Hello(1, "run", 0, 4242, {"num_envs": 8, "obs": {}, "action_dim": 2}),
     Welcome("cuda_ipc", 1 << 21, 100, "GPU-1", [b"\1" * 66, 5, 0, b"x", 1, b"y", True], 0, 10_000, 0),
@@ -36,10 +36,9 @@ def test_a_message_survives_the_wire_unchanged(message):
 
 
 def test_the_largest_commit_fits_a_message():
-    count = MAX_EPISODES
-    commit = Commit(
-        1 << 47, 1 << 47, 1 << 47, 1 << 47, 1 << 47, 1 << 62, b"\1" * 4 * count, b"\1" * 4 * count, b"\1" * count, 0
-    )
+    count, most = MAX_EPISODES, 1 << 47
+    episodes = b"\1" * 4 * count, b"\1" * 4 * count, b"\1" * count
+    commit = Commit(most, most, most, most, most, 1 << 62, *episodes, most, most)
     assert len(encode(commit)) <= MAX_MESSAGE_BYTES
 
 
@@ -82,6 +81,12 @@ def test_a_commit_with_uneven_episode_arrays_is_refused():
     raw = pack({"type": "Commit", **values, "kinds": b"\0"})
     with pytest.raises(MalformedMessage, match="differ in count"):
         decode(raw)
+
+
+def test_a_commit_that_names_more_episodes_than_it_counts_is_refused():
+    values = {name: getattr(COMMIT, name) for name in COMMIT.__dataclass_fields__}
+    with pytest.raises(MalformedMessage, match="counts 1"):
+        decode(pack({"type": "Commit", **values, "num_episodes": 1}))
 
 
 def test_random_bytes_never_escape_as_another_error():
