@@ -25,7 +25,7 @@ from collector_proc.simulators.checks import TORCHRL_WRAPPERS
 from collector_proc.simulators.manager_spaces import ActionMap, ObservationMap
 from collector_proc.simulators.manager_step import ManagerStep
 from collector_proc.simulators.suite import UNLIMITED, environment_seed, renderer_variables
-from collector_proc.simulators.torchrl_layers import refuse_own_resets
+from collector_proc.simulators.torchrl_layers import MAKE_VECTOR, refuse_own_resets, resets_any_row
 from shared.errors import SettingError, SimulatorError
 from shared.stream import StreamSpec
 
@@ -60,7 +60,9 @@ class EnvRows:
         self._action = _action_leaf(env)
         self._keys = {"_".join(key): key for key in _leaves(env.observation_spec)}
         _check_row_entries(env, self.num_rows)
+        self.resets_any = resets_any_row(env)
         self._next = env.reset()
+        self._ended = self._next.get("done").reshape(self.num_rows)  # in the last tick
 
     def bounds(self) -> tuple[Tensor, Tensor]:
         """Lowest and highest action of one row, (A,) each; infinite where there is no limit."""
@@ -75,23 +77,34 @@ class EnvRows:
         """What the next action answers."""
         return self._entries(self._next)
 
-    def reset(self, mask: Tensor) -> None:
-        """Start new episodes where the mask (n,) is set."""
+    def reset(self, mask: Tensor) -> Tensor:
+        """Start new episodes where the mask (n,) is set, as far as that can be done; returns where one has begun.
+
+        Where only ended rows can be reset, one that ended in the middle of a repeat stands some frames in its new episode.
+        """
         if bool(mask.all()):
             self._next = self.env.reset()
-        elif bool(mask.any()):
-            self._next.set("_reset", mask.view(self._next.get("done").shape))
+            return mask
+        done = self._next.get("done")
+        now, begun = (mask, mask) if self.resets_any else (mask & done.reshape(self.num_rows), mask & self._ended)
+        if bool(now.any()):
+            self._next.set("_reset", now.view(done.shape))
             self._next = self.env.reset(self._next)
+        return begun
 
     def step(self, action: Tensor, *, repeat: int) -> Outcome:
         """`repeat` frames, or fewer where an episode ends: rewards are summed up to there. action: (n, A), native."""
-        result = self._frame(action)
+        result = frame = self._frame(action)
         for _ in range(repeat - 1):
             if bool(result.done.all()):
                 break
             result = _copy(result)  # the environment may overwrite what it handed out
-            self.reset(result.done)  # nothing is stepped past its end; these rows are reset once more after the tick
-            result = _add(result, self._frame(action))
+            self.reset(
+                frame.done.clone()
+            )  # nothing is stepped past its end; what is stepped on is reset after the tick
+            frame = self._frame(action)
+            result = _add(result, frame)
+        self._ended = result.done
         return result
 
     def _frame(self, action: Tensor) -> Outcome:
@@ -127,6 +140,7 @@ class TorchrlSimulator:
         self._rows = [EnvRows(made) for made in _make_all(env, num_envs=env.num_envs, seed=seed, device=device)]
         self._sizes = [rows.num_rows for rows in self._rows]
         self._horizon, self.frames_per_step = env.horizon, env.frame_skip
+        _check_horizon(env, self._rows)
         sample = self._gather([rows.observe() for rows in self._rows])
         first = next(iter(sample.values()))
         self.device = str(first.device)
@@ -162,27 +176,34 @@ class TorchrlSimulator:
             cut = done if self._horizon is None else done | (self._steps >= self._horizon)
             obs = self._observe(self._gather([outcome.obs for outcome in outcomes]))
             row = self._tick.row(obs, reward, terminated, cut & ~terminated)
-            fresh = row.obs
-            if bool(row.is_last.any()):
-                self._reset(row.is_last)
-                fresh = self._observed()
-            return self._tick.arrival(row, fresh, was_reset=row.is_last)
+            if not bool(row.is_last.any()):
+                return self._tick.arrival(row, row.obs, was_reset=row.is_last)
+            was_reset = self._reset(row.is_last)
+            return self._tick.arrival(row, self._observed(), was_reset=was_reset)
 
     def close(self) -> None:
         for rows in self._rows:
             if not rows.env.is_closed:
                 rows.env.close()
 
-    def _reset(self, mask: Tensor) -> None:
+    def _reset(self, mask: Tensor) -> Tensor:
         self._steps = torch.where(mask, 0, self._steps)
-        for rows, part in zip(self._rows, mask.split(self._sizes), strict=True):
-            rows.reset(part)
+        parts = zip(self._rows, mask.split(self._sizes), strict=True)
+        return torch.cat([rows.reset(part) for rows, part in parts])
 
     def _observed(self) -> dict[str, Tensor]:
         return self._observe(self._gather([rows.observe() for rows in self._rows]))
 
     def _gather(self, parts: list[dict[str, Tensor]]) -> dict[str, Tensor]:
         return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+
+
+def _check_horizon(env: EnvSettings, vector: list[EnvRows]) -> None:
+    if env.horizon is not None and not all(rows.resets_any or rows.num_rows == 1 for rows in vector):
+        raise SettingError(
+            f"env.horizon={env.horizon} ends episodes of a gymnasium vector that resets only what ended by itself (SAME_STEP "
+            f"mode); wanted null; set env.horizon=null and give its environments a time limit, or {MAKE_VECTOR}"
+        )
 
 
 def _copy(outcome: Outcome) -> Outcome:

@@ -51,6 +51,11 @@ def refuse_own_resets(env: EnvBase) -> None:
         )
 
 
+def resets_any_row(env: EnvBase) -> bool:
+    """Whether rows can be reset that are not done. gymnasium's vectors in SAME_STEP mode have their own idea of who is."""
+    return not any(isinstance(transform, VecGymEnvTransform) for transform in transforms_of(env))
+
+
 def _single(transform: Any) -> list[Transform]:
     if isinstance(transform, Compose):
         return [single for part in transform.transforms for single in _single(part)]

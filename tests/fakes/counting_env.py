@@ -8,6 +8,7 @@ Row r has episodes of 5 + r frames; rows of even number terminate, the others ti
 from __future__ import annotations
 
 import itertools
+import math
 from typing import Any
 
 import gymnasium
@@ -120,15 +121,37 @@ def make_self_resetting_workers(num_envs: int) -> EnvBase:
     return SerialEnv(num_envs, lambda: CountingEnv([0], batched=False, **SELF_RESETTING))
 
 
-def make_vector(num_envs: int, mode: str) -> EnvBase:
+class Spoiled(gymnasium.vector.VectorWrapper):
+    """Row 0's third reward since the reset of all rows is NaN; everything else is true."""
+
+    def __init__(self, env: gymnasium.vector.VectorEnv) -> None:
+        super().__init__(env)
+        self.steps, self.autoreset_mode = 0, getattr(env, "autoreset_mode", None)
+
+    def reset(self, **options: Any) -> Any:
+        self.steps = 0
+        return super().reset(**options)
+
+    def step(self, actions: Any) -> Any:
+        obs, reward, *rest = super().step(actions)
+        self.steps += 1
+        reward[0] = math.nan if self.steps == 3 else reward[0]
+        return obs, reward, *rest
+
+
+def make_vector(num_envs: int, mode: str, *, spoil: bool = False) -> EnvBase:
     """gymnasium's vector of inverted pendulums: they fall after few steps, one sooner than the other."""
     options = {"autoreset_mode": gymnasium.vector.AutoresetMode[mode]}
     vector = gymnasium.make_vec("InvertedPendulum-v5", num_envs, vectorization_mode="sync", vector_kwargs=options)
-    return GymWrapper(vector)
+    return GymWrapper(Spoiled(vector) if spoil else vector)
 
 
 def make_same_step(num_envs: int) -> EnvBase:
     return make_vector(num_envs, "SAME_STEP")
+
+
+def make_spoiled(num_envs: int) -> EnvBase:
+    return make_vector(num_envs, "SAME_STEP", spoil=True)
 
 
 def make_disabled(num_envs: int) -> EnvBase:

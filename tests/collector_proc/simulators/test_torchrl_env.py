@@ -180,18 +180,45 @@ def test_environments_that_reset_themselves_and_lose_their_last_observation_are_
         simulator_of(f"counting_env:{make}", 2)
 
 
+@pytest.mark.parametrize("frame_skip", [1, 2, 3])
 @pytest.mark.parametrize("make", ["make_same_step", "make_disabled"])
-def test_a_gymnasium_vector_hands_over_true_last_observations(make: str) -> None:
-    simulator = simulator_of(f"counting_env:{make}", 2)
-    fallen = [
-        (arrival.obs["observation"][env, 1].abs().item(), arrival.acting_obs["observation"][env, 1].abs().item())
-        for arrival in play(simulator, 60)
-        for env in range(2)
-        if arrival.is_terminal[env] and arrival.acting_obs is not None
-    ]
+def test_a_gymnasium_vector_hands_over_true_last_observations(make: str, frame_skip: int) -> None:
+    simulator = simulator_of(f"counting_env:{make}", 2, frame_skip=frame_skip)
+    arrivals = [simulator.reset(), *(simulator.step(torch.tensor([[0.2], [1.0]])) for _ in range(60))]
     simulator.close()
-    assert fallen
-    assert all(last > 0.2 and fresh <= 0.01 for last, fresh in fallen)  # the task ends beyond 0.2, begins within 0.01
+    uneven = [arrival for arrival in arrivals if arrival.is_last.sum() == 1]
+    assert len(uneven) > 3  # one row ends, maybe in the middle of a repeat, and the other goes on
+    for arrival in arrivals:
+        assert arrival.acting_obs is not None
+        last, fresh = (obs["observation"][arrival.is_terminal, 1].abs() for obs in (arrival.obs, arrival.acting_obs))
+        assert (last > 0.2).all()  # where the task ends; it begins within 0.01, and SAME_STEP goes on from there
+        assert (fresh <= (0.01 if make == "make_disabled" or frame_skip == 1 else 0.19)).all()
+        assert torch.equal(
+            arrival.acting_obs["observation"][~arrival.is_last], arrival.obs["observation"][~arrival.is_last]
+        )
+    for before, after in itertools.pairwise(arrivals):
+        assert torch.equal(after.is_first, before.is_last)
+        assert (after.reward <= frame_skip).all() and (after.reward >= 0).all()
+
+
+def test_a_vector_whose_rows_can_be_reset_at_any_time_takes_a_horizon() -> None:
+    simulator = simulator_of("counting_env:make_disabled", 2, horizon=2)
+    arrivals = play(simulator, 4)
+    simulator.close()
+    assert column(arrivals, "is_last", 0) == column(arrivals, "is_last", 1) == [0, 0, 1, 0, 1]
+    with pytest.raises(SettingError, match=r"env.horizon=2 .*resets only what ended.*AutoresetMode.DISABLED"):
+        simulator_of("counting_env:make_same_step", 2, horizon=2)
+
+
+def test_a_diverged_row_that_cannot_be_reset_is_empty_and_its_episode_goes_on() -> None:
+    simulator = simulator_of("counting_env:make_spoiled", 2)
+    arrivals = play(simulator, 4)
+    simulator.close()
+    assert column(arrivals, "reward", 0) == [0, 1, 1, 0, 1]
+    assert column(arrivals, "is_first", 0) == [1, 0, 0, 1, 1]
+    assert column(arrivals, "is_last", 0) == [0, 0, 0, 1, 0]
+    assert column(arrivals, "is_first", 1) == [1, 0, 0, 0, 0]
+    assert simulator.num_diverged == 1
 
 
 @pytest.mark.parametrize(
