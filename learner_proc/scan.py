@@ -7,7 +7,8 @@ and leaves its input behind; each weight's gradient is then one product over all
     y_t = x_t W' + b      dW = [dy_1 .. dy_T]' [x_1 .. x_T]      db = sum_t dy_t
 
 The bias carries this: a view of b with one row for every step and row of the batch goes into the scan, and the gradient
-that comes back to it is all dy_t at once.
+that comes back to it is all dy_t at once. On a GPU b itself goes into the product, which adds it to all rows for nothing,
+and the rows that carry are b - b: a matrix of rows would be copied into the result before every product.
 """
 
 from __future__ import annotations
@@ -26,6 +27,11 @@ CACHED_ROWS = 2500  # on the CPU: products over more rows than this fall out of 
 FEW_ROWS = 10  # of a product on the CPU, below which calling bfloat16 costs more than float32 arithmetic
 MANY_ROWS = 4096  # of all steps, above which weight gradients are taken call by call: joining the inputs costs more
 STEPS_PER_CALL = 10  # most steps that are compiled as one: a call costs as much as a cell's arithmetic on few rows
+
+
+def bias_in_product(x: Tensor) -> bool:
+    """Whether products on the device of `x` add a bias of one row for nothing, and a matrix of rows only after a copy."""
+    return x.is_cuda
 
 
 def unroll(cell: Callable[..., Any], belief: Belief, inputs: Sequence[Tensor]) -> Any:
@@ -91,6 +97,7 @@ class Scan:
             torch._foreach_copy_(frozen, self._masters)  # pyright: ignore[reportPrivateImportUsage]
         # asks for a gradient like all later beliefs, so that one compiled graph serves every call
         belief = Belief(*(part.detach().requires_grad_(torch.is_grad_enabled()) for part in belief))
+        biases = tuple(self._bias(layer).detach().to(frozen[0].dtype) for layer in self._layers)
         results: list[Any] = []
         # equal calls if it can be, else a shorter last one, which is compiled too
         size = next(
@@ -102,23 +109,24 @@ class Scan:
             lead, dtype = (group_inputs[0].shape[0], num_rows), frozen[0].dtype
             rows = [self._rows(index, lead, kept[index], dtype) for index in range(len(self._layers))]
             for pieces in zip(*(_split(x, size) for x in (*rows, *group_inputs)), strict=True):
-                some, belief, seen = self._steps(tuple(frozen), pieces[: len(rows)], belief, pieces[len(rows) :])
+                some, belief, seen = self._steps(
+                    tuple(frozen), biases, pieces[: len(rows)], belief, pieces[len(rows) :]
+                )
                 results.append(some)
                 for layer_inputs, x in zip(kept, seen, strict=True):
                     layer_inputs.append(x)
         return pytree.tree_map(lambda *parts: torch.cat(parts, 1), *results)
 
     def _rows(self, index: int, lead: tuple[int, int], inputs: list[Tensor], dtype: torch.dtype) -> Tensor:
-        """The layer's bias, seen once by every step and row: (T, N, out) without a copy."""
+        """The layer's bias, or on a GPU zeros, seen once by every step and row: (T, N, out) without a copy."""
         layer = self._layers[index]
-        if layer.bias is None:
-            rows = layer.weight.new_zeros(layer.out_features, dtype=dtype)
-        elif self._learned[index]:
-            rows = layer.bias.to(dtype)
-        else:
-            rows = layer.bias.detach().to(dtype)
-        rows = rows.expand(*lead, -1)
+        bias = self._bias(layer) if self._learned[index] else self._bias(layer).detach()
+        rows = (bias - bias.detach() if bias_in_product(bias) else bias).to(dtype).expand(*lead, -1)
         return cast(Tensor, _WeightGradient.apply(rows, layer.weight, inputs)) if self._learned[index] else rows
+
+    @staticmethod
+    def _bias(layer: nn.Linear) -> Tensor:
+        return layer.weight.new_zeros(layer.out_features) if layer.bias is None else layer.bias
 
 
 def _split(x: Tensor, size: int) -> Sequence[Tensor]:
@@ -127,14 +135,18 @@ def _split(x: Tensor, size: int) -> Sequence[Tensor]:
 
 
 def _steps_of(cell: Callable[..., Any], learned: Sequence[bool]) -> Callable[..., Any]:
-    """A few steps of the cell with weights and rows as arguments.
+    """A few steps of the cell with weights, biases and rows as arguments.
 
     Returns what `unroll` returns, the last belief, and the inputs (k * N, in) of each learned layer's products, detached,
     nothing for the others.
     """
 
     def steps(
-        weights: tuple[Tensor, ...], rows: tuple[Tensor, ...], belief: Belief, inputs: tuple[Tensor, ...]
+        weights: tuple[Tensor, ...],
+        biases: tuple[Tensor, ...],
+        rows: tuple[Tensor, ...],
+        belief: Belief,
+        inputs: tuple[Tensor, ...],
     ) -> tuple[Any, Belief, list[Tensor]]:
         seen: list[list[Tensor]] = [[] for _ in weights]
         calls = [
@@ -149,7 +161,7 @@ def _steps_of(cell: Callable[..., Any], learned: Sequence[bool]) -> Callable[...
             x = x.to(weights[index].dtype)
             if learned[index]:
                 seen[index].append(x.detach())
-            return torch.addmm(row, x, weights[index].t())
+            return _affine(x, weights[index], biases[index], row, learned=learned[index])
 
         def step(belief: Belief, *step_inputs: Tensor) -> Any:
             return cell(belief, *step_inputs, linear=linear)
@@ -163,3 +175,11 @@ def _steps_of(cell: Callable[..., Any], learned: Sequence[bool]) -> Callable[...
         )
 
     return steps
+
+
+def _affine(x: Tensor, weight: Tensor, bias: Tensor, row: Tensor, *, learned: bool) -> Tensor:
+    """x W' + b, so that the gradient at it reaches `row`; as in `Scan._rows`. Shapes: x (N, in), row (N, out)."""
+    if not bias_in_product(x):
+        return torch.addmm(row, x, weight.t())
+    product = torch.addmm(bias, x, weight.t())
+    return product + row if learned else product

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from tensordict import TensorDict
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from learner_proc import scan, slopes
 from learner_proc.gradient_step import GradientStep
 from shared.config import CompileSettings, NetworkSettings, OptimizationSettings, Settings
 from shared.model.distributions import tanh_normal_entropy
@@ -155,8 +156,15 @@ GRADIENT_OPTIONS: list[dict[str, Any]] = [
 ]
 
 
+@pytest.mark.parametrize("form", ["small batch", "large batch", "products of a GPU"])
 @pytest.mark.parametrize("options", GRADIENT_OPTIONS)
-def test_the_step_takes_the_gradients_that_autograd_takes_of_the_plain_losses(options, monkeypatch):
+def test_the_step_takes_the_gradients_that_autograd_takes_of_the_plain_losses(options, form, monkeypatch):
+    if form != "small batch":  # many rows and steps: calls in groups, weight gradients and heads in blocks
+        for module, name, value in ((scan, "MANY_ROWS", 1), (scan, "CACHED_ROWS", 3), (slopes, "CACHED_ROWS", 3)):
+            monkeypatch.setattr(module, name, value)
+        monkeypatch.setattr(scan, "STEPS_PER_CALL", 2)
+    if form == "products of a GPU":
+        monkeypatch.setattr(scan, "bias_in_product", lambda x: True)
     step, batch = make(**options), make_batch()
     torch.manual_seed(3)
     expected = plain_gradients(step, batch)

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from learner_proc import scan as scan_module
 from learner_proc.scan import FEW_ROWS, STEPS_PER_CALL, Scan, unroll
 from shared.model.layers import GRU, Linear, plain
 from shared.model.rssm import Belief
@@ -42,6 +43,16 @@ class Cell:
         return Scan(self.step, self.layers, learned=learned, dtype=dtype, compiled=counted)
 
 
+@pytest.fixture(params=["few rows", "many rows", "few rows, bias in product", "many rows, bias in product"])
+def form(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The forms a scan takes: weight gradients over all steps or call by call in blocks; a GPU's products, and a CPU's."""
+    if "many" in request.param:
+        monkeypatch.setattr(scan_module, "MANY_ROWS", 1)
+        monkeypatch.setattr(scan_module, "CACHED_ROWS", 3)
+    if "bias" in request.param:
+        monkeypatch.setattr(scan_module, "bias_in_product", lambda x: True)
+
+
 def start(rows: int) -> Belief:
     return Belief(torch.full((rows, 5), 0.1), torch.zeros(rows, 2))
 
@@ -49,6 +60,7 @@ def start(rows: int) -> Belief:
 @pytest.mark.parametrize(
     ("steps", "calls"), [(6, 1), (2 * STEPS_PER_CALL, 2), (STEPS_PER_CALL + 7, 2), (15, 3), (2, 1)]
 )
+@pytest.mark.usefixtures("form")
 def test_a_scan_has_the_result_and_the_gradients_of_the_plain_cell_in_few_calls(steps: int, calls: int) -> None:
     cell, xs = Cell(), torch.randn(steps, 4, 3)
     plainly = unroll(cell.step, start(4), (xs,))
@@ -61,6 +73,7 @@ def test_a_scan_has_the_result_and_the_gradients_of_the_plain_cell_in_few_calls(
         torch.testing.assert_close(mine, other, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.usefixtures("form")
 def test_inputs_get_the_gradients_they_get_from_the_plain_cell() -> None:
     cell, xs = Cell(), torch.randn(2 * STEPS_PER_CALL, 4, 3, requires_grad=True)
     grads = [
@@ -70,6 +83,7 @@ def test_inputs_get_the_gradients_they_get_from_the_plain_cell() -> None:
     torch.testing.assert_close(grads[0], grads[1], rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.usefixtures("form")
 def test_layers_that_are_not_learned_pass_gradients_on_and_take_none() -> None:
     cell, xs = Cell(), torch.randn(2, 4, 3, requires_grad=True)
     loss = cell.scan([cell.out])(start(4), (xs,)).square.sum()
