@@ -20,6 +20,16 @@ CONT_LAYERS = 3
 CRITIC_LAYERS = 3
 
 
+def read_out(layer: nn.Linear, x: Tensor) -> Tensor:
+    """The one number of a head's last layer, in float32 whatever `x` is: (..., hidden) to (...).
+
+    A value near 150 in bfloat16 is a whole number: returns could not tell two actions apart, nor updates move the bias.
+    """
+    if x.dtype == torch.float32:
+        return layer(x).squeeze(-1)
+    return (x.float() * layer.weight[0]).sum(-1) + layer.bias  # compiled: one pass over x, no float32 copy of it
+
+
 class ScalarHead(nn.Module):
     """One float32 number per feature: (..., F) to (...)."""
 
@@ -28,7 +38,12 @@ class ScalarHead(nn.Module):
         self.layers = mlp(feat_dim, networks.hidden_dim, num_layers, networks.activation, 1)
 
     def forward(self, feat: Tensor) -> Tensor:
-        return self.layers(feat).float().squeeze(-1)
+        *hidden, last = self.layers
+        x = feat
+        for layer in hidden:
+            x = layer(x)
+        assert isinstance(last, nn.Linear)
+        return read_out(last, x)
 
 
 class ImageDecoder(nn.Module):

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from learner_proc.heads import read_out
 from learner_proc.scan import CACHED_ROWS
 from shared.model.layers import BACKWARDS
 
@@ -78,7 +79,9 @@ def _read_block(layers: nn.Sequential, feat: Tensor, dtype: torch.dtype, learned
     x, inputs, slopes = feat.to(dtype), [], []
     weights = [layer.weight.to(dtype) for layer in layers if isinstance(layer, nn.Linear)]
     activations: list[tuple[nn.Module, Tensor, Tensor]] = []
-    for layer in layers:
+    *hidden, last = layers
+    assert isinstance(last, nn.Linear)
+    for layer in hidden:
         if isinstance(layer, nn.Linear):
             inputs.append(x)
             x = F.linear(x, weights[len(inputs) - 1], layer.bias.to(dtype))
@@ -89,8 +92,8 @@ def _read_block(layers: nn.Sequential, feat: Tensor, dtype: torch.dtype, learned
     for weight, (layer, before, after) in zip(reversed(weights[:-1]), reversed(activations), strict=True):
         slopes.append(BACKWARDS[type(layer)](slope, before, after))
         slope = slopes[-1] @ weight
-    kept = (tuple(inputs), tuple(reversed(slopes))) if learned else ((), ())
-    return Block(x.float().squeeze(-1), slope, *kept)
+    kept = ((*inputs, x), tuple(reversed(slopes))) if learned else ((), ())
+    return Block(read_out(last, x), slope, *kept)
 
 
 def _block_gradients(block: Block, grad: Tensor) -> list[Tensor]:

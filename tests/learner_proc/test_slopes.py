@@ -4,7 +4,9 @@ import pytest
 import torch
 
 from learner_proc import slopes
+from learner_proc.heads import ScalarHead
 from learner_proc.slopes import HeadReader
+from shared.config import NetworkSettings
 from shared.model.layers import mlp
 
 HEADS = HeadReader(torch.float32, compiled=lambda function: function)
@@ -26,6 +28,22 @@ def test_a_reading_gives_the_gradients_that_autograd_gives(activation, rows, mon
     torch.testing.assert_close(HEADS.feat_gradient([reading], [upstream]), feat_grad, rtol=1e-5, atol=1e-6)
     for mine, other in zip(HEADS.weight_gradients(reading, upstream), grads, strict=True):
         torch.testing.assert_close(mine, other, rtol=1e-4, atol=1e-5)
+
+
+def test_values_keep_their_digits_in_bfloat16():
+    """bfloat16 has eight of them: near 150 it knows whole numbers alone."""
+    torch.manual_seed(0)
+    head = ScalarHead(7, 2, NetworkSettings(hidden_dim=11))
+    with torch.no_grad():
+        head.layers[-1].bias.fill_(150.4)
+    feat = torch.randn(50, 7)
+    exact = head(feat).detach()
+    reader = HeadReader(torch.bfloat16, compiled=lambda function: function)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = {"read": reader.read(head.layers, feat, learned=False).value, "called": head(feat).detach()}
+    for name, value in found.items():
+        assert value.dtype == torch.float32, name
+        torch.testing.assert_close(value - 150.4, exact - 150.4, rtol=0.05, atol=0.02, msg=name)
 
 
 def test_a_linear_head_has_its_weight_as_slope():
