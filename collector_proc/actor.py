@@ -103,12 +103,13 @@ class Actor:
         self.device, self.random_ticks = device, random_ticks
         self._shape = (spec.num_envs, spec.action_dim)
         self.evaluation = torch.zeros(spec.num_envs, dtype=torch.bool, device=device)
-        self.evaluation[evaluation_columns(spec.num_envs, collector.eval_envs)] = True
+        columns = evaluation_columns(spec.num_envs, collector.eval_envs)
+        self.evaluation[columns] = True
         self.belief = self.policy.initial_belief(spec.num_envs)
         self._act = partial(
             self.policy.act,
             noise_std=networks.exploration_noise,
-            deterministic=self.evaluation,
+            evaluation=torch.tensor(columns, dtype=torch.int64, device=device),
             eval_action=collector.eval_action,
         )
         graphed = device.type == "cuda" and collector.cudagraphs

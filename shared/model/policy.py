@@ -65,16 +65,16 @@ class Policy(nn.Module):
         reset: Tensor,
         *,
         noise_std: float,
-        deterministic: Tensor,
+        evaluation: Tensor,
         eval_action: str,
     ) -> tuple[Tensor, Belief]:
         """The actions to execute, (E, A) float32 in [-1, 1], and the beliefs they were chosen in.
 
-        Where `reset` is set, belief and previous action are blanked before the ordinary step. Rows marked
-        `deterministic` take the mode (`eval_action` "mode": most likely of 100 samples; "mean": tanh of the mean)
+        Where `reset` is set, belief and previous action are blanked before the ordinary step. The rows
+        `evaluation` take the mode (`eval_action` "mode": most likely of 100 samples; "mean": tanh of the mean)
         without noise; the others a sample plus N(0, noise_std), clipped. Feed the returned action back as `prev_action`:
         it is the executed one.
-        Shapes: obs entries (E, *shape) raw, prev_action (E, A), reset and deterministic (E,) bool.
+        Shapes: obs entries (E, *shape) raw, prev_action (E, A), reset (E,) bool, evaluation (n,) int64: indices of rows.
         """
         num_envs = reset.shape[0]
         assert prev_action.shape[0] == belief.deter.shape[0] == num_envs, (prev_action.shape, belief.deter.shape)
@@ -82,7 +82,10 @@ class Policy(nn.Module):
         noise = torch.randn_like(belief.stoch)
         belief = self.rssm.posterior_step(belief, prev_action, embed_share, reset[:, None], noise).belief
         mean, std = self.actor(feat(belief))
-        best = tanh_normal_mode(mean, std) if eval_action == "mode" else torch.tanh(mean)
         sample = torch.tanh(mean + std * torch.randn_like(mean))
         noisy = (sample + noise_std * torch.randn_like(mean)).clamp(-1.0, 1.0)
-        return torch.where(deterministic[:, None], best, noisy), belief
+        if not len(evaluation):
+            return noisy, belief
+        mean, std = mean[evaluation], std[evaluation]
+        best = tanh_normal_mode(mean, std) if eval_action == "mode" else torch.tanh(mean)
+        return noisy.index_copy(0, evaluation, best), belief

@@ -34,8 +34,7 @@ def rehearsed(step: Callable[[], None], device: torch.device) -> Callable[[], ob
 def make_policy() -> tuple[Policy, Callable]:
     torch.manual_seed(1)
     policy = Policy(SPEC, NETWORKS).requires_grad_(False)
-    deterministic = torch.tensor([False, False, False, True])
-    return policy, partial(policy.act, noise_std=0.3, deterministic=deterministic, eval_action="mode")
+    return policy, partial(policy.act, noise_std=0.3, evaluation=torch.tensor([3]), eval_action="mode")
 
 
 def ticks() -> Iterator[tuple[dict[str, Tensor], Tensor]]:

@@ -107,7 +107,7 @@ def test_scanning_recorded_rows_reproduces_the_acting_beliefs_when_the_executed_
             action,
             w["is_first"][:, t],
             noise_std=0.3,
-            deterministic=torch.zeros(B, dtype=torch.bool),
+            evaluation=torch.arange(0),
             eval_action="mean",
         )
         acted.append(belief)

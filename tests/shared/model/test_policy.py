@@ -11,6 +11,7 @@ from shared.stream import ObsSpec, StreamSpec
 E, A = 4, 2
 SPEC = StreamSpec(E, {"policy": ObsSpec((3,), "float32")}, A)
 NONE, ALL = torch.zeros(E, dtype=torch.bool), torch.ones(E, dtype=torch.bool)
+NOBODY, EVERYBODY = torch.arange(0), torch.arange(E)
 
 
 def make_policy(init_std: float = 5.0) -> Policy:
@@ -18,14 +19,14 @@ def make_policy(init_std: float = 5.0) -> Policy:
     return Policy(SPEC, NetworkSettings(state_dim=3, rssm_hidden_dim=5, hidden_dim=7, init_std=init_std))
 
 
-def act(policy: Policy, obs, belief, action, reset, *, noise_std=0.3, deterministic=NONE, eval_action="mode"):
+def act(policy: Policy, obs, belief, action, reset, *, noise_std=0.3, evaluation=NOBODY, eval_action="mode"):
     return policy.act(
         {"policy": obs},
         belief,
         action,
         reset,
         noise_std=noise_std,
-        deterministic=deterministic,
+        evaluation=evaluation,
         eval_action=eval_action,
     )
 
@@ -51,7 +52,7 @@ def test_mean_evaluation_takes_tanh_of_the_mean_without_noise():
         policy.initial_belief(E),
         torch.zeros(E, A),
         ALL,
-        deterministic=ALL,
+        evaluation=EVERYBODY,
         eval_action="mean",
     )
     torch.testing.assert_close(action, torch.tanh(policy.actor(feat(belief))[0]), rtol=1e-6, atol=1e-6)
@@ -60,17 +61,17 @@ def test_mean_evaluation_takes_tanh_of_the_mean_without_noise():
 def test_mode_evaluation_takes_the_most_likely_sample_without_noise():
     policy = make_policy(init_std=0.001)
     action, belief = act(
-        policy, torch.randn(E, 3), policy.initial_belief(E), torch.zeros(E, A), ALL, deterministic=ALL, noise_std=9.0
+        policy, torch.randn(E, 3), policy.initial_belief(E), torch.zeros(E, A), ALL, evaluation=EVERYBODY, noise_std=9.0
     )
     torch.testing.assert_close(action, torch.tanh(policy.actor(feat(belief))[0]), rtol=0.0, atol=0.01)
 
 
 def test_training_columns_sample_add_noise_and_clip():
     policy = make_policy(init_std=0.001)
-    deterministic = torch.tensor([False, False, True, True])
+    evaluation = torch.tensor([2, 3])
     start, obs = policy.initial_belief(E), torch.randn(E, 3)
     actions = torch.stack([
-        act(policy, obs, start, torch.zeros(E, A), ALL, noise_std=0.5, deterministic=deterministic)[0] for _ in range(300)
+        act(policy, obs, start, torch.zeros(E, A), ALL, noise_std=0.5, evaluation=evaluation)[0] for _ in range(300)
     ])  # fmt: skip
     assert actions.abs().max() <= 1.0 and actions.dtype == torch.float32
     spread = actions.std(0).mean(1)
