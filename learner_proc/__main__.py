@@ -39,8 +39,9 @@ def main() -> int:
     if arguments.device == "cpu":
         keep_freed_memory()
     else:
-        torch.backends.cuda.matmul.allow_tf32 = True
-        torch.backends.cudnn.allow_tf32 = True
+        # what is not cast; float32 asked for by name stays float32
+        rounded = settings.optimization.autocast != "false"
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = rounded
     made_socket_dir = not Path(run.socket_dir).exists()  # launch removes its own; run alone, this process makes one
     Path(run.socket_dir).mkdir(mode=0o700, exist_ok=True)
     try:

@@ -75,7 +75,7 @@ class GradientStep:
         dreaming = [*actor, twin.input, twin.gru.input, twin.gru.recurrent, twin.prior_hidden, twin.prior_out]
         self._observing = Scan(rssm.posterior_step, observing, learned=observing, dtype=dtype, compiled=compiled)
         self._dreaming = Scan(self._dreamer.step, dreaming, learned=actor, dtype=dtype, compiled=compiled)
-        self._model_loss = compiled(self.world_model.loss)
+        self._embed, self._model_loss = compiled(self.world_model.embed), compiled(self.world_model.loss)
         self._objective, self._regression = compiled(self._behavior.objective), compiled(self._behavior.regression)
         self._heads = HeadReader(dtype, compiled=compiled)
 
@@ -124,6 +124,7 @@ class GradientStep:
             batch["is_first"],
             noise,
             scan=self._observing,
+            embed=self._embed,
         )
         loss = self._model_loss(obs, posterior, batch["reward"], batch["is_terminal"])
         return loss, Belief(*(part.detach().flatten(0, 1) for part in posterior.belief))

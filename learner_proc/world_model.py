@@ -59,6 +59,10 @@ class WorldModel(nn.Module):
         default = IMAGE_FREE_NATS if has_images else VECTOR_FREE_NATS
         self.free_nats = default if self.optimization.free_nats is None else self.optimization.free_nats
 
+    def embed(self, obs: dict[str, Tensor]) -> Tensor:
+        """What observations add to the first posterior layer, (..., D); entries (..., *shape), vectors normalised."""
+        return self.rssm.embed_share(self.encoder(obs))
+
     def observe(
         self,
         obs: dict[str, Tensor],
@@ -67,17 +71,18 @@ class WorldModel(nn.Module):
         noise: Tensor,
         *,
         scan: Callable[[Belief, Sequence[Tensor]], Posterior] | None = None,
+        embed: Callable[[dict[str, Tensor]], Tensor] | None = None,
     ) -> Posterior:
         """Posterior beliefs along windows that start from a blank belief and are blanked again at every `is_first`.
 
-        `scan` unrolls the RSSM's posterior step; by default plainly.
+        `scan` unrolls the RSSM's posterior step, `embed` is this module's own; by default both plainly.
         Shapes: obs entries (B, L, *shape) with vectors normalised, action (B, L, A), is_first (B, L) bool,
         noise (L, B, S); result (B, L, ...).
         """
         num_sequences, length = is_first.shape
         assert action.shape[:2] == is_first.shape, action.shape
         assert noise.shape == (length, num_sequences, self.rssm.stoch_dim), noise.shape
-        share = self.rssm.embed_share(self.encoder(obs))  # (B, L, D)
+        share = (embed or self.embed)(obs)  # (B, L, D)
         scan = scan or partial(unroll, self.rssm.posterior_step)
         inputs = (action.transpose(0, 1), share.transpose(0, 1), is_first[..., None].transpose(0, 1), noise)
         return scan(self.rssm.initial(num_sequences), inputs)
