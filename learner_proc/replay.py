@@ -83,17 +83,17 @@ class Replay:
         """Views of the K rows from ring row `row`."""
         return self.views[row : row + self.ticks_per_chunk]
 
-    def sample(self, num_sequences: int, length: int) -> TensorDict:
+    def sample(self, num_sequences: int, length: int, *, generator: torch.Generator | None = None) -> TensorDict:
         """Windows drawn uniformly over (environment, start), newest row included, never across the write head.
 
-        Returns: TensorDict [B, L] of every field; `policy_version` (B, L). No host synchronisation.
+        generator: another than the one training draws by. Returns: TensorDict [B, L] of every field; `policy_version` (B, L). No host synchronisation.
         """
         assert self.num_rows >= length, (self.num_rows, length)
-        return self.draw(num_sequences, length)
+        return self.draw(num_sequences, length, generator=generator)
 
-    def draw(self, num_sequences: int, length: int) -> TensorDict:
+    def draw(self, num_sequences: int, length: int, *, generator: torch.Generator | None = None) -> TensorDict:
         """`sample` by the bounds on the device alone, as a graph captures it; with too few rows it draws nonsense."""
-        device, generator = self.slab.device, self.generator
+        device, generator = self.slab.device, generator or self.generator
         first, num_rows = self._bounds[0], self._bounds[1]
         # float rand is biased beyond 2^24 rows and randint takes no tensor bound; 2^62 leaves a bias below 1e-9
         start = torch.randint(0, 2**62, (num_sequences, 1), device=device, generator=generator)
