@@ -7,6 +7,8 @@
 from __future__ import annotations
 
 import difflib
+import functools
+import operator
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
@@ -17,7 +19,7 @@ from shared.errors import SettingError, SimulatorError
 from shared.stream import ObsSpec
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterable, Mapping, Sequence
 
     from shared.config import EnvSettings
 
@@ -41,8 +43,9 @@ class ObservationMap:
         Raises: SettingError if the settings and what is there do not fit, SimulatorError on an image that shows nothing.
         """
         self._gray, self._low, self._high = env.grayscale, env.image_low, env.image_high
-        groups = _chosen_groups(sample, env.obs_groups)
-        flat = _flatten({name: sample[name] for name in groups})
+        groups = chosen_groups(sample, env.obs_groups)
+        self._keys = entry_names(_leaves({name: sample[name] for name in groups}))
+        flat = self._read(sample)
         self.outside = torch.zeros((), dtype=torch.int64, device=next(iter(flat.values())).device)
         self._lowest = torch.full((), env.image_low, device=self.outside.device)  # of all values in float images so far
         self._highest = torch.full_like(self._lowest, env.image_high)
@@ -54,11 +57,11 @@ class ObservationMap:
                 f"{'at least one' if env.from_pixels else 'none'}; set env.from_pixels={str(bool(images)).lower()} or "
                 "choose other env.obs_groups"
             )
-        self._groups = groups
         self._names = {name: name for name in flat}
         for name in images:
             _check_image(name, flat[name], env)
             self._names[name] = "pixels" if len(images) == 1 else f"pixels_{name}"
+        _check_distinct(self._names)
         self.spec = {
             name: ObsSpec(tuple(entry.shape[1:]), "uint8" if entry.dim() == 4 else "float32")
             for name, entry in self(sample).items()
@@ -69,7 +72,7 @@ class ObservationMap:
 
         Other groups than chosen are ignored.
         """
-        flat = _flatten({name: obs[name] for name in self._groups})
+        flat = self._read(obs)
         if rows is not None:
             flat = {name: entry[rows] for name, entry in flat.items()}
         return {
@@ -84,6 +87,12 @@ class ObservationMap:
             f"{float(self._lowest):.3g} .. {float(self._highest):.3g}; wanted their range, which becomes bytes 0 .. 255; "
             "set both to hold every value"
         )
+
+    def _read(self, obs: Mapping[str, Any]) -> dict[str, Tensor]:
+        entries: dict[str, Any] = {
+            name: functools.reduce(operator.getitem, key, obs) for name, key in self._keys.items()
+        }
+        return entries
 
     def _image(self, image: Tensor) -> Tensor:
         """(E, H, W, C) or (E, C, H, W) to (E, 64, 64, 1 or 3) uint8; shrunk by the mean over the area of each pixel."""
@@ -131,7 +140,8 @@ class ActionMap:
         return action * self._factor + self._offset
 
 
-def _chosen_groups(sample: Mapping[str, Any], wanted: Sequence[str] | None) -> list[str]:
+def chosen_groups(sample: Mapping[str, Any], wanted: Sequence[str] | None) -> list[str]:
+    """The groups that env.obs_groups chooses among those in the sample. Raises: SettingError."""
     there = list(sample)
     if wanted is None:
         return next(([name] for name in DEFAULT_GROUPS if name in sample), there)
@@ -145,16 +155,36 @@ def _chosen_groups(sample: Mapping[str, Any], wanted: Sequence[str] | None) -> l
     return list(wanted)
 
 
-def _flatten(obs: Mapping[str, Any], prefix: str = "") -> dict[str, Tensor]:
-    """Nested groups as "group_term"; dots would nest in the replay."""
-    flat: dict[str, Tensor] = {}
+def entry_names(keys: Iterable[tuple[str, ...]]) -> dict[str, tuple[str, ...]]:
+    """Where each entry of the stream lies: "group_term", for dots would nest in the replay. Raises: SettingError."""
+    found: dict[str, tuple[str, ...]] = {}
+    for key in keys:
+        name = "_".join(map(str, key)).replace(".", "_")
+        if name in found:
+            raise SettingError(
+                f"observations {list(found[name])} and {list(key)} would both be streamed as {name!r}; wanted a name for each; "
+                "rename one of them in the task, or choose env.obs_groups without it"
+            )
+        found[name] = key
+    return found
+
+
+def _leaves(obs: Mapping[str, Any], above: tuple[str, ...] = ()) -> list[tuple[str, ...]]:
+    """Where the tensors of nested groups lie."""
+    found: list[tuple[str, ...]] = []
     for name, entry in obs.items():
-        key = prefix + str(name).replace(".", "_")
-        if isinstance(entry, Tensor):
-            flat[key] = entry
-        else:
-            flat |= _flatten(entry, key + "_")
-    return flat
+        found += [(*above, name)] if isinstance(entry, Tensor) else _leaves(entry, (*above, name))
+    return found
+
+
+def _check_distinct(names: Mapping[str, str]) -> None:
+    """Raises: SettingError if an image gets the name of another entry."""
+    for name, streamed in names.items():
+        if streamed != name and names.get(streamed) == streamed:
+            raise SettingError(
+                f"image {name!r} and observation {streamed!r} would both be streamed as {streamed!r}; wanted a name for each; "
+                "rename one of them in the task, or choose env.obs_groups without it"
+            )
 
 
 def _channels_first(image: Tensor) -> bool:

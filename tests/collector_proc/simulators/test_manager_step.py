@@ -299,3 +299,22 @@ def test_actions_are_scaled_where_unbounded_and_mapped_to_bounds_where_there_are
     actions = ActionMap([-inf, 0.0, -1.0], [inf, 4.0, 1.0], scale=2.5, device=CPU)
     given = torch.tensor([[-1.0, -1.0, -1.0], [0.0, 0.0, 0.0], [1.0, 1.0, 1.0]])
     assert actions(given).tolist() == [[-2.5, 0.0, -1.0], [0.0, 2.0, 0.0], [2.5, 4.0, 1.0]] and actions.action_dim == 3
+
+
+@pytest.mark.parametrize(
+    ("sample", "message"),
+    [
+        (
+            {"a": {"b": torch.zeros(2, 1)}, "a_b": torch.ones(2, 1)},
+            r"\['a', 'b'\] and \['a_b'\] would both .*'a_b'; .*env.obs",
+        ),
+        ({"a.b": torch.zeros(2, 1), "a_b": torch.ones(2, 1)}, r"\['a.b'\] and \['a_b'\] would both .*'a_b'; .*rename"),
+        (
+            {"pixels": torch.zeros(2, 1), "camera": torch.arange(24576, dtype=torch.uint8).view(2, 64, 64, 3)},
+            r"image 'camera' and observation 'pixels' would both .*'pixels'; .*rename",
+        ),
+    ],
+)
+def test_two_observations_of_one_name_are_refused(sample: dict, message: str) -> None:
+    with pytest.raises(SettingError, match=message):
+        ObservationMap(sample, settings(from_pixels="camera" in sample))
