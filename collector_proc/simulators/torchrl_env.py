@@ -18,6 +18,7 @@ import sys
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import structlog
 import torch
 from torch import Tensor
 
@@ -26,6 +27,7 @@ from collector_proc.simulators.manager_spaces import ActionMap, ObservationMap
 from collector_proc.simulators.manager_step import ManagerStep
 from collector_proc.simulators.suite import UNLIMITED, environment_seed, renderer_variables
 from collector_proc.simulators.torchrl_layers import MAKE_VECTOR, refuse_own_resets, resets_any_row
+from collector_proc.simulators.torchrl_specs import Key, action_leaf, check_row_entries, chosen_observations
 from shared.errors import SettingError, SimulatorError
 from shared.stream import StreamSpec
 
@@ -52,14 +54,17 @@ class Outcome:
 class EnvRows:
     """The rows of the vector that one EnvBase steps: batch size [n], or none, which is one row."""
 
-    def __init__(self, env: EnvBase) -> None:
-        """Raises: SettingError if the environment resets itself, its actions are not one continuous entry, or its rewards
-        or ends not one per row."""
+    def __init__(self, env: EnvBase, keys: dict[str, Key]) -> None:
+        """keys: where the streamed observations lie.
+
+        Raises: SettingError if the environment resets itself, its actions are not one continuous entry, or its rewards
+        or ends not one per row.
+        """
         self.env, self.num_rows = env, env.batch_size.numel()
         refuse_own_resets(env)
-        self._action = _action_leaf(env)
-        self._keys = {"_".join(key): key for key in _leaves(env.observation_spec)}
-        _check_row_entries(env, self.num_rows)
+        self._action = action_leaf(env)
+        self._keys = keys
+        check_row_entries(env, self.num_rows)
         self.resets_any = resets_any_row(env)
         self._next = env.reset()
         self._ended = self._next.get("done").reshape(self.num_rows)  # in the last tick
@@ -137,7 +142,10 @@ class TorchrlSimulator:
     def __init__(self, settings: Settings, *, seed: int, device: str, crash_dir: Path | None = None) -> None:
         env = settings.env
         assert env.num_envs is not None, "check_env demands env.num_envs"
-        self._rows = [EnvRows(made) for made in _make_all(env, num_envs=env.num_envs, seed=seed, device=device)]
+        made = _make_all(env, num_envs=env.num_envs, seed=seed, device=device)
+        keys, left_out = chosen_observations(made[0], env.obs_groups)
+        structlog.get_logger().info("observations", streamed=list(keys), left_out=left_out)
+        self._rows = [EnvRows(one, keys) for one in made]
         self._sizes = [rows.num_rows for rows in self._rows]
         self._horizon, self.frames_per_step = env.horizon, env.frame_skip
         _check_horizon(env, self._rows)
@@ -300,33 +308,3 @@ def _leave_isaaclab_alone() -> None:
     wrapping = importlib.import_module("torchrl.envs.libs.gym")
     if getattr(wrapping, "_has_isaaclab", False) and "isaaclab" not in sys.modules:
         wrapping._has_isaaclab = False  # pyright: ignore[reportAttributeAccessIssue]
-
-
-def _leaves(spec: Any) -> list[tuple[str, ...]]:
-    """Keys of a Composite's tensors, as tuples."""
-    keys = spec.keys(include_nested=True, leaves_only=True)
-    return sorted(key if isinstance(key, tuple) else (key,) for key in keys)
-
-
-def _action_leaf(env: EnvBase) -> tuple[tuple[str, ...], Any]:
-    leaves = _leaves(env.full_action_spec)
-    spec = env.full_action_spec[leaves[0]]
-    if len(leaves) != 1 or not spec.dtype.is_floating_point or not hasattr(spec.space, "low"):
-        kinds = {"_".join(key): type(env.full_action_spec[key]).__name__ for key in leaves}
-        raise SettingError(
-            f"the environment's actions are {kinds}; wanted one entry of continuous numbers; choose another env.name, or "
-            "wrap it so that its action is one bounded vector"
-        )
-    return leaves[0], spec
-
-
-def _check_row_entries(env: EnvBase, num_rows: int) -> None:
-    """Raises: SettingError unless each row has one "reward", one "done" and one "terminated"."""
-    met = {"_".join(key): tuple(env.full_reward_spec[key].shape) for key in _leaves(env.full_reward_spec)}
-    met |= {"_".join(key): tuple(env.full_done_spec[key].shape) for key in _leaves(env.full_done_spec)}
-    wanted = ("reward", "done", "terminated")
-    if any(math.prod(met.get(name, (0,))) != num_rows for name in wanted):
-        raise SettingError(
-            f"the environment's rewards and ends are {met}; wanted one of each of {', '.join(wanted)} per environment; "
-            "environments of several agents or objectives need a transform that joins them"
-        )

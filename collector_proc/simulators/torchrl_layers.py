@@ -11,7 +11,18 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from torchrl.envs import AutoResetEnv, AutoResetTransform, Compose, TransformedEnv, VecGymEnvTransform
+from torchrl.envs import (
+    AutoResetEnv,
+    AutoResetTransform,
+    Compose,
+    InitTracker,
+    StepCounter,
+    TargetReturn,
+    Timer,
+    TrajCounter,
+    TransformedEnv,
+    VecGymEnvTransform,
+)
 
 from shared.errors import SettingError
 
@@ -20,6 +31,7 @@ if TYPE_CHECKING:
 
     from torchrl.envs import EnvBase, Transform
 
+ACCOUNTS = (InitTracker, StepCounter, TargetReturn, Timer, TrajCounter)  # what these add is no observation
 MAKE_VECTOR = (
     "make it as torchrl.envs.GymWrapper(gymnasium.make_vec(ID, num_envs=N, "
     "vector_kwargs={'autoreset_mode': gymnasium.vector.AutoresetMode.DISABLED}))"
@@ -49,6 +61,28 @@ def refuse_own_resets(env: EnvBase) -> None:
             f"the environment resets itself ({what}), which overwrites the last observation of every episode; wanted one "
             f"that waits for reset(); {mend}"
         )
+
+
+def bookkeeping(env: EnvBase) -> set[tuple[str, ...]]:
+    """Where entries of its observation spec lie that keep account of the run: infos that a reader copies, what the
+    transforms of ACCOUNTS add, and what others add that read nothing but such entries, rewards and ends (RewardSum).
+    """
+    *_, base = layers_of(env)
+    found = {key for reader in vars(base).get("_info_dict_reader", ()) for key in _keys(reader.info_spec)}
+    known = found | _keys(base.full_reward_spec) | _keys(base.full_done_spec)
+    spec: Any = base.output_spec
+    for transform in transforms_of(env):
+        before, spec = spec, transform.transform_output_spec(spec.clone())
+        added = _keys(spec["full_observation_spec"]) - _keys(before["full_observation_spec"])
+        read = {key if isinstance(key, tuple) else (key,) for key in getattr(transform, "in_keys", None) or ()}
+        if isinstance(transform, ACCOUNTS) or (read and read <= known):
+            found, known = found | added, known | added
+    return found
+
+
+def _keys(spec: Any) -> set[tuple[str, ...]]:
+    keys = spec.keys(True, True) if hasattr(spec, "items") and hasattr(spec, "shape") else (spec or ())
+    return {key if isinstance(key, tuple) else (key,) for key in keys}
 
 
 def resets_any_row(env: EnvBase) -> bool:

@@ -12,10 +12,25 @@ import math
 from typing import Any
 
 import gymnasium
+import numpy as np
 import torch
 from tensordict import TensorDict
-from torchrl.data import Binary, Bounded, Composite, OneHot, Unbounded
-from torchrl.envs import EnvBase, GymEnv, GymWrapper, SerialEnv, StepCounter, TransformedEnv
+from torchrl.data import Binary, Bounded, Composite, NonTensor, OneHot, Unbounded
+from torchrl.envs import (
+    CatTensors,
+    EnvBase,
+    GymEnv,
+    GymWrapper,
+    InitTracker,
+    RenameTransform,
+    RewardSum,
+    SelectTransform,
+    SerialEnv,
+    StepCounter,
+    TrajCounter,
+    Transform,
+    TransformedEnv,
+)
 
 IMAGE = (128, 96, 3)
 singles = itertools.count()  # the row of the next environment that make_single makes
@@ -137,6 +152,65 @@ class Spoiled(gymnasium.vector.VectorWrapper):
         self.steps += 1
         reward[0] = math.nan if self.steps == 3 else reward[0]
         return obs, reward, *rest
+
+
+def transformed(env: EnvBase, *transforms: Transform) -> EnvBase:
+    made = TransformedEnv(env)
+    for transform in transforms:
+        made.append_transform(transform)
+    return made
+
+
+def make_accounts(num_envs: int) -> EnvBase:
+    """Transforms that keep account, one that copies an account, one that reads an observation, one that reads both."""
+    return transformed(
+        make_batched(num_envs),
+        *(StepCounter(), RewardSum(), InitTracker(), TrajCounter()),
+        RenameTransform(["episode_reward"], ["return_so_far"], create_copy=True),
+        CatTensors(["where"], "joined", del_keys=False),
+        CatTensors(["where", "step_count"], "timed", del_keys=False),
+    )
+
+
+def make_only_accounts(num_envs: int) -> EnvBase:
+    return transformed(make_batched(num_envs), StepCounter(), SelectTransform("step_count", "action"))
+
+
+class WithInfo(gymnasium.Wrapper):
+    """An info at every step and reset."""
+
+    def reset(self, **options: Any) -> Any:
+        obs, _ = super().reset(**options)
+        return obs, {"speed": np.float64(0.5)}
+
+    def step(self, action: Any) -> Any:
+        obs, reward, terminated, truncated, _ = super().step(action)
+        return obs, reward, terminated, truncated, {"speed": np.float64(0.5)}
+
+
+def make_infos() -> EnvBase:
+    return GymWrapper(WithInfo(gymnasium.make("Pendulum-v1"))).auto_register_info_dict()
+
+
+class WordyEnv(CountingEnv):
+    """One of its observations is a word."""
+
+    def __init__(self, rows: list[int]) -> None:
+        super().__init__(rows, batched=True)
+        spec = self.observation_spec.clone()
+        spec["word"] = NonTensor(torch.Size([len(rows)]))
+        self.observation_spec = spec
+
+    def _observation(self) -> dict[str, Any]:
+        return super()._observation() | {"word": "far"}
+
+
+def make_wordy(num_envs: int) -> EnvBase:
+    return WordyEnv(list(range(num_envs)))
+
+
+def make_colliding(num_envs: int) -> EnvBase:
+    return TransformedEnv(make_batched(num_envs), RenameTransform(["where"], ["extra_push"], create_copy=True))
 
 
 def make_vector(num_envs: int, mode: str, *, spoil: bool = False) -> EnvBase:

@@ -8,6 +8,7 @@ from pathlib import Path
 import gymnasium
 import pytest
 import torch
+from structlog.testing import capture_logs
 from torch import Tensor
 
 from collector_proc.simulators.base import Arrival
@@ -149,6 +150,33 @@ def test_images_arrive_as_64x64_bytes_beside_the_chosen_vectors() -> None:
     assert int(pixels.min()) == int(pixels.max()) == 200
 
 
+def test_what_keeps_account_of_the_run_is_left_out_and_said_so() -> None:
+    with capture_logs() as logs:
+        simulator = simulator_of("counting_env:make_accounts", 2)
+    assert set(simulator.spec.obs) == {"extra_push", "joined", "timed", "where"}
+    (said,) = [line for line in logs if line["event"] == "observations"]
+    assert set(said["streamed"]) == set(simulator.spec.obs)
+    assert set(said["left_out"]) == {"step_count", "episode_reward", "is_init", "traj_count", "return_so_far"}
+
+
+def test_infos_are_left_out() -> None:
+    assert set(simulator_of("counting_env:make_infos", 2).spec.obs) == {"observation"}
+    chosen = simulator_of("counting_env:make_infos", 2, obs_groups=["observation", "speed"])
+    assert set(chosen.reset().obs) == {"observation", "speed"}
+
+
+def test_accounts_are_streamed_where_obs_groups_names_them() -> None:
+    simulator = simulator_of("counting_env:make_accounts", 2, obs_groups=["where", "step_count"])
+    assert set(simulator.spec.obs) == {"step_count", "where"}
+    assert [arrival.obs["step_count"][0].item() for arrival in play(simulator, 3)] == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize("name", ["make_wordy", "make_colliding"])
+def test_observations_that_cannot_be_streamed_stand_aside_when_others_are_chosen(name: str) -> None:
+    simulator = simulator_of(f"counting_env:{name}", 2, obs_groups=["where"])
+    assert column(play(simulator, 3), "obs0", 1) == [1000, 1001, 1002, 1003]
+
+
 @pytest.mark.parametrize(
     ("name", "message"),
     [
@@ -156,6 +184,12 @@ def test_images_arrive_as_64x64_bytes_beside_the_chosen_vectors() -> None:
         ("counting_env:make_discrete", r"actions are \{'action': 'OneHot'\}; wanted one entry of continuous numbers"),
         ("counting_env:make_nothing", r"makes dict; wanted a torchrl EnvBase; wrap it"),
         ("counting_env:absent", r"does not import: .*absent.*; wanted module:callable; set env.name"),
+        ("counting_env:make_wordy", r"'word' is no tensor but NonTensor; wanted.*env.obs_groups=\[extra_push,where\]"),
+        (
+            "counting_env:make_colliding",
+            r"\['extra', 'push'\] and \['extra_push'\] would both be streamed as 'extra_push'; .*rename",
+        ),
+        ("counting_env:make_only_accounts", r"observes step_count, which is bookkeeping; .*set env.obs_groups"),
         ("gym:CartPole-v1", r"actions are \{'action': 'OneHot'\}; wanted one entry of continuous"),
     ],
 )
