@@ -45,7 +45,8 @@ class EnvSettings:
     )
     action_scale: float = setting(
         1.0,
-        "isaaclab, mjlab, torchrl: what actions in [-1, 1] are multiplied by where the task sets no bounds",
+        "isaaclab, mjlab, torchrl: what actions in [-1, 1] are multiplied by where the task sets no bounds; where it sets one, "
+        "they reach twice this from it",
         minimum=1e-6,
     )
     obs_groups: Optional[list[str]] = setting(

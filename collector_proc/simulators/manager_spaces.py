@@ -120,7 +120,11 @@ class ObservationMap:
 
 
 class ActionMap:
-    """Actions in [-1, 1] to the simulator's own: a box's bounds, or `scale` times the action where there are none."""
+    """Actions in [-1, 1] to the simulator's own, number by number.
+
+    bounds    low, high          none               low only                   high only
+    becomes   [low, high]        [-scale, scale]    [low, low + 2 * scale]     [high - 2 * scale, high]
+    """
 
     def __init__(self, low: Any, high: Any, *, scale: float, device: torch.device) -> None:
         """low, high: the bounds (A,), anything torch.as_tensor takes. Raises: SettingError on a scale that would do nothing."""
@@ -132,7 +136,8 @@ class ActionMap:
                 f"{high.tolist()}, which [-1, 1] is mapped to; wanted 1; set env.action_scale=1"
             )
         self._factor = torch.where(bounded, (high - low) / 2, scale)
-        self._offset = torch.where(bounded, (high + low) / 2, 0.0)
+        lower, upper = torch.where(low.isfinite(), low + self._factor, 0.0), high - self._factor
+        self._offset = torch.where(high.isfinite() & ~low.isfinite(), upper, lower)
         self.action_dim = len(self._factor)
 
     def __call__(self, action: Tensor) -> Tensor:

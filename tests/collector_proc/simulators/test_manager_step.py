@@ -301,6 +301,12 @@ def test_actions_are_scaled_where_unbounded_and_mapped_to_bounds_where_there_are
     assert actions(given).tolist() == [[-2.5, 0.0, -1.0], [0.0, 2.0, 0.0], [2.5, 4.0, 1.0]] and actions.action_dim == 3
 
 
+def test_actions_with_one_bound_reach_twice_the_scale_from_it() -> None:
+    inf = float("inf")
+    actions = ActionMap([0.0, -inf], [inf, 3.0], scale=2.5, device=CPU)
+    assert actions(torch.tensor([[-1.0, -1.0], [0.0, 0.0], [1.0, 1.0]])).tolist() == [[0, -2], [2.5, 0.5], [5, 3]]
+
+
 @pytest.mark.parametrize(
     ("sample", "message"),
     [
