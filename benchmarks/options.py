@@ -41,14 +41,15 @@ _KL = _V1 | {"optimization.kl_balance": "0.8", "optimization.free_nats": "0.5"}
 _STD = _KL | {"networks.init_std": "1"}
 _SLOW = _STD | {"optimization.slow_critic_decay": "0.98"}
 _NORM = _STD | {"optimization.return_norm": "percentile", "optimization.entropy_scale": "3e-4"}
+_ALL = _NORM | {"optimization.slow_critic_decay": "0.98"}
 SETS = {
     "v1": _V1,
     "kl": _KL,
     "std": _STD,
     "slow": _SLOW,
     "norm": _NORM,
-    "all": _SLOW | _NORM,
-    "all_quiet": _SLOW | _NORM | {"networks.exploration_noise": "0.1"},
+    "all": _ALL,
+    "all_quiet": _ALL | {"networks.exploration_noise": "0.1"},
     "continue": {"networks.continue_head": "true"},
     "no_continue": {"networks.continue_head": "false"},
 }

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from learner_proc import slopes
+from learner_proc.gradient_step import dense_layers
 from learner_proc.heads import ScalarHead
 from learner_proc.slopes import HeadReader
 from shared.config import NetworkSettings
@@ -34,8 +35,7 @@ def test_values_keep_their_digits_in_bfloat16():
     """bfloat16 has eight of them: near 150 it knows whole numbers alone."""
     torch.manual_seed(0)
     head = ScalarHead(7, 2, NetworkSettings(hidden_dim=11))
-    with torch.no_grad():
-        head.layers[-1].bias.fill_(150.4)
+    torch.nn.init.constant_(dense_layers(head)[-1].bias, 150.4)
     feat = torch.randn(50, 7)
     exact = head(feat).detach()
     reader = HeadReader(torch.bfloat16, compiled=lambda function: function)
