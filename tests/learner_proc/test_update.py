@@ -134,9 +134,12 @@ def test_a_captured_update_sees_commits_that_came_after_the_capture() -> None:
 
 
 @pytest.mark.gpu
-def test_launching_a_captured_update_waits_for_nothing() -> None:
+@pytest.mark.parametrize("where", [{}, {"slab_device": CPU}], ids=["replay on the GPU", "replay in host memory"])
+def test_launching_a_captured_update_waits_for_nothing(where: dict) -> None:
     device = torch.device("cuda", 0)
-    _, _, update = learner(settings_of(), device)
+    _, _, update = learner(settings_of(), device, **where)
+    for _ in range(6):  # the pinned copies of host samples are made once
+        update()
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:
