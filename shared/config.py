@@ -50,7 +50,9 @@ class EnvSettings:
         minimum=1e-6,
     )
     obs_groups: Optional[list[str]] = setting(
-        None, "isaaclab, mjlab, torchrl: observation groups to stream; null: 'policy' or 'actor', else all of them"
+        None,
+        "isaaclab, mjlab, torchrl: observation groups to stream; null: 'policy' or 'actor', else all of them (torchrl: but "
+        "bookkeeping, as step counts and infos)",
     )
     image_low: float = setting(0.0, "isaaclab, mjlab, torchrl: the value in float images that becomes byte 0")
     image_high: float = setting(1.0, "isaaclab, mjlab, torchrl: the value in float images that becomes byte 255")

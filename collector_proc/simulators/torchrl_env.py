@@ -15,7 +15,10 @@ import inspect
 import math
 import os
 import sys
+import traceback
+from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import structlog
@@ -27,13 +30,18 @@ from collector_proc.simulators.manager_spaces import ActionMap, ObservationMap
 from collector_proc.simulators.manager_step import ManagerStep
 from collector_proc.simulators.suite import UNLIMITED, environment_seed, renderer_variables
 from collector_proc.simulators.torchrl_layers import MAKE_VECTOR, refuse_own_resets, resets_any_row
-from collector_proc.simulators.torchrl_specs import Key, action_leaf, check_row_entries, chosen_observations
+from collector_proc.simulators.torchrl_specs import (
+    Key,
+    action_leaf,
+    check_row_entries,
+    chosen_observations,
+    refuse_missing_ends,
+)
 from shared.errors import SettingError, SimulatorError
 from shared.stream import StreamSpec
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-    from pathlib import Path
+    from collections.abc import Callable, Iterator
 
     from torchrl.envs import EnvBase
 
@@ -115,7 +123,11 @@ class EnvRows:
     def _frame(self, action: Tensor) -> Outcome:
         key, spec = self._action
         self._next.set(key, action.reshape(spec.shape).to(spec.dtype))
-        stepped = self.env.step(self._next)
+        try:
+            stepped = self.env.step(self._next)
+        except RuntimeError as error:
+            refuse_missing_ends(error)
+            raise
         arrived = stepped.get("next")
         self._next = self.env.step_mdp(stepped)
         return Outcome(
@@ -142,10 +154,11 @@ class TorchrlSimulator:
     def __init__(self, settings: Settings, *, seed: int, device: str, crash_dir: Path | None = None) -> None:
         env = settings.env
         assert env.num_envs is not None, "check_env demands env.num_envs"
-        made = _make_all(env, num_envs=env.num_envs, seed=seed, device=device)
-        keys, left_out = chosen_observations(made[0], env.obs_groups)
+        with _told(env):
+            made = _make_all(env, num_envs=env.num_envs, seed=seed, device=device)
+            keys, left_out = chosen_observations(made[0], env.obs_groups)
+            self._rows = [EnvRows(one, keys) for one in made]
         structlog.get_logger().info("observations", streamed=list(keys), left_out=left_out)
-        self._rows = [EnvRows(one, keys) for one in made]
         self._sizes = [rows.num_rows for rows in self._rows]
         self._horizon, self.frames_per_step = env.horizon, env.frame_skip
         _check_horizon(env, self._rows)
@@ -264,7 +277,7 @@ def _maker(env: EnvSettings, *, num_envs: int, device: str) -> Callable[[int], E
     if env.from_pixels:
         options |= {"from_pixels": True, "pixels_only": True}
     arguments = name.split("/") if prefix == "dm_control" else [name]
-    return lambda _: _run(env, lambda: made_by(*arguments, **options))
+    return lambda _: made_by(*arguments, **options)
 
 
 def _imported_maker(module: str, name: str, *, num_envs: int, device: str) -> Callable[[int], EnvBase]:
@@ -277,6 +290,16 @@ def _imported_maker(module: str, name: str, *, num_envs: int, device: str) -> Ca
             f"env.name={module}:{name} does not import: {error}; wanted module:callable; set env.name to a callable or "
             "EnvBase class that this Python finds (PYTHONPATH)"
         ) from error
+    except Exception as error:
+        raise SettingError(
+            f"env.name={module}:{name} does not import: {type(error).__name__}: {error} ({_place(error)}); wanted a module "
+            "that can be imported; mend it there"
+        ) from error
+    if not callable(target):
+        raise SettingError(
+            f"env.name={module}:{name} is a {type(target).__name__}; wanted a function that makes an environment, or a class; "
+            "set env.name to one"
+        )
     # a class of torchrl has a metaclass whose own signature hides that of __init__
     taken = inspect.signature(target.__init__ if inspect.isclass(target) else target).parameters
 
@@ -293,14 +316,26 @@ def _imported_maker(module: str, name: str, *, num_envs: int, device: str) -> Ca
     return make
 
 
-def _run(env: EnvSettings, make: Callable[[], EnvBase]) -> EnvBase:
+@contextmanager
+def _told(env: EnvSettings) -> Iterator[None]:
+    """Whatever fails inside is a SimulatorError that says where."""
     try:
-        return make()
-    except Exception as error:  # each library fails in its own ways
+        yield
+    except (SettingError, SimulatorError):
+        raise
+    except Exception as error:  # each library, and each user's own function, fails in its own ways
         raise SimulatorError(
-            f"{env.name} cannot be made: {type(error).__name__}: {error}; wanted an environment that torchrl wraps; see "
-            "that library's own message"
+            f"{env.name} cannot be made and reset: {type(error).__name__}: {error} ({_place(error)}); wanted an environment "
+            "that torchrl can reset; see that library's own message, or mend the function there"
         ) from error
+
+
+def _place(error: BaseException) -> str:
+    """The innermost line of code that is no installed library's, or the innermost of all."""
+    frames = traceback.extract_tb(error.__traceback__)
+    own = [frame for frame in frames if "site-packages" not in frame.filename and frame.filename != __file__]
+    frame = (own or frames)[-1]
+    return f"{Path(frame.filename).name}:{frame.lineno}"
 
 
 def _leave_isaaclab_alone() -> None:

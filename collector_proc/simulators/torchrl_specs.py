@@ -80,3 +80,15 @@ def check_row_entries(env: EnvBase, num_rows: int) -> None:
             f"the environment's rewards and ends are {met}; wanted one of each of {', '.join(wanted)} per environment; "
             "environments of several agents or objectives need a transform that joins them"
         )
+
+
+def refuse_missing_ends(error: RuntimeError) -> None:
+    """Raises: SettingError if a step failed because the environment never says whether it terminated.
+
+    No spec tells: torchrl adds "terminated" to one that has "done" and "truncated", and misses it in the first step.
+    """
+    if "Cannot infer the value of terminated" in str(error):
+        raise SettingError(
+            "the environment's step returns 'done' and 'truncated' without 'terminated'; wanted all that its done_spec says, "
+            "for only a terminated episode ends its returns; let its done_spec and its step have 'terminated'"
+        ) from error

@@ -213,6 +213,41 @@ def make_colliding(num_envs: int) -> EnvBase:
     return TransformedEnv(make_batched(num_envs), RenameTransform(["where"], ["extra_push"], create_copy=True))
 
 
+class UnfinishedEnv(CountingEnv):
+    """Says that an episode is done or truncated, and never whether it terminated."""
+
+    def __init__(self, rows: list[int]) -> None:
+        super().__init__(rows, batched=True)
+        flags: dict[str, Any] = {
+            name: Binary(1, torch.Size([len(rows), 1]), dtype=torch.bool) for name in ("done", "truncated")
+        }
+        self.done_spec = Composite(**flags, shape=self._lead)
+
+    def _step(self, tensordict: TensorDict) -> TensorDict:
+        return super()._step(tensordict).exclude("terminated")
+
+
+def make_unfinished(num_envs: int) -> EnvBase:
+    return UnfinishedEnv(list(range(num_envs)))
+
+
+def make_mistaken(num_envs: int) -> EnvBase:
+    raise KeyError("no such robot")
+
+
+def make_demanding(robot: str) -> EnvBase:
+    raise AssertionError("nobody can say which robot")
+
+
+class StuckEnv(CountingEnv):
+    def _reset(self, tensordict: TensorDict | None = None, **_: Any) -> TensorDict:
+        raise ZeroDivisionError("no floor")
+
+
+def make_stuck(num_envs: int) -> EnvBase:
+    return StuckEnv(list(range(num_envs)), batched=True)
+
+
 def make_vector(num_envs: int, mode: str, *, spoil: bool = False) -> EnvBase:
     """gymnasium's vector of inverted pendulums: they fall after few steps, one sooner than the other."""
     options = {"autoreset_mode": gymnasium.vector.AutoresetMode[mode]}

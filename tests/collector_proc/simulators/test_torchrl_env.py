@@ -16,7 +16,7 @@ from collector_proc.simulators.registry import build_simulator, check_env
 from collector_proc.simulators.suite import environment_seed
 from collector_proc.simulators.torchrl_env import TorchrlSimulator
 from shared.config import Settings
-from shared.errors import SettingError
+from shared.errors import SettingError, SimulatorError
 
 FAKES = Path(__file__).resolve().parents[2] / "fakes"
 BOTH = pytest.mark.parametrize("make", ["make_batched", "make_single"])
@@ -190,12 +190,34 @@ def test_observations_that_cannot_be_streamed_stand_aside_when_others_are_chosen
             r"\['extra', 'push'\] and \['extra_push'\] would both be streamed as 'extra_push'; .*rename",
         ),
         ("counting_env:make_only_accounts", r"observes step_count, which is bookkeeping; .*set env.obs_groups"),
+        ("counting_env:IMAGE", r"env.name=counting_env:IMAGE is a tuple; wanted a function .*set env.name"),
+        ("broken_env:make", r"does not import: NameError: .*undefined.* \(broken_env.py:5\); wanted .*; mend it there"),
         ("gym:CartPole-v1", r"actions are \{'action': 'OneHot'\}; wanted one entry of continuous"),
     ],
 )
 def test_environments_that_do_not_fit_are_refused_with_the_mend(name: str, message: str) -> None:
     with pytest.raises(SettingError, match=message):
         simulator_of(name, 2)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        ("make_mistaken", r"KeyError: 'no such robot' \(counting_env.py:\d+\); wanted .*; .*mend the function there"),
+        ("make_demanding", r"TypeError: make_demanding\(\) missing .*'robot'"),
+        ("make_stuck", r"ZeroDivisionError: no floor \(counting_env.py:\d+\)"),
+    ],
+)
+def test_a_mistake_in_a_function_of_ones_own_is_told_with_its_line(make: str, message: str) -> None:
+    with pytest.raises(SimulatorError, match=f"counting_env:{make} cannot be made and reset: {message}"):
+        simulator_of(f"counting_env:{make}", 2)
+
+
+def test_an_environment_that_never_says_whether_it_terminated_is_refused() -> None:
+    simulator = simulator_of("counting_env:make_unfinished", 2)
+    simulator.reset()
+    with pytest.raises(SettingError, match=r"'done' and 'truncated' without 'terminated'; wanted .*let its done_spec"):
+        simulator.step(torch.zeros(2, 1))
 
 
 @pytest.mark.parametrize(
