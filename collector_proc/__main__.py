@@ -20,6 +20,7 @@ from shared.handover import Disconnected, connect
 from shared.logs import configure
 from shared.run_folder import read_run
 from shared.supervision import (
+    OUTGROWN,
     Progress,
     die_first_when_memory_ends,
     die_with_parent,
@@ -29,7 +30,8 @@ from shared.supervision import (
 
 
 def main() -> int:
-    """Exit codes: 0 asked to stop or the learner is gone, 2 the simulator cannot start at all, 1 anything else."""
+    """Exit codes: 0 asked to stop or the learner is gone, 75 more memory than collector.max_rss_gb, 2 the first incarnation
+    met a simulator that cannot start or a setting that cannot work, 1 anything else."""
     parser = argparse.ArgumentParser(prog="python -m collector_proc", description=__doc__)
     parser.add_argument("--run-dir", type=Path, required=True, help="run folder made by launch.py")
     parser.add_argument("--device", default="cpu", help="device of the simulator and the acting policy")
@@ -73,14 +75,15 @@ def main() -> int:
         )  # fmt: skip
         log.info("collecting", incarnation=arguments.incarnation, spec=simulator.spec.to_dict())
         collector.run()
-        log.info("ended", agent_steps=collector.agent_steps, asked=stop.requested)
-        code = 0
+        log.info("ended", agent_steps=collector.agent_steps, asked=stop.requested, outgrown=collector.outgrown)
+        code = OUTGROWN if collector.outgrown else 0
     except Disconnected:
         log.info("learner gone")
         code = 0
     except (SettingError, SimulatorError, TransportError) as error:
         log.error("failed", error=str(error))
-        code = 2 if simulator is None and arguments.incarnation == 0 else 1
+        useless = simulator is None or isinstance(error, SettingError)  # another start would end alike
+        code = 2 if useless and arguments.incarnation == 0 else 1
     finally:
         progress.phase("stopping")
         if simulator is not None:

@@ -16,8 +16,9 @@ from collector_proc.copies import Landing, copier_between
 from collector_proc.simulators.base import Arrival, Simulator
 from collector_proc.writer import ChunkWriter, EpisodeTracker
 from shared.config import Geometry, Settings
-from shared.errors import TransportError
+from shared.errors import SettingError, TransportError
 from shared.handover import Channel, Disconnected, import_cuda_slab, map_memfd_slab, pin_slab
+from shared.memory import MemoryMeter
 from shared.messages import MAX_EPISODES, PROTOCOL, Commit, Grant, Hello, Refusal, SelfTest, Welcome
 from shared.stream import plan_layout, ring_views
 
@@ -63,6 +64,9 @@ class Collector:
         self._shipment: Shipment | None = None  # written, and not yet committed
         self._lockstep = settings.collector.mode == "lockstep"
         self._window = (time.monotonic(), 0)
+        self._meter = MemoryMeter(str(device))
+        self._fitted = False  # a chunk was committed within the limit of memory
+        self.outgrown = False
         welcome = self._hello()
         self.agent_steps = welcome.agent_steps
         random_ticks = -(-welcome.random_frames // geometry.num_envs)
@@ -73,7 +77,10 @@ class Collector:
         self._self_test(welcome)
 
     def run(self) -> None:
-        """Stream chunks until asked to stop or until the learner is gone."""
+        """Stream chunks until asked to stop, until the learner is gone, or until memory has `outgrown` its limit.
+
+        Raises: SettingError if the limit holds not even one chunk's work; TransportError.
+        """
         self._progress.phase("collecting")
         try:
             self._stream()
@@ -99,7 +106,7 @@ class Collector:
             action = torch.where(arrival.is_first[:, None], 0.0, action)
             self._writer.add(arrival, action, version)
             tracker.add(arrival, random=version == 0)
-            if self._writer.full and not (self._ship(version) and self._begin_chunk()):
+            if self._writer.full and not (self._ship(version) and self._fits() and self._begin_chunk()):
                 return
             self._commit_arrived()
             if not self._lockstep:
@@ -212,6 +219,20 @@ class Collector:
             self._settle()
         return True
 
+    def _fits(self) -> bool:
+        """Whether this process still holds less than collector.max_rss_gb. Raises: SettingError if it never did."""
+        limit, held_gb = self._settings.collector.max_rss_gb, self._meter.read().rss_bytes / 1e9
+        if limit is None or held_gb <= limit:
+            self._fitted = True
+            return True
+        if not self._fitted:
+            raise SettingError(
+                f"collector.max_rss_gb={limit:g} is below the {held_gb:.2f} GB that the collector and its workers hold after "
+                f"one chunk; wanted room to grow; set collector.max_rss_gb={2 * held_gb:.1f}, or null for no limit"
+            )
+        self.outgrown = True
+        return False
+
     def _settle(self) -> None:
         """Commit the chunk that is on its way, once it has arrived.
 
@@ -235,7 +256,7 @@ class Collector:
             return False
         shipment, self._shipment = self._shipment, None
         finished = self._tracker.take(MAX_EPISODES)
-        count = len(finished.returns)
+        count, memory = len(finished.returns), self._meter.read()
         commit = Commit(
             seq=shipment.grant.seq,
             row=shipment.grant.row,
@@ -248,6 +269,9 @@ class Collector:
             kinds=bytes(finished.kinds),
             num_episodes=finished.num_episodes,
             num_diverged=getattr(self._simulator, "num_diverged", 0),
+            rss_bytes=memory.rss_bytes,
+            gpu_bytes=memory.gpu_bytes,
+            device_bytes=memory.device_bytes,
         )
         self._channel.send(commit, deadline_s=self._settings.deadlines.compile_s, alive=self._progress.advance)
         self._report(finished.steps)

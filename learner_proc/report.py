@@ -13,6 +13,7 @@ from typing import IO
 import torch
 from torch import Tensor
 
+from shared.memory import Memory, MemoryMeter, gigabytes
 from shared.messages import EPISODE_KINDS, Commit
 
 TRAIN_WINDOW, EVAL_WINDOW = 100, 20  # finished episodes a mean return is taken over
@@ -65,6 +66,7 @@ class Report:
         self._streaming_since, self._first_agent_steps = streaming_since, counters.agent_steps
         self.skipped_in_a_row = 0  # steps of the last windows in which none was finite
         self._diverged_before = 0
+        self._meter, self._collector_memory = MemoryMeter(str(device)), Memory(0)
 
     def add_commit(self, commit: Commit, *, newest_version: int) -> None:
         """Count a commit; newest_version: the version published last when it arrived."""
@@ -80,6 +82,7 @@ class Report:
         for value, length, kind in zip(returns, struct.unpack(f"<{count}i", commit.lengths), commit.kinds, strict=True):
             self._returns[EPISODE_KINDS[min(kind, 2)]].append(value)
             self._lengths.append(length)
+        self._collector_memory = Memory(commit.rss_bytes, commit.gpu_bytes, commit.device_bytes)
         if commit.policy_version > 0:
             self._lags.append(newest_version - commit.policy_version)
 
@@ -166,6 +169,18 @@ class Report:
             "num_diverged": totals.num_diverged,
             "policy_version": totals.policy_version,
             "policy_lag_mean": _mean(self._lags),
+            **self._memory(),
+        }
+
+    def _memory(self) -> dict:
+        """GB that both processes hold; null where there is no GPU, and until a commit has told the collector's."""
+        own, collector = self._meter.read(), self._collector_memory
+        return {
+            "learner_rss_gb": gigabytes(own.rss_bytes),
+            "learner_gpu_gb": gigabytes(own.gpu_bytes),
+            "collector_rss_gb": gigabytes(collector.rss_bytes),
+            "collector_gpu_gb": gigabytes(collector.gpu_bytes),
+            "sim_gpu_used_gb": gigabytes(collector.device_bytes),
         }
 
 

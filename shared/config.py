@@ -89,6 +89,12 @@ class CollectorSettings:
     max_restarts: int = setting(
         10, "times a dead collector is started again before the run ends; see healthy_after_s", minimum=0
     )
+    max_rss_gb: Optional[float] = setting(
+        None,
+        "GB of resident memory of its own, workers included, above which the collector ends after a chunk and is started "
+        "again, which no budget counts; null: no limit",
+        minimum=0.1,
+    )
     healthy_after_s: float = setting(
         3600.0, "seconds of collecting after which a collector's earlier deaths are forgotten", minimum=0.0
     )

@@ -90,6 +90,9 @@ class Commit:
     kinds: bytes = _bounded(bytes, MAX_EPISODES)
     num_episodes: int = _int()
     num_diverged: int = _int()
+    rss_bytes: int = _int()  # the collector's memory, see `shared.memory.Memory`
+    gpu_bytes: int = _int()
+    device_bytes: int = _int()
 
 
 @dataclass(frozen=True)

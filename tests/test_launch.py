@@ -184,6 +184,14 @@ def test_deaths_before_an_incarnation_proved_healthy_are_forgotten(tmp_path: Pat
     assert _summary(run)["collector_restarts"] == 3
 
 
+def test_a_collector_that_outgrew_its_memory_is_replaced_without_a_word_of_death(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    assert _launch(run, "serve:collector-is-good", "outgrow-until:2", "collector.max_restarts=0") == 0
+    assert _summary(run)["collector_restarts"] == 2
+    assert not [event for event in _events(run) if "died" in event["event"]]
+    assert len([event for event in _events(run) if "outgrew" in event["event"]]) == 2
+
+
 def test_a_hung_collector_is_dumped_killed_and_replaced(tmp_path: Path) -> None:
     run = tmp_path / "run"
     assert _launch(run, "serve:collector-is-good", "hang-until:1", "deadlines.step_s=1") == 0

@@ -4,6 +4,7 @@ learner ends with 0        -> finished: the collector is stopped, exit 0
 learner ends otherwise     -> the collector is stopped, exit 1 (2 if it refused a setting or checkpoint)
 collector ends or hangs    -> the next incarnation within collector.max_restarts; the learner goes on meanwhile;
                               forgotten once an incarnation has collected for collector.healthy_after_s
+collector outgrew          -> it held more than collector.max_rss_gb: the next incarnation, which no budget counts
 first Ctrl-C or SIGTERM    -> the learner is asked to save and end, then the collector is stopped, exit 130 or 143
 second one                 -> both are killed at once
 """
@@ -18,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from shared.launching.budget import RestartBudget
 from shared.launching.children import Starter, describe_exit
 from shared.launching.metrics import STEP, MetricsTail, last_row
-from shared.supervision import LAST_PHASES, ChildProcess, Snapshot, StopFlag, overdue_s, read
+from shared.supervision import LAST_PHASES, OUTGROWN, ChildProcess, Snapshot, StopFlag, overdue_s, read
 
 if TYPE_CHECKING:
     from structlog.typing import FilteringBoundLogger
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
 TICK_S = 0.2
 PHASES_BEFORE_TRAINING = ("starting", "hello", "compiling")  # of the learner
 UNTRAINED_S = 5.0
-CANNOT_START = 2  # the collector's exit code when its simulator cannot start at all: another try would end alike
+CANNOT_START = 2  # the collector's exit code when it cannot work as it is set: another try would end alike
 SLEPT_S = 5.0  # a pass later than this means that this process, or the whole machine, was suspended
 # A collector that lost its learner ends first; this long the learner may follow before that counts as a death.
 GRACE_S = 0.6
@@ -194,11 +195,18 @@ class Watch:
             self._collector_death = hang or describe_exit(returncode)
             if returncode == CANNOT_START:
                 self._show_death(collector, self._collector_death)
-                self._end_learner(Outcome(2, "the simulator cannot start; the lines above say why"))
+                self._end_learner(Outcome(2, "the collector cannot start or go on; the lines above say why"))
                 return None
         if self._snapshots["learner"].phase in LAST_PHASES or time.monotonic() - self._collector_died_at < GRACE_S:
             return None
         self._collector_died_at = None
+        if collector.returncode == OUTGROWN:
+            limit_gb = self._settings.collector.max_rss_gb
+            self._log.info(
+                "collector outgrew collector.max_rss_gb; the next one starts", pid=collector.pid, gb=limit_gb
+            )
+            self._start_next_collector()
+            return None
         self._show_death(collector, self._collector_death)
         self._restart_collector()
         return None
@@ -214,14 +222,17 @@ class Watch:
             self._log.error(reason)
             self._end_learner(Outcome(1, reason))
             return
-        self.restarts += 1
-        self._start("collector")
+        self._start_next_collector()
         self._log.warning(
             "collector started again",
             incarnation=self.restarts,
             deaths=self._budget.deaths,
             budget=settings.max_restarts,
         )
+
+    def _start_next_collector(self) -> None:
+        self.restarts += 1
+        self._start("collector")
 
     def _hang(self, child: ChildProcess) -> str | None:
         """What it hung in, once its counter stood still for longer than its phase allows; it is dead then."""

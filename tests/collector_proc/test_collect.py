@@ -15,8 +15,9 @@ from collector_proc import collect
 from collector_proc.collect import Collector
 from collector_proc.simulators.base import Arrival
 from shared.config import Geometry, NetworkSettings, Settings
-from shared.errors import TransportError
+from shared.errors import SettingError, TransportError
 from shared.handover import Channel, Disconnected, create_memfd_slab
+from shared.memory import Memory
 from shared.messages import Commit, Grant, Welcome
 from shared.stream import ObsSpec, StreamSpec, plan_layout, ring_views
 from shared.supervision import Progress, StopFlag
@@ -124,6 +125,7 @@ def _settings(**values: Any) -> Settings:
     settings = Settings(networks=NetworkSettings(state_dim=2, rssm_hidden_dim=4, hidden_dim=4))
     settings.collector.eval_envs = 0
     settings.collector.mode = values.pop("mode", "async")
+    settings.collector.max_rss_gb = values.pop("max_rss_gb", None)
     for name, seconds in values.items():
         setattr(settings.deadlines, name, seconds)
     return settings
@@ -249,3 +251,43 @@ def test_on_a_cpu_a_chunk_is_committed_at_once(monkeypatch, tmp_path):
     scene.collector.run()
     assert seen == {1: 0, 2: 0, 3: 1, 4: 1, 5: 1, 6: 2}
     assert scene.ticks_in(ROWS[1]) == [3.0, 4.0, 5.0]
+
+
+class Growing:
+    """A meter that reads half a gigabyte more with every chunk that is full."""
+
+    def __init__(self, ticks: Ticks) -> None:
+        self._ticks = ticks
+
+    def read(self) -> Memory:
+        return Memory(500_000_000 * ((self._ticks.tick + 1) // K), 7_000_000, 9_000_000)
+
+
+def grow(monkeypatch, folder, max_rss_gb: float | None, last_tick: int) -> Scene:
+    def before(tick: int) -> None:
+        scene.stop.requested = tick == last_tick
+
+    scene = Scene(monkeypatch, folder, before, late=False, max_rss_gb=max_rss_gb)
+    monkeypatch.setattr(scene.collector, "_meter", Growing(cast(Ticks, scene.collector._simulator)))
+    return scene
+
+
+def test_a_collector_that_grew_too_large_ends_when_its_chunk_is_committed(monkeypatch, tmp_path):
+    scene = grow(monkeypatch, tmp_path, max_rss_gb=1.4, last_tick=12)
+    scene.collector.run()
+    assert scene.collector.outgrown and [commit.row for commit in scene.commits()] == ROWS[:3]
+    assert [scene.ticks_in(row)[-1] for row in ROWS[:3]] == [2.0, 5.0, 8.0], "no row is lost"
+    assert [commit.rss_bytes for commit in scene.commits()] == [500_000_000, 1_000_000_000, 1_500_000_000]
+    assert {(commit.gpu_bytes, commit.device_bytes) for commit in scene.commits()} == {(7_000_000, 9_000_000)}
+
+
+def test_without_a_limit_a_collector_may_grow(monkeypatch, tmp_path):
+    scene = grow(monkeypatch, tmp_path, max_rss_gb=None, last_tick=12)
+    scene.collector.run()
+    assert not scene.collector.outgrown and len(scene.commits()) == 4
+
+
+def test_a_limit_below_what_a_collector_needs_is_refused_and_not_restarted_into(monkeypatch, tmp_path):
+    scene = grow(monkeypatch, tmp_path, max_rss_gb=0.4, last_tick=12)
+    with pytest.raises(SettingError, match=r"max_rss_gb=0.4 .* 0\.50 GB .*wanted .*; set collector.max_rss_gb=1.0"):
+        scene.collector.run()

@@ -165,8 +165,11 @@ def test_dm_control_trains_from_state_and_from_pixels(tmp_path):
 
 
 def without_times(rows: list[dict]) -> list[dict]:
+    measured = ("_per_s", "_fps", "_rss_gb", "_gpu_gb", "_gpu_used_gb")
     timed = ("time", "wall_s", "startup_s", "transport_bytes_per_s")
-    return [{k: v for k, v in row.items() if k not in timed and "_per_s" not in k and "_fps" not in k} for row in rows]
+    return [
+        {k: v for k, v in row.items() if k not in timed and not any(part in k for part in measured)} for row in rows
+    ]
 
 
 def test_lockstep_twice_with_one_seed_gives_identical_metrics(tmp_path):

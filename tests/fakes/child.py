@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 
 from shared.run_folder import read_run
-from shared.supervision import Progress, StopFlag, die_with_parent, enable_stack_dumps, install_stop_flag
+from shared.supervision import OUTGROWN, Progress, StopFlag, die_with_parent, enable_stack_dumps, install_stop_flag
 
 DEADLINE_S = 30.0
 ROW = {
@@ -106,8 +106,10 @@ def main() -> int:
     if behaviour == "hang":
         child.stand_still()
         return 0
-    fault, first_good = behaviour, int(argument)  # die-until:N, collect-until:N, hang-until:N
+    fault, first_good = behaviour, int(argument)  # die-until:N, collect-until:N, hang-until:N, outgrow-until:N
     if child.incarnation < first_good:
+        if fault == "outgrow-until":
+            return OUTGROWN
         if fault == "collect-until":
             child.progress.phase("collecting")
         if fault == "hang-until":

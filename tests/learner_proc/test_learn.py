@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from collector_proc.simulators.base import Arrival
 from collector_proc.writer import ChunkWriter
+from learner_proc.checkpoint import random_state
 from learner_proc.learn import Learner
 from shared.compose import compose
 from shared.config import geometry, num_envs
@@ -83,7 +84,7 @@ class ScriptedCollector:
             self.writer.add(arrival, torch.rand(2, 1), version)
         checksum = self.writer.checksum()
         self.writer.write(grant.row)
-        self.channel.send(Commit(grant.seq, grant.row, 16, 32, version, checksum + error, b"", b"", b"", 0, 0))
+        self.channel.send(Commit(grant.seq, grant.row, 16, 32, version, checksum + error, b"", b"", b"", 0, 0, 0, 0, 0))
 
 
 @pytest.fixture
@@ -244,6 +245,23 @@ def test_the_steady_loop_makes_no_synchronising_call_and_has_one_thread(learner,
     assert watched.calls > 1000 and learner._publisher.version >= 3 and learner._pacing.collected == 48
     assert not watched.waits
     assert threading.active_count() == threads
+
+
+def test_a_row_of_metrics_moves_no_random_stream(learner, tmp_path):
+    collector = join(learner, tmp_path)
+    for chunk in range(7):
+        grant = collector.next()
+        assert isinstance(grant, Grant)
+        collector.commit(grant)
+        if chunk == 1:
+            learner._build()
+        learner._serve()
+    replay = learner._link.replay
+    assert replay is not None and replay.num_rows >= learner._diagnostic_rows()
+    before = random_state(replay, torch.device("cpu"))
+    learner._request_row()
+    after = random_state(replay, torch.device("cpu"))
+    assert all(torch.equal(before[name], after[name]) for name in before), "log_every would change what is trained"
 
 
 @pytest.mark.gpu

@@ -24,10 +24,10 @@ def rows(tmp_path) -> list[dict]:
     return [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
 
 
-def commit(returns=(), kinds=(), version=0, unnamed=0) -> Commit:
+def commit(returns=(), kinds=(), version=0, unnamed=0, gpu_bytes=0) -> Commit:
     count = len(returns)
     packed = struct.pack(f"<{count}f", *returns), struct.pack(f"<{count}i", *([10] * count)), bytes(kinds)
-    return Commit(1, 0, 100, 200, version, 0, *packed, count + unnamed, 0)
+    return Commit(1, 0, 100, 200, version, 0, *packed, count + unnamed, 0, 1_500_000_000, gpu_bytes, gpu_bytes)
 
 
 def test_a_row_holds_the_mean_of_its_window_alone(tmp_path):
@@ -57,6 +57,18 @@ def test_episodes_are_counted_by_the_collector_and_not_by_the_list(tmp_path):
     for _ in range(3):
         report.add_commit(commit(returns=(1.0, 2.0), kinds=(0, 1), unnamed=8190), newest_version=0)
     assert counters.episodes == 3 * 8192
+
+
+def test_a_row_tells_the_collectors_memory_of_its_last_commit(tmp_path):
+    report, _ = make(tmp_path)
+    for gpu_bytes in (0, 2_000_000_000):
+        report.request_row()
+        report.add_commit(commit(gpu_bytes=gpu_bytes), newest_version=0)
+        report.add_step(torch.zeros(2))
+    report.request_row()
+    names = ("collector_rss_gb", "collector_gpu_gb", "sim_gpu_used_gb")
+    assert [[row[name] for name in names] for row in rows(tmp_path)] == [[None] * 3, [1.5, None, None], [1.5, 2.0, 2.0]]
+    assert all(row["learner_rss_gb"] > 0.05 and row["learner_gpu_gb"] is None for row in rows(tmp_path))
 
 
 def test_windows_without_a_finite_step_are_noticed_and_counted(tmp_path):

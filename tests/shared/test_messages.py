@@ -19,7 +19,7 @@ from shared.messages import (
     encode,
 )
 
-COMMIT = Commit(7, 40, 1000, 2000, 3, -5, b"\0" * 8, b"\1\0\0\0" * 2, b"\0\1", 5, 0)
+COMMIT = Commit(7, 40, 1000, 2000, 3, -5, b"\0" * 8, b"\1\0\0\0" * 2, b"\0\1", 5, 0, 10**9, 0, 0)
 EVERY = [
     Hello(1, "run", 0, 4242, {"num_envs": 8, "obs": {}, "action_dim": 2}),
     Welcome("cuda_ipc", 1 << 21, 100, "GPU-1", [b"\1" * 66, 5, 0, b"x", 1, b"y", True], 0, 10_000, 0),
@@ -38,7 +38,7 @@ def test_a_message_survives_the_wire_unchanged(message):
 def test_the_largest_commit_fits_a_message():
     count, most = MAX_EPISODES, 1 << 47
     episodes = b"\1" * 4 * count, b"\1" * 4 * count, b"\1" * count
-    commit = Commit(most, most, most, most, most, 1 << 62, *episodes, most, most)
+    commit = Commit(most, most, most, most, most, 1 << 62, *episodes, most, most, most, most, most)
     assert len(encode(commit)) <= MAX_MESSAGE_BYTES
 
 

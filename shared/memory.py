@@ -1,0 +1,71 @@
+"""How much memory a process holds: what a week unattended is watched for. Torch-free at import.
+
+Resident memory is counted without what is shared or belongs to a file: the replay lies in both processes, and filling it
+is no growth. Child processes that the main thread started (workers, compilers) are counted with theirs.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+EVERY_S = 1.0  # between two measurements: /proc and the driver are not asked every tick
+
+
+@dataclass(frozen=True)
+class Memory:
+    """What a process holds of its own; on a GPU also what its allocator reserved and what all processes use together."""
+
+    rss_bytes: int
+    gpu_bytes: int = 0
+    device_bytes: int = 0
+
+
+class MemoryMeter:
+    """This process's memory, measured anew at most once a second; never waits for a GPU."""
+
+    def __init__(self, device: str, *, measure: Callable[[str], Memory] | None = None) -> None:
+        """device: whose GPU memory is measured, such as "cuda:0"; "cpu": none."""
+        self._device, self._measure = device, measure or _measure
+        self._measured_at = time.monotonic()
+        self._memory = self._measure(device)
+
+    def read(self) -> Memory:
+        if time.monotonic() - self._measured_at > EVERY_S:
+            self._memory, self._measured_at = self._measure(self._device), time.monotonic()
+        return self._memory
+
+
+def own_rss_bytes() -> int:
+    """Anonymous resident memory of this process and of its child processes."""
+    pid, children = os.getpid(), []
+    with contextlib.suppress(OSError):  # a kernel without CONFIG_PROC_CHILDREN
+        children = [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+    return sum(_anonymous_bytes(process) for process in (pid, *children))
+
+
+def gigabytes(num_bytes: int) -> float | None:
+    """As metrics.jsonl has it; None for what was not measured."""
+    return num_bytes / 1e9 if num_bytes else None
+
+
+def _measure(device: str) -> Memory:
+    rss = own_rss_bytes()
+    if not device.startswith("cuda"):
+        return Memory(rss)
+    import torch
+
+    free, total = torch.cuda.mem_get_info(device)
+    return Memory(rss, torch.cuda.memory_reserved(device), total - free)
+
+
+def _anonymous_bytes(pid: int) -> int:
+    try:
+        _, resident, shared = Path(f"/proc/{pid}/statm").read_text().split()[:3]
+    except OSError:  # it ended meanwhile
+        return 0
+    return (int(resident) - int(shared)) * os.sysconf("SC_PAGE_SIZE")

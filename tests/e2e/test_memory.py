@@ -1,0 +1,55 @@
+"""A collector whose simulator leaks is replaced in order, while the learner and its count of deaths know nothing of it."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+REPO = Path(__file__).parents[2]
+LAUNCH = """
+import sys, launch
+from shared.launching.children import COMMANDS
+collector = (sys.executable, "tests/e2e/leaking_collector.py")
+sys.exit(launch.main(sys.argv[1:], commands={**COMMANDS, "collector": collector}))
+"""
+TINY = [
+    "--config", "quickstart", "networks.state_dim=4", "networks.rssm_hidden_dim=16", "networks.hidden_dim=16",
+    "replay_buffer.batch_size=64", "replay_buffer.batch_length=8", "optimization.log_every=10", "logger.backend=none",
+    "optimization.replay_ratio=2", "optimization.total_optim_steps=300", "collector.max_restarts=0",
+]  # fmt: skip
+
+
+def run(run_dir: Path, *settings: str) -> tuple[int, str]:
+    command = [sys.executable, "-c", LAUNCH, "--run-dir", str(run_dir), *TINY, *settings]
+    env = os.environ | {"CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(REPO)}
+    done = subprocess.run(command, cwd=REPO, env=env, capture_output=True, text=True, timeout=180)
+    return done.returncode, done.stdout + done.stderr
+
+
+def events(run_dir: Path, process: str) -> list[dict]:
+    return [json.loads(line) for line in (run_dir / "logs" / f"{process}.jsonl").read_text().splitlines()]
+
+
+def test_a_collector_that_grows_is_replaced_while_the_learner_lives(tmp_path: Path) -> None:
+    code, output = run(tmp_path / "run", "collector.max_rss_gb=1.0")
+    assert code == 0, output
+    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert rows[-1]["gradient_steps"] == 300 and all(row["learner_rss_gb"] > 0.05 for row in rows)
+    seen = [row["collector_rss_gb"] for row in rows]
+    assert max(seen) > seen[-1] + 0.2, "the growth was seen, and ended"
+    started = [event["role"] for event in events(tmp_path / "run", "launch") if event["event"] == "started"]
+    assert started == ["learner", "collector", "collector"], output
+    ended = [event for event in events(tmp_path / "run", "collector") if event["event"] == "ended"]
+    assert [event["outgrown"] for event in ended] == [True, False]
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary["collector_restarts"] == 1 and summary["exit_reason"] == "finished"
+
+
+def test_a_limit_that_no_collector_can_keep_ends_the_run_with_the_mend(tmp_path: Path) -> None:
+    code, output = run(tmp_path / "run", "collector.max_rss_gb=0.1")
+    assert code == 2 and "collector.max_rss_gb=0.1 is below the 0." in output and "set collector.max_rss_gb=" in output
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary["collector_restarts"] == 0 and summary["exit_reason"].startswith("the collector cannot start")

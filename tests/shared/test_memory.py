@@ -1,0 +1,68 @@
+"""Memory that grows is seen, memory that is shared is not counted, and nobody asks more often than is useful."""
+
+from __future__ import annotations
+
+import mmap
+import os
+import subprocess
+import sys
+
+import pytest
+
+from shared import memory
+from shared.memory import Memory, MemoryMeter, own_rss_bytes
+
+MB = 1_000_000
+
+
+def test_what_a_process_writes_is_its_own_and_what_it_shares_is_not() -> None:
+    before = own_rss_bytes()
+    held = b"\1" * (200 * MB)
+    grown = own_rss_bytes()
+    assert grown - before == pytest.approx(len(held), rel=0.1)
+    descriptor = os.memfd_create("replay")
+    os.ftruncate(descriptor, 200 * MB)
+    with mmap.mmap(descriptor, 200 * MB) as page:
+        page.write(held)
+        assert own_rss_bytes() - grown < 20 * MB, "filling the replay is no growth"
+    os.close(descriptor)
+
+
+def test_worker_processes_count_with_their_collector() -> None:
+    script = "import sys; held = b'x' * 100_000_000; sys.stdout.write('up\\n'); sys.stdout.flush(); sys.stdin.read()"
+    before = own_rss_bytes()
+    command = [sys.executable, "-c", script]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as worker:
+        assert worker.stdout is not None and worker.stdout.readline() == "up\n"
+        grown = own_rss_bytes() - before
+        worker.communicate()
+    assert 90 * MB < grown < 150 * MB
+
+
+def test_memory_is_measured_at_most_once_a_second(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock, asked = [0.0], 0
+
+    def measure(device: str) -> Memory:
+        nonlocal asked
+        asked += 1
+        return Memory(asked)
+
+    monkeypatch.setattr(memory.time, "monotonic", lambda: clock[0])
+    meter = MemoryMeter("cpu", measure=measure)
+    seen = []
+    for clock[0] in (0.0, 0.5, 1.0, 1.1, 2.0, 2.2):
+        seen.append(meter.read().rss_bytes)
+    assert seen == [1, 1, 1, 2, 2, 3]
+
+
+@pytest.mark.gpu
+def test_a_gpus_memory_is_read_without_waiting_for_it() -> None:
+    import torch
+
+    held = torch.zeros(64 * MB, dtype=torch.uint8, device="cuda:0")
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        found = MemoryMeter("cuda:0").read()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert held.numel() <= found.gpu_bytes <= found.device_bytes
