@@ -16,7 +16,7 @@ from collector_proc.copies import Landing, copier_between
 from collector_proc.simulators.base import Arrival, Simulator
 from collector_proc.writer import ChunkWriter, EpisodeTracker
 from shared.config import Geometry, Settings
-from shared.errors import SettingError, TransportError
+from shared.errors import SettingError, SimulatorError, TransportError
 from shared.handover import Channel, Disconnected, import_cuda_slab, map_memfd_slab, pin_slab
 from shared.memory import MemoryMeter
 from shared.messages import MAX_EPISODES, PROTOCOL, Commit, Grant, Hello, Refusal, SelfTest, Welcome
@@ -79,7 +79,7 @@ class Collector:
     def run(self) -> None:
         """Stream chunks until asked to stop, until the learner is gone, or until memory has `outgrown` its limit.
 
-        Raises: SettingError if the limit holds not even one chunk's work; TransportError.
+        Raises: SettingError, SimulatorError if the limit does not hold even one chunk's work; TransportError.
         """
         self._progress.phase("collecting")
         try:
@@ -220,13 +220,17 @@ class Collector:
         return True
 
     def _fits(self) -> bool:
-        """Whether this process still holds less than collector.max_rss_gb. Raises: SettingError if it never did."""
+        """Whether this process still holds less than collector.max_rss_gb.
+
+        Raises: SettingError if it never did; SimulatorError, a death that counts, where an earlier incarnation had fitted.
+        """
         limit, held_gb = self._settings.collector.max_rss_gb, self._meter.read().rss_bytes / 1e9
         if limit is None or held_gb <= limit:
             self._fitted = True
             return True
         if not self._fitted:
-            raise SettingError(
+            kind = SettingError if self._incarnation == 0 else SimulatorError
+            raise kind(
                 f"collector.max_rss_gb={limit:g} is below the {held_gb:.2f} GB that the collector and its workers hold after "
                 f"one chunk; wanted room to grow; set collector.max_rss_gb={2 * held_gb:.1f}, or null for no limit"
             )

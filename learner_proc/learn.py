@@ -23,7 +23,6 @@ from learner_proc.startup import allocate_replay, build_gradient_step, build_upd
 from shared.checksum import checksum
 from shared.config import Geometry, Settings
 from shared.errors import SettingError, TransportError
-from shared.memory import MemoryMeter, gigabytes
 from shared.messages import Commit
 from shared.stream import StreamSpec
 
@@ -65,7 +64,6 @@ class Learner:
         self._run = run
         self._folder = checkpoint.newest(run_dir / "checkpoints") if resume else None
         self._saved = checkpoint.load_state(self._folder) if self._folder else None
-        self._meter = MemoryMeter(str(device))
         self.counters = Counters()
         if self._saved is not None:
             vars(self.counters).update(self._saved["counters"])
@@ -294,11 +292,8 @@ class Learner:
             batch = replay.sample(DIAGNOSTIC_WINDOWS, length, generator=looking)
             age = batch["policy_version"].float().mean()[None]
             errors = torch.cat([self._diagnostics(batch), self._returns(batch), age])
-        memory = self._meter.read()
         self._report.request_row(
             errors,
-            learner_rss_gb=gigabytes(memory.rss_bytes),
-            learner_gpu_gb=gigabytes(memory.gpu_bytes),
             replay_ratio=self._replay_ratio(),
             messages_dropped=self._link.num_dropped,
             publications_skipped=self._publisher.num_skipped,

@@ -15,7 +15,7 @@ from collector_proc import collect
 from collector_proc.collect import Collector
 from collector_proc.simulators.base import Arrival
 from shared.config import Geometry, NetworkSettings, Settings
-from shared.errors import SettingError, TransportError
+from shared.errors import SettingError, SimulatorError, TransportError
 from shared.handover import Channel, Disconnected, create_memfd_slab
 from shared.memory import Memory
 from shared.messages import Commit, Grant, Welcome
@@ -287,7 +287,11 @@ def test_without_a_limit_a_collector_may_grow(monkeypatch, tmp_path):
     assert not scene.collector.outgrown and len(scene.commits()) == 4
 
 
-def test_a_limit_below_what_a_collector_needs_is_refused_and_not_restarted_into(monkeypatch, tmp_path):
+@pytest.mark.parametrize(("incarnation", "error"), [(0, SettingError), (3, SimulatorError)])
+def test_a_limit_below_what_a_collector_needs_is_refused_and_not_restarted_into(
+    monkeypatch, tmp_path, incarnation, error
+):
     scene = grow(monkeypatch, tmp_path, max_rss_gb=0.4, last_tick=12)
-    with pytest.raises(SettingError, match=r"max_rss_gb=0.4 .* 0\.50 GB .*wanted .*; set collector.max_rss_gb=1.0"):
+    monkeypatch.setattr(scene.collector, "_incarnation", incarnation)
+    with pytest.raises(error, match=r"max_rss_gb=0.4 .* 0\.50 GB .*wanted .*; set collector.max_rss_gb=1.0"):
         scene.collector.run()
