@@ -51,10 +51,11 @@ class Report:
         self._file: IO[str] = path.open("a", buffering=1)
         self._names, self._counters, self._constants = metric_names, counters, constants
         self._diagnostic_names = diagnostic_names
-        self._sum = torch.zeros(len(metric_names), device=device)
+        # of each metric: the sum of its finite values, and how many those were: one bad step must not blank the row
+        self._sums = torch.zeros(2, len(metric_names), device=device)
         self._count = 0
         self._num_rows = int(path.exists() and path.stat().st_size > 0)
-        width = len(metric_names) + len(diagnostic_names)
+        width = 2 * len(metric_names) + len(diagnostic_names)
         self._pinned = torch.zeros(width, pin_memory=device.type == "cuda")
         self._pending: tuple[dict, int, torch.cuda.Event | None] | None = None
         self._returns = {kind: deque(maxlen=EVAL_WINDOW if kind == "eval" else TRAIN_WINDOW) for kind in EPISODE_KINDS}
@@ -88,7 +89,8 @@ class Report:
 
     def add_step(self, metrics: Tensor) -> None:
         """metrics: (len(metric_names),) on the device."""
-        self._sum += metrics
+        finite = metrics.isfinite()
+        self._sums += torch.stack([torch.where(finite, metrics, 0.0), finite.float()])
         self._count += 1
         if self._first_step is None:
             self._first_step = (time.monotonic(), self._counters.gradient_steps)
@@ -106,13 +108,13 @@ class Report:
         row = self._numbers() | numbers
         event = None
         if diagnostics is None:
-            diagnostics = self._sum.new_full((len(self._diagnostic_names),), float("nan"))
-        self._pinned.copy_(torch.cat([self._sum, diagnostics]), non_blocking=True)
-        if self._sum.is_cuda:
+            diagnostics = self._sums.new_full((len(self._diagnostic_names),), float("nan"))
+        self._pinned.copy_(torch.cat([self._sums.flatten(), diagnostics]), non_blocking=True)
+        if self._sums.is_cuda:
             event = torch.cuda.Event(blocking=True)
             event.record()
         self._pending = (row, self._count, event)
-        self._sum.zero_()
+        self._sums.zero_()
         self._count = 0
         self.poll()
 
@@ -126,13 +128,14 @@ class Report:
         if event is not None:
             event.synchronize()
         self._pending = None
-        values = self._pinned.tolist()
-        sums = dict(zip(self._names, values, strict=False))
-        skipped = round(sums.get("skipped", 0.0))
+        values, width = self._pinned.tolist(), len(self._names)
+        sums, numbers = values[:width], values[width : 2 * width]
+        skipped = round(dict(zip(self._names, sums, strict=True)).get("skipped", 0.0))
         self._counters.nan_skips += skipped
         self.skipped_in_a_row = self.skipped_in_a_row + count if skipped == count else 0
-        row |= {name: value / count if count else None for name, value in sums.items()}
-        row |= dict(zip(self._diagnostic_names, values[len(self._names) :], strict=True))
+        means = [total / number if number else None for total, number in zip(sums, numbers, strict=True)]
+        row |= dict(zip(self._names, means, strict=True))
+        row |= dict(zip(self._diagnostic_names, values[2 * width :], strict=True))
         row |= {"nan_skips": self._counters.nan_skips} | self._constants
         self._file.write(json.dumps({k: _json(v) for k, v in row.items()}) + "\n")
         return row

@@ -77,12 +77,15 @@ def test_windows_without_a_finite_step_are_noticed_and_counted(tmp_path):
     report.add_step(torch.tensor([float("nan"), 1.0]))
     report.request_row()
     assert report.skipped_in_a_row == 0 and counters.nan_skips == 1
-    assert rows(tmp_path)[0]["loss"] is None, "JSON has no NaN"
+    assert rows(tmp_path)[0]["loss"] == 1.0, "the mean of the finite steps: a skipped one does not hide the others"
     for _ in range(2):
         report.add_step(torch.tensor([1.0, 1.0]))
         report.request_row()
     assert report.skipped_in_a_row == 2 and counters.nan_skips == 3
     assert rows(tmp_path)[1]["loss"] == 1.0, "one bad window does not poison the next"
+    report.add_step(torch.tensor([float("inf"), 1.0]))
+    report.request_row()
+    assert rows(tmp_path)[-1]["loss"] is None, "JSON has no NaN"
 
 
 def test_a_second_request_without_steps_writes_no_empty_row(tmp_path):
