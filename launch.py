@@ -34,6 +34,7 @@ from shared.run_folder import (
     default_run_dir,
     describe_run,
     make_socket_dir,
+    newest_checkpoint,
     open_run_folder,
     read_run,
     remove_socket_dir,
@@ -183,7 +184,7 @@ def _run(
             # A launch that was killed could not remove its sockets; the lock says that it is gone.
             remove_socket_dir(Path(before.socket_dir))
             num_resumes = before.num_resumes + 1
-        before_config = folder.config.read_text() if resumed else None
+        before_config, before_training = folder.config.read_text() if resumed else None, newest_checkpoint(folder)
         save_settings(settings, folder.config)
         folder.summary.unlink(missing_ok=True)
         named = devices.names()
@@ -195,8 +196,8 @@ def _run(
             outcome = _watch(Starter(folder, devices, os.environ, resumed, commands), settings, forwarder)
         finally:
             forwarder.close()
-        if outcome.exit_code == 2 and before_config is not None:
-            folder.config.write_text(before_config)  # the checkpoint does not fit the overrides: the next resume may
+        if outcome.exit_code == 2 and before_config is not None and newest_checkpoint(folder) == before_training:
+            folder.config.write_text(before_config)  # nothing was trained with these overrides: others may be better
         return outcome.exit_code
     finally:
         if socket_dir is not None:

@@ -30,8 +30,8 @@ from shared.supervision import (
 
 
 def main() -> int:
-    """Exit codes: 0 asked to stop or the learner is gone, 75 more memory than collector.max_rss_gb, 2 the first incarnation
-    met a simulator that cannot start or a setting that cannot work, 1 anything else."""
+    """Exit codes: 0 asked to stop or the learner is gone, 75 more memory than collector.max_rss_gb, 2 a setting
+    that cannot work or a simulator that cannot start at all, 1 anything else."""
     parser = argparse.ArgumentParser(prog="python -m collector_proc", description=__doc__)
     parser.add_argument("--run-dir", type=Path, required=True, help="run folder made by launch.py")
     parser.add_argument("--device", default="cpu", help="device of the simulator and the acting policy")
@@ -82,8 +82,8 @@ def main() -> int:
         code = 0
     except (SettingError, SimulatorError, TransportError) as error:
         log.error("failed", error=str(error))
-        useless = simulator is None or isinstance(error, SettingError)  # another start would end alike
-        code = 2 if useless and arguments.incarnation == 0 else 1
+        cannot_start = simulator is None and arguments.incarnation == 0  # a later one may want for memory, or a port
+        code = 2 if isinstance(error, SettingError) or cannot_start else 1
     finally:
         progress.phase("stopping")
         if simulator is not None:

@@ -173,6 +173,12 @@ def open_run_folder(path: Path) -> RunLock:
     return lock
 
 
+def newest_checkpoint(folder: RunFolder) -> str | None:
+    """The name of the newest checkpoint, None before the first."""
+    latest = folder.checkpoints / "latest"
+    return latest.read_text() if latest.exists() else None
+
+
 def check_resumable(folder: RunFolder) -> None:
     """Raises: SettingError if the folder is none of a run or holds no checkpoint."""
     if not folder.config.is_file():

@@ -192,6 +192,29 @@ def test_a_collector_that_outgrew_its_memory_is_replaced_without_a_word_of_death
     assert len([event for event in _events(run) if "outgrew" in event["event"]]) == 2
 
 
+def test_a_collector_that_cannot_work_as_it_is_set_ends_the_run_after_the_learner_saved(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    assert _launch(run, "save", "refuse") == 2
+    summary = _summary(run)
+    assert summary["exit_reason"] == "the collector cannot start or go on; the lines above say why"
+    assert (summary["collector_restarts"], summary["gradient_steps"]) == (0, 60)
+    assert (run / "checkpoints" / "latest").read_text() == "60"
+    _assert_nothing_is_left(run)
+
+
+@pytest.mark.parametrize(("learner", "collector", "kept"), [("die:2", "serve", "3"), ("save", "refuse", "5")])
+def test_a_resume_that_is_refused_keeps_its_overrides_if_it_trained_with_them(
+    tmp_path: Path, learner: str, collector: str, kept: str
+) -> None:
+    run = tmp_path / "run"
+    assert _launch(run, "finish", "serve", "optimization.log_every=3") == 0
+    (run / "checkpoints" / "latest").write_text("40")
+    (run / "learner-serves").unlink(missing_ok=True)
+    resume = ["--resume", str(run), "optimization.log_every=5"]
+    assert launch.main(resume, commands=_commands(learner, collector)) == 2
+    assert f"log_every: {kept}\n" in (run / "config.yaml").read_text()
+
+
 def test_a_hung_collector_is_dumped_killed_and_replaced(tmp_path: Path) -> None:
     run = tmp_path / "run"
     assert _launch(run, "serve:collector-is-good", "hang-until:1", "deadlines.step_s=1") == 0

@@ -2,6 +2,7 @@
 
 learner ends with 0        -> finished: the collector is stopped, exit 0
 learner ends otherwise     -> the collector is stopped, exit 1 (2 if it refused a setting or checkpoint)
+collector ends with 2      -> it cannot work as it is set: the learner is asked to save and end, exit 2
 collector ends or hangs    -> the next incarnation within collector.max_restarts; the learner goes on meanwhile;
                               forgotten once an incarnation has collected for collector.healthy_after_s
 collector outgrew          -> it held more than collector.max_rss_gb: the next incarnation, which no budget counts

@@ -92,6 +92,14 @@ def main() -> int:
     if behaviour == "die":
         sys.stderr.write(f"last words of the {role}\n")
         return int(argument or 1)
+    if behaviour == "save":
+        child.serve()
+        (child.run_dir / "checkpoints" / "latest").write_text("60")
+        child.write_row(gradient_steps=60)
+        return 0
+    if behaviour == "refuse":  # a setting that shows as wrong once the learner trains
+        child.serve(until="learner-serves")
+        return 2
     if behaviour == "stubborn":
         for signum in (signal.SIGTERM, signal.SIGINT):
             signal.signal(signum, signal.SIG_IGN)
