@@ -143,6 +143,7 @@ def _per_tick(figures: dict[str, float], ticks: int) -> dict[str, float]:
         "ticks_per_s": ticks * figures["chunks"] / figures["wall_s"],
         "cpu_ms_per_tick": chunk["collector_cpu_ms"] / ticks,
         "learner_cpu_ms_per_chunk": chunk["learner_cpu_ms"],
+        "collector_gib": figures["collector_gib"],
     }
 
 

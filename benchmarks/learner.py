@@ -2,7 +2,7 @@
 
     python -m benchmarks.learner                                  # 50, 500, 2,500 frames (10,000 and 50,000 on a GPU)
     python -m benchmarks.learner --frames 50 --phases             # and where the time goes, phase by phase
-    python -m benchmarks.learner --scaling --plot scaling.png     # steps/s and memory over the batch size
+    python -m benchmarks.learner --scaling                        # and steps/s and memory over the batch size
     python -m benchmarks.learner --device cuda --json out.json
 
 The floor is what the step's own matrix products take one by one, plus Adam's traffic at copy bandwidth (`floor.py`); the
@@ -13,7 +13,8 @@ graphs need a GPU.
 from __future__ import annotations
 
 import argparse
-import resource
+import ctypes
+import gc
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -185,10 +186,11 @@ class Bench:
     def scale(self, frames: int, variant: Variant) -> dict[str, Any]:
         """Steps/s and peak memory at one size; the error where it does not fit."""
         forget_compiled()
-        if self.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats()
+        forget_peak(self.device)
         try:
             call, _ = self.build(frames, variant)
+            if self.device.type == "cpu":
+                forget_peak(self.device)  # compiling takes more than the step does
             samples = timing.interleave(
                 {"": call}, repetitions=self.repetitions or FEW, warmup=1, device=self.device.type
             )
@@ -218,43 +220,29 @@ def captured_step(settings: Settings, *, device: torch.device) -> Callable[[], A
     return startup.build_update(step, replay, settings, sizes, device=device)
 
 
+def forget_peak(device: torch.device) -> None:
+    """Begin the statistics of `peak_bytes` anew; what is free goes back to the system."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
+        return
+    ctypes.CDLL(None).malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")  # proc_pid_clear_refs(5): the peak becomes what is resident now
+
+
 def peak_bytes(device: torch.device) -> int:
-    """Most memory the device held since its statistics were reset; on a CPU the process's peak so far."""
+    """Most memory held since `forget_peak`: the device's, or all of the process on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    (line,) = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM:")]
+    return int(line.split()[1]) * 1024
 
 
 def _fastest(steps: list[dict[str, Any]], variants: Sequence[Variant]) -> Variant:
     largest = max(row["frames"] for row in steps)
     best = max((row for row in steps if row["frames"] == largest), key=lambda row: row["steps_per_s"])
     return next(variant for variant in variants if variant.name == best["variant"])
-
-
-def draw(scaling: dict[str, Any], out: Path) -> None:
-    """Steps/s and peak memory over the batch size."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    rows = [row for row in scaling["rows"] if "failed" not in row]
-    frames = [row["frames"] for row in rows]
-    figure, axes = plt.subplots(1, 2, figsize=(9, 3.4))
-    for axis, key, label in zip(
-        axes, ("steps_per_s", "peak_gib"), ("gradient steps/s", "peak memory, GiB"), strict=True
-    ):
-        axis.plot(frames, [row[key] for row in rows], "o-")
-        axis.set_xscale("log")
-        axis.set_yscale("log")
-        axis.set_xlabel("frames in a batch")
-        axis.set_ylabel(label)
-        axis.grid(alpha=0.25, which="both")
-        axis.spines[["top", "right"]].set_visible(False)
-    figure.suptitle(f"gradient step, {scaling['variant']}")
-    figure.tight_layout()
-    figure.savefig(out, dpi=110)
-    plt.close(figure)
 
 
 def rows(result: dict[str, Any]) -> list[dict[str, Any]]:
@@ -288,18 +276,14 @@ def main() -> None:
     parser.add_argument("--repetitions", type=int, help="turns; default by size")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--plot", type=Path, help="draw the scaling curve here")
     parser.add_argument("--json", type=Path, help="keep the figures here")
     options = vars(parser.parse_args())
-    path, plot = options.pop("json"), options.pop("plot")
+    path = options.pop("json")
     options["compiled"] = [value == "on" for value in options["compiled"]]
-    options["scaling"] |= plot is not None
     result = run(**options)
     timing.show("Gradient step alone", rows(result))
     for line in result["left_out"]:
         print(f"left out: {line}")
-    if plot is not None:
-        draw(result["scaling"], plot)
     provenance.save(path, provenance.document(NAME, result))
 
 

@@ -129,13 +129,15 @@ class LearnerEnd:
         return commits
 
     def run_chunks(self, count: int) -> dict[str, float]:
-        """Let the collector stream at least `count` chunks as fast as it can; wall and CPU seconds of both for each."""
+        """Let the collector stream at least `count` chunks as fast as it can; wall and CPU seconds, and its memory."""
+        memory = 0
         done, end, published = 0, time.monotonic() + STALLED_S, time.monotonic()
         wall, own, child = time.perf_counter(), time.process_time(), self.child_cpu_s()
         while done < count or self.replay.num_granted:
             commits = self.serve(grant=done + self.replay.num_granted < count)
             if commits:
                 done, end = done + len(commits), time.monotonic() + STALLED_S
+                memory = max(commits[-1].rss_bytes, commits[-1].gpu_bytes)
                 continue
             self._check(end)
             if self.publisher is not None and done == 0 and time.monotonic() - published > 0.2:
@@ -147,6 +149,7 @@ class LearnerEnd:
             "wall_s": time.perf_counter() - wall,
             "learner_cpu_s": time.process_time() - own,
             "collector_cpu_s": self.child_cpu_s() - child,
+            "collector_gib": memory / 2**30,
         }
 
     def child_cpu_s(self) -> float:

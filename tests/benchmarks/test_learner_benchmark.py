@@ -61,8 +61,6 @@ def test_a_run_reports_every_variant_its_phases_and_its_scaling(tmp_path):
     assert set(result["phases"][0]["ms"]) == {*PARTS.values(), *BACKWARDS.values(), OPTIMISERS, REST}
     assert [row["frames"] for row in result["scaling"]["rows"]] == [20, 50]
     assert all(row["peak_gib"] > 0 for row in result["scaling"]["rows"])
-    learner.draw(result["scaling"], tmp_path / "scaling.png")
-    assert (tmp_path / "scaling.png").stat().st_size > 1000
     assert len(learner.rows(result)) == 2 + 2 * len(result["phases"][0]["ms"]) + 2
     provenance.save(tmp_path / "out.json", provenance.document(learner.NAME, result))
     assert json.loads((tmp_path / "out.json").read_text())["runtime"]["steps"] == result["steps"]
@@ -94,3 +92,30 @@ def test_a_captured_step_gets_a_full_replay_of_noise(monkeypatch):
     assert batch.shape == (1, 20)
     assert batch["obs", "policy"].std() > 0.5 and batch["reward"].std() > 0.5
     assert not batch["is_first"].any()
+
+
+def test_memory_is_that_of_the_step_and_not_of_what_came_before():
+    torch.ones(100 << 20, dtype=torch.uint8)
+    learner.forget_peak(CPU)
+    before = learner.peak_bytes(CPU)
+    big = torch.ones(50 << 20, dtype=torch.uint8)
+    assert learner.peak_bytes(CPU) - before + (4 << 20) >= (50 << 20) and big[0] == 1
+    del big
+    learner.forget_peak(CPU)
+    assert learner.peak_bytes(CPU) < before + (25 << 20)
+
+
+def test_the_scaling_picture_is_drawn_from_both_results(tmp_path):
+    pytest.importorskip("matplotlib")
+    from benchmarks import scaling
+
+    rows = [{"frames": n, "steps_per_s": 1 / n, "frames_per_s": 1.0, "peak_gib": n / 100} for n in (50, 500)]
+    hardware = {"cpu": "a CPU", "gpus": []}
+    steps = {"scaling": {"variant": "bf16 compiled", "rows": [*rows, {"frames": 5000, "failed": "out of memory"}]}}
+    one = {"stream": {"ticks_per_s": {"median": 10.0}, "collector_gib": {"median": 0.5}}}
+    ticks = {"scaling": {"64": one, "256": one}}
+    learned, streamed = (
+        {"hardware": hardware, "runtime": found | {"device": "cpu", "threads": 1}} for found in (steps, ticks)
+    )
+    scaling.draw(learned, streamed, tmp_path / "scaling.png")
+    assert (tmp_path / "scaling.png").stat().st_size > 1000
