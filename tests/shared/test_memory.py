@@ -39,6 +39,43 @@ def test_worker_processes_count_with_their_collector() -> None:
     assert 90 * MB < grown < 150 * MB
 
 
+def forked(own_rss: str) -> list[float]:
+    """MB that a process of 200 MB counts by itself, beside a forked child, and once that child has written 50 MB anew."""
+    script = f"""
+import os, sys
+from pathlib import Path
+from shared import memory
+{own_rss}
+held = bytearray(b"x") * 200_000_000
+seen = [memory.own_rss_bytes()]
+told, asked, wrote = os.pipe(), os.pipe(), os.pipe()
+if os.fork() == 0:
+    os.write(told[1], b"1"), os.read(asked[0], 1)
+    held[:50_000_000] = bytes(50_000_000)
+    os.write(wrote[1], b"1"), os.read(asked[0], 1)
+    os._exit(0)
+os.read(told[0], 1)
+seen.append(memory.own_rss_bytes())
+os.write(asked[1], b"1"), os.read(wrote[0], 1)
+seen.append(memory.own_rss_bytes())
+os.write(asked[1], b"1"), os.wait()
+print(*seen)
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60, check=True)
+    return [int(number) / MB for number in done.stdout.split()]
+
+
+def test_pages_that_a_forked_worker_has_not_written_are_counted_once() -> None:
+    alone, beside_child, written = forked("")
+    assert alone > 200 and beside_child - alone < 20
+    assert 50 <= written - beside_child < 120, "what it wrote is its own"
+
+
+def test_where_the_kernel_keeps_no_rollup_each_process_counts_by_itself() -> None:
+    alone, beside_child, _ = forked("memory.ROLLUP = 'no_such_file'")
+    assert alone > 200 and beside_child - alone > 180
+
+
 def test_memory_is_measured_at_most_once_a_second(monkeypatch: pytest.MonkeyPatch) -> None:
     clock, asked = [0.0], 0
 
@@ -53,6 +90,21 @@ def test_memory_is_measured_at_most_once_a_second(monkeypatch: pytest.MonkeyPatc
     for clock[0] in (0.0, 0.5, 1.0, 1.1, 2.0, 2.2):
         seen.append(meter.read().rss_bytes)
     assert seen == [1, 1, 1, 2, 2, 3]
+
+
+def test_measuring_takes_at_most_a_hundredth_of_the_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock, asked_at = [0.0], []
+
+    def measure(device: str) -> Memory:
+        asked_at.append(clock[0])
+        clock[0] += 0.5  # as the pages of a large process take
+        return Memory(1)
+
+    monkeypatch.setattr(memory.time, "monotonic", lambda: clock[0])
+    meter = MemoryMeter("cpu", measure=measure)
+    for clock[0] in (2.0, 50.0, 51.0, 60.0, 101.0, 102.0):
+        meter.read()
+    assert asked_at == [0.0, 51.0, 102.0]
 
 
 @pytest.mark.gpu
