@@ -67,7 +67,7 @@ class Report:
         self._streaming_since, self._first_agent_steps = streaming_since, counters.agent_steps
         self.skipped_in_a_row = 0  # steps of the last windows in which none was finite
         self._diverged_before = 0
-        self._meter, self._collector_memory = MemoryMeter(str(device)), Memory(0)
+        self._meter, self._collector_memory = MemoryMeter(str(device), whole_device=False), Memory(0)
 
     def add_commit(self, commit: Commit, *, newest_version: int) -> None:
         """Count a commit; newest_version: the version published last when it arrived."""

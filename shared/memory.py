@@ -12,6 +12,7 @@ import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 EVERY_S = 1.0  # between two measurements: /proc and the driver are not asked every tick
@@ -21,7 +22,10 @@ ROLLUP = "smaps_rollup"  # in /proc/PID, of Linux 5.4 and newer
 
 @dataclass(frozen=True)
 class Memory:
-    """What a process holds of its own; on a GPU also what its allocator reserved and what all processes use together."""
+    """What a process holds of its own; on a GPU also what its allocator reserved and what all processes use together.
+
+    0 for what was not measured.
+    """
 
     rss_bytes: int
     gpu_bytes: int = 0
@@ -31,9 +35,11 @@ class Memory:
 class MemoryMeter:
     """This process's memory, measured anew at most once a second and in at most 1 % of the time; never waits for a GPU."""
 
-    def __init__(self, device: str, *, measure: Callable[[str], Memory] | None = None) -> None:
-        """device: whose GPU memory is measured, such as "cuda:0"; "cpu": none."""
-        self._device, self._measure = device, measure or _measure
+    def __init__(
+        self, device: str, *, whole_device: bool = True, measure: Callable[[str], Memory] | None = None
+    ) -> None:
+        """device: whose GPU memory is measured, such as "cuda:0"; "cpu": none. whole_device: other processes' too."""
+        self._device, self._measure = device, measure or partial(_measure, whole_device=whole_device)
         self._measure_now()
 
     def read(self) -> Memory:
@@ -63,14 +69,17 @@ def gigabytes(num_bytes: int) -> float | None:
     return num_bytes / 1e9 if num_bytes else None
 
 
-def _measure(device: str) -> Memory:
+def _measure(device: str, *, whole_device: bool) -> Memory:
     rss = own_rss_bytes()
     if not device.startswith("cuda"):
         return Memory(rss)
     import torch
 
+    reserved = torch.cuda.memory_reserved(device)
+    if not whole_device:
+        return Memory(rss, reserved)
     free, total = torch.cuda.mem_get_info(device)
-    return Memory(rss, torch.cuda.memory_reserved(device), total - free)
+    return Memory(rss, reserved, total - free)
 
 
 def _proportional_bytes(pid: int) -> int:

@@ -107,14 +107,39 @@ def test_measuring_takes_at_most_a_hundredth_of_the_time(monkeypatch: pytest.Mon
     assert asked_at == [0.0, 51.0, 102.0]
 
 
+@pytest.mark.parametrize("whole_device", [True, False])
+def test_the_driver_is_asked_only_by_who_reports_its_answer(
+    monkeypatch: pytest.MonkeyPatch, whole_device: bool
+) -> None:
+    asked = []
+
+    def mem_get_info(device: str) -> tuple[int, int]:
+        asked.append(device)
+        return 30 * MB, 80 * MB
+
+    monkeypatch.setattr("torch.cuda.mem_get_info", mem_get_info)
+    monkeypatch.setattr("torch.cuda.memory_reserved", lambda device: 7 * MB)
+    found = MemoryMeter("cuda:0", whole_device=whole_device).read()
+    assert (found.gpu_bytes, found.device_bytes) == (7 * MB, 50 * MB if whole_device else 0)
+    assert asked == ["cuda:0"] * whole_device
+
+
 @pytest.mark.gpu
-def test_a_gpus_memory_is_read_without_waiting_for_it() -> None:
+def test_a_gpus_memory_is_read_without_waiting_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
     import torch
 
-    held = torch.zeros(64 * MB, dtype=torch.uint8, device="cuda:0")
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        found = MemoryMeter("cuda:0").read()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
+    monkeypatch.setattr(memory, "EVERY_S", 0.0)
+    monkeypatch.setattr(memory, "REST", 0)
+    held, meter, done = (
+        torch.zeros(64 * MB, dtype=torch.uint8, device="cuda:0"),
+        MemoryMeter("cuda:0"),
+        torch.cuda.Event(),
+    )
+    torch.cuda._sleep(1)  # loads the kernel, which may wait
+    torch.cuda.synchronize()
+    torch.cuda._sleep(4_000_000_000)  # cycles: about 2 s
+    done.record()
+    found = meter.read()
+    assert not done.query(), "the kernel before it still runs"
+    torch.cuda.synchronize()
     assert held.numel() <= found.gpu_bytes <= found.device_bytes
