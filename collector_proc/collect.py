@@ -224,7 +224,9 @@ class Collector:
 
         Raises: SettingError if it never did; SimulatorError, a death that counts, where an earlier incarnation had fitted.
         """
-        limit, held_gb = self._settings.collector.max_rss_gb, self._meter.read().rss_bytes / 1e9
+        limit = self._settings.collector.max_rss_gb
+        # an older measurement may be from before the first chunk's work
+        held_gb = self._meter.read(anew=not self._fitted).rss_bytes / 1e9
         if limit is None or held_gb <= limit:
             self._fitted = True
             return True

@@ -42,8 +42,9 @@ class MemoryMeter:
         self._device, self._measure = device, measure or partial(_measure, whole_device=whole_device)
         self._measure_now()
 
-    def read(self) -> Memory:
-        if time.monotonic() > self._rest_until:
+    def read(self, *, anew: bool = False) -> Memory:
+        """anew: measured in this call, whenever it last was."""
+        if anew or time.monotonic() > self._rest_until:
             self._measure_now()
         return self._memory
 

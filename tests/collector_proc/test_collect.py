@@ -17,7 +17,7 @@ from collector_proc.simulators.base import Arrival
 from shared.config import Geometry, NetworkSettings, Settings
 from shared.errors import SettingError, SimulatorError, TransportError
 from shared.handover import Channel, Disconnected, create_memfd_slab
-from shared.memory import Memory
+from shared.memory import Memory, own_rss_bytes
 from shared.messages import Commit, Grant, Welcome
 from shared.stream import ObsSpec, StreamSpec, plan_layout, ring_views
 from shared.supervision import Progress, StopFlag
@@ -259,7 +259,7 @@ class Growing:
     def __init__(self, ticks: Ticks) -> None:
         self._ticks = ticks
 
-    def read(self) -> Memory:
+    def read(self, *, anew: bool = False) -> Memory:
         return Memory(500_000_000 * ((self._ticks.tick + 1) // K), 7_000_000, 9_000_000)
 
 
@@ -295,3 +295,17 @@ def test_a_limit_below_what_a_collector_needs_is_refused_and_not_restarted_into(
     monkeypatch.setattr(scene.collector, "_incarnation", incarnation)
     with pytest.raises(error, match=r"max_rss_gb=0.4 .* 0\.50 GB .*wanted .*; set collector.max_rss_gb=1.0"):
         scene.collector.run()
+
+
+def test_the_first_chunks_memory_is_measured_behind_its_work_however_fast_it_was(monkeypatch, tmp_path):
+    lost = []
+
+    def before(tick: int) -> None:
+        lost.append(b"\1" * 100_000_000)
+        scene.stop.requested = tick == 12
+
+    limit = own_rss_bytes() / 1e9 + 0.15
+    scene = Scene(monkeypatch, tmp_path, before, late=False, max_rss_gb=limit)
+    with pytest.raises(SettingError, match="max_rss_gb=.* after one chunk"):
+        scene.collector.run()
+    assert len(lost) == K - 1, "what was measured is of the first chunk"

@@ -90,6 +90,7 @@ def test_memory_is_measured_at_most_once_a_second(monkeypatch: pytest.MonkeyPatc
     for clock[0] in (0.0, 0.5, 1.0, 1.1, 2.0, 2.2):
         seen.append(meter.read().rss_bytes)
     assert seen == [1, 1, 1, 2, 2, 3]
+    assert [meter.read(anew=True).rss_bytes, meter.read().rss_bytes] == [4, 4], "unless somebody has to know"
 
 
 def test_measuring_takes_at_most_a_hundredth_of_the_time(monkeypatch: pytest.MonkeyPatch) -> None:
