@@ -21,7 +21,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import structlog
 import torch
 from torch import Tensor
 
@@ -156,9 +155,8 @@ class TorchrlSimulator:
         assert env.num_envs is not None, "check_env demands env.num_envs"
         with _told(env):
             made = _make_all(env, num_envs=env.num_envs, seed=seed, device=device)
-            keys, left_out = chosen_observations(made[0], env.obs_groups)
+            keys = chosen_observations(made[0], env.obs_groups)
             self._rows = [EnvRows(one, keys) for one in made]
-        structlog.get_logger().info("observations", streamed=list(keys), left_out=left_out)
         self._sizes = [rows.num_rows for rows in self._rows]
         self._horizon, self.frames_per_step = env.horizon, env.frame_skip
         _check_horizon(env, self._rows)

@@ -16,6 +16,7 @@ from torchrl.envs import (
     AutoResetTransform,
     Compose,
     InitTracker,
+    RewardSum,
     StepCounter,
     TargetReturn,
     Timer,
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
 
     from torchrl.envs import EnvBase, Transform
 
-ACCOUNTS = (InitTracker, StepCounter, TargetReturn, Timer, TrajCounter)  # what these add is no observation
+ACCOUNTS = (InitTracker, RewardSum, StepCounter, TargetReturn, Timer, TrajCounter)  # what these add is no observation
 MAKE_VECTOR = (
     "make it as torchrl.envs.GymWrapper(gymnasium.make_vec(ID, num_envs=N, "
     "vector_kwargs={'autoreset_mode': gymnasium.vector.AutoresetMode.DISABLED}))"
@@ -65,7 +66,7 @@ def refuse_own_resets(env: EnvBase) -> None:
 
 def bookkeeping(env: EnvBase) -> set[tuple[str, ...]]:
     """Where entries of its observation spec lie that keep account of the run: infos that a reader copies, what the
-    transforms of ACCOUNTS add, and what others add that read nothing but such entries, rewards and ends (RewardSum).
+    transforms of ACCOUNTS add, and what torchrl's others add that read nothing but such entries, rewards and ends.
     """
     *_, base = layers_of(env)
     found = {key for reader in vars(base).get("_info_dict_reader", ()) for key in _keys(reader.info_spec)}
@@ -75,7 +76,9 @@ def bookkeeping(env: EnvBase) -> set[tuple[str, ...]]:
         before, spec = spec, transform.transform_output_spec(spec.clone())
         added = _keys(spec["full_observation_spec"]) - _keys(before["full_observation_spec"])
         read = {key if isinstance(key, tuple) else (key,) for key in getattr(transform, "in_keys", None) or ()}
-        if isinstance(transform, ACCOUNTS) or (read and read <= known):
+        # a user's own may mean as an observation what it makes of a reward
+        of_torchrl = type(transform).__module__.startswith("torchrl.")
+        if isinstance(transform, ACCOUNTS) or (of_torchrl and read and read <= known):
             found, known = found | added, known | added
     return found
 

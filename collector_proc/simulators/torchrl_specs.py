@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Any
 
+import structlog
 from torchrl.data import Choice, NonTensor
 
 from collector_proc.simulators.manager_spaces import chosen_groups, entry_names
@@ -23,10 +24,10 @@ if TYPE_CHECKING:
 Key = tuple[str, ...]
 
 
-def chosen_observations(env: EnvBase, wanted: Sequence[str] | None) -> tuple[dict[str, Key], list[str]]:
-    """Where the streamed observations lie, by their names, and the names of all others. wanted: env.obs_groups.
+def chosen_observations(env: EnvBase, wanted: Sequence[str] | None) -> dict[str, Key]:
+    """Where the streamed observations lie, by their names. The log names them and all others. wanted: env.obs_groups.
 
-    With None, what transforms and readers of infos keep account of is left out. Raises: SettingError.
+    With None, what transforms and readers of infos keep account of is left out, with a warning. Raises: SettingError.
     """
     called: dict[str, list[Key]] = {}
     for key in leaf_keys(env.observation_spec):
@@ -48,7 +49,18 @@ def chosen_observations(env: EnvBase, wanted: Sequence[str] | None) -> tuple[dic
                 f"observation {name!r} is no tensor but {type(env.observation_spec[key]).__name__}; wanted numbers; set "
                 f"env.obs_groups=[{','.join(others)}]"
             )
-    return chosen, [name for name in called if name not in chosen]
+    left_out = [name for name in called if name not in chosen]
+    log = structlog.get_logger()
+    if wanted is None and left_out:
+        log.warning(
+            "what only keeps account of the run (infos, step counts, returns) is left out of the observations; to stream it "
+            "too, name it and the others in env.obs_groups",
+            streamed=list(chosen),
+            left_out=left_out,
+        )
+    else:
+        log.info("observations", streamed=list(chosen), left_out=left_out)
+    return chosen
 
 
 def leaf_keys(spec: Any) -> list[Key]:

@@ -22,6 +22,7 @@ from torchrl.envs import (
     GymEnv,
     GymWrapper,
     InitTracker,
+    ParallelEnv,
     RenameTransform,
     RewardSum,
     SelectTransform,
@@ -170,6 +171,36 @@ def make_accounts(num_envs: int) -> EnvBase:
         CatTensors(["where"], "joined", del_keys=False),
         CatTensors(["where", "step_count"], "timed", del_keys=False),
     )
+
+
+class LastReward(Transform):
+    """A user's own: what the last action earned, as an observation."""
+
+    def __init__(self) -> None:
+        super().__init__(in_keys=["reward"], out_keys=["last_reward"])
+
+    def _apply_transform(self, obs: torch.Tensor) -> torch.Tensor:
+        return obs.clone()
+
+    def _reset(self, tensordict: Any, tensordict_reset: Any) -> Any:
+        return tensordict_reset.set("last_reward", torch.zeros(*tensordict_reset.batch_size, 1))
+
+    def transform_observation_spec(self, observation_spec: Any) -> Any:
+        observation_spec["last_reward"] = Unbounded(torch.Size([*observation_spec.shape, 1]))
+        return observation_spec
+
+
+def make_last_reward(num_envs: int) -> EnvBase:
+    return transformed(make_batched(num_envs), LastReward())
+
+
+def make_tallied() -> EnvBase:
+    return transformed(make_single(), RewardSum(), StepCounter(), InitTracker())
+
+
+def make_workers(batch: str, num_envs: int) -> EnvBase:
+    """A SerialEnv or ParallelEnv whose workers keep account."""
+    return {"SerialEnv": SerialEnv, "ParallelEnv": ParallelEnv}[batch](num_envs, make_tallied)
 
 
 def make_only_accounts(num_envs: int) -> EnvBase:

@@ -150,17 +150,11 @@ def test_images_arrive_as_64x64_bytes_beside_the_chosen_vectors() -> None:
     assert int(pixels.min()) == int(pixels.max()) == 200
 
 
-def test_what_keeps_account_of_the_run_is_left_out_and_said_so() -> None:
+def test_infos_are_left_out_with_a_warning_unless_obs_groups_names_them() -> None:
     with capture_logs() as logs:
-        simulator = simulator_of("counting_env:make_accounts", 2)
-    assert set(simulator.spec.obs) == {"extra_push", "joined", "timed", "where"}
-    (said,) = [line for line in logs if line["event"] == "observations"]
-    assert set(said["streamed"]) == set(simulator.spec.obs)
-    assert set(said["left_out"]) == {"step_count", "episode_reward", "is_init", "traj_count", "return_so_far"}
-
-
-def test_infos_are_left_out() -> None:
-    assert set(simulator_of("counting_env:make_infos", 2).spec.obs) == {"observation"}
+        assert set(simulator_of("counting_env:make_infos", 2).spec.obs) == {"observation"}
+    (warned,) = [line for line in logs if line["log_level"] == "warning"]
+    assert warned["left_out"] == ["speed"] and "env.obs_groups" in warned["event"]
     chosen = simulator_of("counting_env:make_infos", 2, obs_groups=["observation", "speed"])
     assert set(chosen.reset().obs) == {"observation", "speed"}
 
