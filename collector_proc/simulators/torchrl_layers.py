@@ -9,6 +9,7 @@ gymnasium vector, DISABLED                       true observations; any row can 
 
 from __future__ import annotations
 
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from torchrl.envs import (
@@ -17,6 +18,7 @@ from torchrl.envs import (
     Compose,
     InitTracker,
     RewardSum,
+    SerialEnv,
     StepCounter,
     TargetReturn,
     Timer,
@@ -24,6 +26,7 @@ from torchrl.envs import (
     TransformedEnv,
     VecGymEnvTransform,
 )
+from torchrl.envs.batched_envs import BatchedEnvBase
 
 from shared.errors import SettingError
 
@@ -66,21 +69,48 @@ def refuse_own_resets(env: EnvBase) -> None:
 
 def bookkeeping(env: EnvBase) -> set[tuple[str, ...]]:
     """Where entries of its observation spec lie that keep account of the run: infos that a reader copies, what the
-    transforms of ACCOUNTS add, and what torchrl's others add that read nothing but such entries, rewards and ends.
+    transforms of ACCOUNTS add, and what torchrl's others add that read nothing but such entries, rewards and ends. Of a
+    batch, what its workers keep too, if one can be looked at.
     """
     *_, base = layers_of(env)
     found = {key for reader in vars(base).get("_info_dict_reader", ()) for key in _keys(reader.info_spec)}
+    with _worker(base) as worker:
+        found |= set() if worker is None else bookkeeping(worker)
     known = found | _keys(base.full_reward_spec) | _keys(base.full_done_spec)
     spec: Any = base.output_spec
     for transform in transforms_of(env):
         before, spec = spec, transform.transform_output_spec(spec.clone())
-        added = _keys(spec["full_observation_spec"]) - _keys(before["full_observation_spec"])
-        read = {key if isinstance(key, tuple) else (key,) for key in getattr(transform, "in_keys", None) or ()}
+        after = _keys(spec["full_observation_spec"])
+        # one may write what has been there, as a RewardSum around workers that sum too
+        added = after - _keys(before["full_observation_spec"]) | after & _keys(transform.out_keys)
+        read = _keys(transform.in_keys)
         # a user's own may mean as an observation what it makes of a reward
         of_torchrl = type(transform).__module__.startswith("torchrl.")
         if isinstance(transform, ACCOUNTS) or (of_torchrl and read and read <= known):
             found, known = found | added, known | added
     return found
+
+
+@contextmanager
+def _worker(batch: EnvBase) -> Iterator[EnvBase | None]:
+    """An environment as this batch's workers have it: a SerialEnv's own, or one more, closed in the end. None where there
+    is none to be had: it cannot be made here, or is not to be, or the environment has no workers.
+    """
+    own = vars(batch).get("_envs")  # once it has started
+    elsewhere = vars(batch).get("_metadata_from_workers", False)  # a user's wish: none is made in this process
+    if not isinstance(batch, BatchedEnvBase) or own or elsewhere:
+        yield own[0] if isinstance(batch, SerialEnv) and own else None
+        return
+    try:
+        made = batch.create_env_fn[0](**batch.create_env_kwargs[0])
+    except Exception:  # each user's own function fails in its own ways; what is streamed then, is warned of
+        yield None
+        return
+    try:
+        yield made
+    finally:
+        if not made.is_closed:
+            made.close()
 
 
 def _keys(spec: Any) -> set[tuple[str, ...]]:

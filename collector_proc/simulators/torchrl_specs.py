@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from torchrl.envs import EnvBase
 
 Key = tuple[str, ...]
+ACCOUNT_NAMES = ("episode_reward", "is_init", "step_count", "traj_count")  # what torchrl's transforms call them
 
 
 def chosen_observations(env: EnvBase, wanted: Sequence[str] | None) -> dict[str, Key]:
@@ -51,6 +52,14 @@ def chosen_observations(env: EnvBase, wanted: Sequence[str] | None) -> dict[str,
             )
     left_out = [name for name in called if name not in chosen]
     log = structlog.get_logger()
+    doubtful = [name for name, key in chosen.items() if key[-1] in ACCOUNT_NAMES]
+    if wanted is None and doubtful:
+        log.warning(
+            "observations that are called like torchrl's bookkeeping are streamed, for nothing shows what adds them; if that is "
+            "what they are, set env.obs_groups to the others",
+            streamed=doubtful,
+            others=[name for name in chosen if name not in doubtful],
+        )
     if wanted is None and left_out:
         log.warning(
             "what only keeps account of the run (infos, step counts, returns) is left out of the observations; to stream it "
