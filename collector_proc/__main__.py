@@ -30,8 +30,8 @@ from shared.supervision import (
 
 
 def main() -> int:
-    """Exit codes: 0 asked to stop or the learner is gone, 75 more memory than collector.max_rss_gb, 2 a setting
-    that cannot work or a simulator that cannot start at all, 1 anything else."""
+    """Exit codes: 0 asked to stop or the learner is gone, 75 more memory than collector.max_rss_gb, 2 a simulator that
+    the run's first collector cannot start, or a setting that shows as wrong once one runs, 1 anything else."""
     parser = argparse.ArgumentParser(prog="python -m collector_proc", description=__doc__)
     parser.add_argument("--run-dir", type=Path, required=True, help="run folder made by launch.py")
     parser.add_argument("--device", default="cpu", help="device of the simulator and the acting policy")
@@ -82,8 +82,10 @@ def main() -> int:
         code = 0
     except (SettingError, SimulatorError, TransportError) as error:
         log.error("failed", error=str(error))
-        cannot_start = simulator is None and arguments.incarnation == 0  # a later one may want for memory, or a port
-        code = 2 if isinstance(error, SettingError) or cannot_start else 1
+        if simulator is None:
+            code = 2 if arguments.incarnation == 0 else 1  # later, it did start: memory, a port or a file being edited
+        else:
+            code = 2 if isinstance(error, SettingError) else 1
     finally:
         progress.phase("stopping")
         if simulator is not None:

@@ -1,4 +1,6 @@
-"""The real collector over a simulator that dies once, and then refuses a setting: `python refusing_collector.py ...`."""
+"""The real collector over a simulator that dies, refuses a setting while it is built, and the third time in mid-run:
+`python refusing_collector.py ...`.
+"""
 
 from __future__ import annotations
 
@@ -32,6 +34,8 @@ def main() -> int:
     build, incarnation = entry.build_simulator, int(sys.argv[sys.argv.index("--incarnation") + 1])
 
     def build_failing(*args: Any, crash_dir: Path, **options: Any) -> Any:
+        if incarnation == 1:
+            raise SettingError("env.name=my_envs:make does not import: SyntaxError: it is being edited")
         made = build(*args, crash_dir=crash_dir, **options)
         return fail(made, crash_dir.parent / "learner.progress", incarnation)
 
