@@ -197,8 +197,16 @@ class Collector:
         return self._await_version(max(self._turn.version, 0 if self._actor.random_ticks > 0 else 1))
 
     def _await_version(self, wanted: int) -> bool:
-        """Adopt weights until they are at least of version `wanted`; False when asked to stop."""
+        """Adopt weights until they are at least of version `wanted`; False when asked to stop. Raises: TransportError."""
+        deadlines = self._settings.deadlines
+        end = time.monotonic() + deadlines.compile_s + deadlines.step_s  # the first come after the learner has compiled
         while self._weights.version < wanted and not self._stop.requested:
+            if time.monotonic() > end:
+                raise TransportError(
+                    f"waited {deadlines.compile_s + deadlines.step_s:.0f} s for the learner's weights, have version "
+                    f"{self._weights.version}, refused {self._weights.num_refused}; wanted {wanted}; see logs/learner.jsonl, "
+                    "raise deadlines.compile_s if it was still compiling"
+                )
             if not self._weights.adopt():
                 self._progress.advance()
                 self._read_grants()  # notices a learner that is gone

@@ -89,7 +89,8 @@ class Learner:
         self._step: GradientStep | None = None
         self._saved_at = self._status_at = self._published_at = time.monotonic()
         self._published_step = -1
-        self._adopted = 0  # policy version of the last commit
+        self._adopted = 0  # policy version of the present collector's last commit
+        self._greeted = 0  # collectors that have begun to stream
 
     def run(self) -> None:
         """Raises: TransportError if no collector says hello in time; FloatingPointError if training diverged for good."""
@@ -189,7 +190,6 @@ class Learner:
 
     def _serve(self) -> None:
         """Take what the collector said, give it room, send what is ready. Never blocks."""
-        was_streaming = self._link.streaming
         for commit in self._link.poll():
             self._commit(commit)
         self._link.flush()
@@ -199,7 +199,9 @@ class Learner:
                 self._link.grant(self._version_for_grant())
         if self._step is not None:
             self._publisher.flush()
-            if self._link.streaming and not was_streaming:
+            if self._link.streaming and self._greeted != self._link.num_greeted:
+                # it has no weights, whatever the one before it had: until it commits, they are sent again and again
+                self._greeted, self._adopted = self._link.num_greeted, 0
                 self._publisher.republish()
 
     def _may_step(self) -> bool:

@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from collector_proc.simulators.base import Arrival
 from collector_proc.writer import ChunkWriter
+from learner_proc import learn
 from learner_proc.checkpoint import random_state
 from learner_proc.learn import Learner
 from shared.compose import compose
@@ -209,6 +210,36 @@ def test_commits_sent_before_a_death_count_and_open_grants_return(learner, tmp_p
     again = join(learner, tmp_path)
     assert again.welcome.test_row == second.row, "the dead collector's rows are granted again"
     assert again.welcome.random_frames == 16, "the rest of the prefill"
+
+
+def test_a_new_collector_is_sent_the_weights_until_it_commits(learner, tmp_path, monkeypatch):
+    """The one before it had the newest; the first frame may be lost to a subscription that is not up yet."""
+    monkeypatch.setattr(learn, "REPUBLISH_S", 0.0)
+    collector = join(learner, tmp_path)
+    for _ in range(2):
+        grant = collector.next()
+        assert isinstance(grant, Grant)
+        collector.commit(grant)
+    learner._build()
+    learner._serve()
+    grant = collector.next()
+    assert isinstance(grant, Grant)
+    collector.commit(grant, version=learner._publisher.version)
+    learner._serve()
+    collector.channel.close()
+    learner._serve()
+    sent: list[int] = []
+    monkeypatch.setattr(learner._publisher, "republish", lambda: sent.append(learner._publisher.version))
+    second = join(learner, tmp_path)
+    for _ in range(3):
+        learner._idle()
+    assert len(sent) == 4 and set(sent) == {learner._publisher.version} and sent[0] > 0
+    grant = second.next()
+    assert isinstance(grant, Grant)
+    second.commit(grant, version=learner._publisher.version)
+    learner._serve()
+    learner._idle()
+    assert len(sent) == 4, "it has them"
 
 
 class CountWaits(TorchDispatchMode):
