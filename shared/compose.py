@@ -25,7 +25,7 @@ from yaml import YAMLError
 
 from shared.config import Settings
 from shared.errors import SettingError
-from shared.recipe_keys import replacement
+from shared.recipe_keys import RECIPE_VALUES, replacement
 
 if TYPE_CHECKING:
     from hydra.core.override_parser.types import Override
@@ -110,6 +110,7 @@ def _check_value(settings: Settings, key: str, entry: Field[Any]) -> None:
     if choices:
         # YAML turns an unquoted `false` into a boolean before it reaches a choice between words.
         spelled = str(value).lower()
+        spelled = RECIPE_VALUES.get(key, {}).get(spelled, spelled)
         if spelled not in choices:
             nearest = _nearest(spelled, choices) or entry.default
             raise SettingError(

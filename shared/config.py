@@ -154,7 +154,9 @@ class OptimizationSettings:
         "at least 1",
         choices=("none", "percentile"),
     )
-    autocast: str = setting("bfloat16", "precision of matrix products", choices=("bfloat16", "float16", "false"))
+    autocast: str = setting(
+        "bfloat16", "precision of matrix products; true means bfloat16", choices=("bfloat16", "float16", "false")
+    )
     compile: CompileSettings = field(default_factory=CompileSettings)
 
 

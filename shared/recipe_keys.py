@@ -42,6 +42,9 @@ RECIPE_KEYS = {
     "in logs/launch.jsonl",
 }
 
+# Values the recipe knows and what they are called here, in the spelling of a choice.
+RECIPE_VALUES = {"optimization.autocast": {"true": "bfloat16"}}
+
 
 def replacement(key: str) -> str | None:
     """What took the place of a recipe's key, or None if the recipe has no such key."""

@@ -45,6 +45,15 @@ def test_a_choice_between_words_may_be_the_word_that_yaml_takes_for_a_boolean(sp
     assert compose("dm_control", [f"optimization.autocast={spelling}"]).optimization.autocast == "false"
 
 
+@pytest.mark.parametrize("spelling", ["true", "True", '"true"'])
+def test_autocast_true_is_bfloat16_as_in_the_published_recipe(spelling: str, tmp_path: Path) -> None:
+    settings = compose("quickstart", [f"optimization.autocast={spelling}"])
+    assert settings.optimization.autocast == "bfloat16"
+    text = f"defaults: [settings, _self_]\noptimization:\n  autocast: {spelling}\n"
+    (tmp_path / "mine.yaml").write_text(text)
+    assert compose("mine", config_dir=tmp_path).optimization.autocast == "bfloat16"
+
+
 def test_a_number_is_converted_to_its_field_and_the_last_override_wins() -> None:
     settings = compose("quickstart", ["optimization.world_model_lr=1", "env.seed=3", "env.seed=4"])
     assert type(settings.optimization.world_model_lr) is float
