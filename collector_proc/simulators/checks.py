@@ -58,19 +58,25 @@ TORCHRL_WRAPPERS = {
 def refuse_idle(settings: Settings) -> None:
     """Refuse values that would silently do nothing. Raises: SettingError."""
     env = settings.env
-    idle: list[tuple[str, Any, Any, str]] = [("env", env, EnvSettings(), name) for name in IDLE[env.backend]]
+    backend, images = f"env.backend={env.backend}", "env.from_pixels=false"
+    idle: list[tuple[str, str, Any, Any]] = [(f"env.{name}", backend, env, EnvSettings()) for name in IDLE[env.backend]]
     if not env.from_pixels:
-        idle += [("env", env, EnvSettings(), name) for name in ("image_low", "image_high")]
+        idle += [(f"env.{name}", images, env, EnvSettings()) for name in ("image_low", "image_high")]
     if env.backend != "dm_control":
-        idle.append(("collector", settings.collector, CollectorSettings(), "num_collectors"))
-    for section, met, default, name in idle:
+        idle.append(("collector.num_collectors", backend, settings.collector, CollectorSettings()))
+    for key, cause, met, default in idle:
+        name = key.split(".")[1]
         value, wanted = getattr(met, name), getattr(default, name)
         if value != wanted:
-            raise SettingError(
-                f"{section}.{name}={json.dumps(value)} does nothing with env.backend={env.backend} and "
-                f"env.from_pixels={json.dumps(env.from_pixels)}; wanted {json.dumps(wanted)}, the default; set "
-                f"{section}.{name}={json.dumps(wanted)}"
-            )
+            value, wanted = json.dumps(value), json.dumps(wanted)
+            mend = f"leave it out{_own_count(key, env)}; where the config has it, set {key}={wanted}"
+            raise SettingError(f"{key}={value} does nothing with {cause}; wanted its default, {wanted}; {mend}")
+
+
+def _own_count(key: str, env: EnvSettings) -> str:
+    """What stands in for the settings that count dm_control's environments."""
+    counts = key in ("collector.num_collectors", "env.n_parallel_envs")
+    return f": the number of environments is env.num_envs={json.dumps(env.num_envs)}" if counts else ""
 
 
 def check_torchrl(env: EnvSettings, suite_tasks: Iterable[tuple[str, str]]) -> None:
