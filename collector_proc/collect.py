@@ -21,6 +21,7 @@ from shared.handover import Channel, Disconnected, import_cuda_slab, map_memfd_s
 from shared.memory import MemoryMeter
 from shared.messages import MAX_EPISODES, PROTOCOL, Commit, Grant, Hello, Refusal, SelfTest, Welcome
 from shared.stream import plan_layout, ring_views
+from shared.supervision import HELD_GB
 
 if TYPE_CHECKING:
     from shared.supervision import Progress, StopFlag
@@ -65,6 +66,7 @@ class Collector:
         self._lockstep = settings.collector.mode == "lockstep"
         self._window = (time.monotonic(), 0)
         self._meter = MemoryMeter(str(device))
+        self._held_gb = 0.0  # when it was held against the limit last
         self._fitted = False  # a chunk was committed within the limit of memory
         self.outgrown = False
         welcome = self._hello()
@@ -234,7 +236,7 @@ class Collector:
         """
         limit = self._settings.collector.max_rss_gb
         # an older measurement may be from before the first chunk's work
-        held_gb = self._meter.read(anew=not self._fitted).rss_bytes / 1e9
+        self._held_gb = held_gb = self._meter.read(anew=not self._fitted).rss_bytes / 1e9
         if limit is None or held_gb <= limit:
             self._fitted = True
             return True
@@ -245,6 +247,7 @@ class Collector:
                 f"one chunk; wanted room to grow; set collector.max_rss_gb={2 * held_gb:.1f}, or null for no limit"
             )
         self.outgrown = True
+        self._report(0)  # launch tells how much it was
         return False
 
     def _settle(self) -> None:
@@ -303,6 +306,7 @@ class Collector:
                 "fps": fps,
                 "policy_version": self._weights.version,
                 "weights_refused": self._weights.num_refused,
+                HELD_GB: self._held_gb,
             }
         )
         if now - since > PACE_WINDOW_S:

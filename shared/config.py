@@ -92,11 +92,15 @@ class CollectorSettings:
     max_rss_gb: Optional[float] = setting(
         None,
         "GB of resident memory of its own, workers included, above which the collector ends after a chunk and is started "
-        "again, which no budget counts; null: no limit",
+        "again; a death (see max_restarts) unless it had collected for ten times as long as its start took, or for "
+        "healthy_after_s; null: no limit",
         minimum=0.1,
     )
     healthy_after_s: float = setting(
-        3600.0, "seconds of collecting after which a collector's earlier deaths are forgotten", minimum=0.0
+        3600.0,
+        "seconds of collecting since its last death after which a collector's deaths are forgotten; restarts for "
+        "max_rss_gb that are no deaths do not interrupt them",
+        minimum=0.0,
     )
 
 

@@ -35,6 +35,7 @@ MAX_STATUS_BYTES = 3072
 LAUNCH_PID = "TANDEM_LAUNCH_PID"
 SIM_GPU_INDEX = "TANDEM_SIM_GPU_INDEX"  # set by launch: the simulator's GPU as nvidia-smi counts
 OUTGROWN = 75  # exit code of a collector that held more than collector.max_rss_gb, and made room for the next one
+HELD_GB = "rss_gb"  # in a collector's status: the memory that was held against collector.max_rss_gb last
 OOM_SCORE = 500  # of a process that can be replaced; 0 is usual, 1000 the most
 KILL_S = 30.0  # how long the kernel may take to end a process after SIGKILL
 

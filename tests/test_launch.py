@@ -184,12 +184,38 @@ def test_deaths_before_an_incarnation_proved_healthy_are_forgotten(tmp_path: Pat
     assert _summary(run)["collector_restarts"] == 3
 
 
-def test_a_collector_that_outgrew_its_memory_is_replaced_without_a_word_of_death(tmp_path: Path) -> None:
+def test_a_collector_that_outgrew_its_memory_after_useful_work_is_replaced_without_a_word_of_death(
+    tmp_path: Path,
+) -> None:
     run = tmp_path / "run"
-    assert _launch(run, "serve:collector-is-good", "outgrow-until:2", "collector.max_restarts=0") == 0
+    settings = ("collector.max_restarts=0", "collector.max_rss_gb=2", "collector.healthy_after_s=0")
+    assert _launch(run, "serve:collector-is-good", "outgrow-until:2", *settings) == 0
     assert _summary(run)["collector_restarts"] == 2
     assert not [event for event in _events(run) if "died" in event["event"]]
-    assert len([event for event in _events(run) if "outgrew" in event["event"]]) == 2
+    told = [event for event in _events(run) if "outgrew" in event["event"]]
+    assert [(event["level"], event["held_gb"], event["limit_gb"]) for event in told] == [("warning", 2.5, 2.0)] * 2
+
+
+def test_collectors_that_outgrow_their_memory_at_once_use_the_budget_up(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    settings = ("collector.max_restarts=1", "collector.max_rss_gb=2")
+    assert _launch(run, "serve", "outgrow-until:9", *settings) == 1
+    summary = _summary(run)
+    for part in (
+        "collector died 2 times, the last time by holding 2.50 GB, more than collector.max_rss_gb=2, before",
+        "set collector.max_rss_gb=5.0, or null",
+        "collector.max_restarts=1 allows no further start",
+    ):
+        assert part in summary["exit_reason"]
+    assert summary["collector_restarts"] == 1
+    _assert_nothing_is_left(run)
+
+
+def test_without_a_limit_of_memory_its_exit_code_is_a_death(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    settings = ("collector.max_restarts=1", "collector.healthy_after_s=1000")
+    assert _launch(run, "serve", "outgrow-until:9", *settings) == 1
+    assert _summary(run)["exit_reason"].startswith("collector died 2 times, the last time by exit code 75")
 
 
 def test_a_collector_that_cannot_work_as_it_is_set_ends_the_run_after_the_learner_saved(tmp_path: Path) -> None:

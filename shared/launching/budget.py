@@ -7,30 +7,56 @@ from shared.supervision import Snapshot
 STREAMING = ("collecting", "waiting")  # phases of a collector that has come through its start
 
 
-class RestartBudget:
-    """Deaths of the collector against a maximum; one incarnation that streamed for `healthy_after_s` seconds clears them.
+USEFUL = 10  # times its start that a collector has to collect for, before it may end for memory without a count
 
-    Time is the collector's own: from its first account in a phase of STREAMING to when it moved last.
+
+class RestartBudget:
+    """Deaths of the collector against a maximum; `healthy_after_s` seconds of collecting since the last one clear them.
+
+    Time is the collector's own: from its first account in a phase of STREAMING to when it last moved in one. An end for
+    memory that was excused does not interrupt it: what the incarnations before and after it collected is added up.
+
+    Example, healthy_after_s=3600: a death, 50 minutes of collecting, an excused end, 10 minutes: the death is forgotten.
     """
 
     def __init__(self, maximum: int, *, healthy_after_s: float) -> None:
         self._maximum, self._healthy_after_s = maximum, healthy_after_s
         self._pid = -1
+        self._began = 0.0
         self._streaming_since: float | None = None
+        self._streamed_s = 0.0  # by this incarnation
+        self._streamed_before_s = 0.0  # by those before it, since the last death
         self.deaths = 0
 
     def observe(self, collector: Snapshot) -> None:
-        """Take note of the collector's latest account."""
+        """Take note of the collector's latest account; pid 0 is launch's own, before the process has given one."""
         if collector.pid != self._pid:
-            self._pid, self._streaming_since = collector.pid, None
+            if self._pid != 0:
+                self._began = collector.phase_since
+            self._pid, self._streaming_since, self._streamed_s = collector.pid, None, 0.0
         if collector.phase not in STREAMING:
             return
         if self._streaming_since is None:
             self._streaming_since = collector.phase_since
-        if collector.changed_at - self._streaming_since >= self._healthy_after_s:
+        self._streamed_s = collector.changed_at - self._streaming_since
+        if self._streamed_before_s + self._streamed_s >= self._healthy_after_s:
             self.deaths = 0
+
+    def excuses(self) -> bool:
+        """Whether an incarnation that ended for memory had collected for a useful time, so that no death is to be counted.
+
+        Useful is USEFUL times its own start, or `healthy_after_s` if that is shorter: a run that only ever starts ends.
+        """
+        if self._streaming_since is None:
+            return False
+        if self._streamed_s < min(USEFUL * (self._streaming_since - self._began), self._healthy_after_s):
+            return False
+        self._streamed_before_s += self._streamed_s
+        self._streamed_s = 0.0
+        return True
 
     def allows_another(self) -> bool:
         """Count a death; whether the collector may be started once more."""
+        self._streamed_before_s = 0.0
         self.deaths += 1
         return self.deaths <= self._maximum

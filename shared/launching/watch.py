@@ -4,8 +4,9 @@ learner ends with 0        -> finished: the collector is stopped, exit 0
 learner ends otherwise     -> the collector is stopped, exit 1 (2 if it refused a setting or checkpoint)
 collector ends with 2      -> it cannot work as it is set: the learner is asked to save and end, exit 2
 collector ends or hangs    -> the next incarnation within collector.max_restarts; the learner goes on meanwhile;
-                              forgotten once an incarnation has collected for collector.healthy_after_s
-collector outgrew          -> it held more than collector.max_rss_gb: the next incarnation, which no budget counts
+                              forgotten after collector.healthy_after_s of collecting without another death
+collector outgrew          -> it held more than collector.max_rss_gb: the next incarnation; a death like any other unless
+                              it had collected for ten times as long as its start took, or for collector.healthy_after_s
 first Ctrl-C or SIGTERM    -> the learner is asked to save and end, then the collector is stopped, exit 130 or 143
 second one                 -> both are killed at once
 """
@@ -17,10 +18,10 @@ import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from shared.launching.budget import RestartBudget
+from shared.launching.budget import USEFUL, RestartBudget
 from shared.launching.children import Starter, describe_exit
 from shared.launching.metrics import STEP, MetricsTail, last_row
-from shared.supervision import LAST_PHASES, OUTGROWN, ChildProcess, Snapshot, StopFlag, overdue_s, read
+from shared.supervision import HELD_GB, LAST_PHASES, OUTGROWN, ChildProcess, Snapshot, StopFlag, overdue_s, read
 
 if TYPE_CHECKING:
     from structlog.typing import FilteringBoundLogger
@@ -45,7 +46,7 @@ class Outcome:
 
 
 class Watch:
-    """One run from the first start to the last reap. `restarts` counts the collectors started again."""
+    """One run from the first start to the last reap. `restarts` counts the collectors started again, for whatever reason."""
 
     def __init__(
         self,
@@ -201,23 +202,33 @@ class Watch:
         if self._snapshots["learner"].phase in LAST_PHASES or time.monotonic() - self._collector_died_at < GRACE_S:
             return None
         self._collector_died_at = None
-        if collector.returncode == OUTGROWN:
-            limit_gb = self._settings.collector.max_rss_gb
-            self._log.info(
-                "collector outgrew collector.max_rss_gb; the next one starts", pid=collector.pid, gb=limit_gb
-            )
-            self._start_next_collector()
+        if collector.returncode == OUTGROWN and self._settings.collector.max_rss_gb is not None:
+            self._replace_outgrown(self._settings.collector.max_rss_gb)
             return None
         self._show_death(collector, self._collector_death)
         self._restart_collector()
         return None
 
+    def _replace_outgrown(self, limit_gb: float) -> None:
+        held_gb, excused = self._snapshots["collector"].status.get(HELD_GB, limit_gb), self._budget.excuses()
+        self._log.warning(
+            "collector outgrew collector.max_rss_gb", held_gb=held_gb, limit_gb=limit_gb, counts_as_death=not excused
+        )
+        if excused:
+            self._start_next_collector()
+            return
+        self._collector_death = (
+            f"holding {held_gb:.2f} GB, more than collector.max_rss_gb={limit_gb:g}, before it had collected for "
+            f"{USEFUL} times as long as its start took; set collector.max_rss_gb={2 * held_gb:.1f}, or null for no limit"
+        )
+        self._restart_collector()
+
     def _restart_collector(self) -> None:
         settings = self._settings.collector
         if not self._budget.allows_another():
             reason = (
-                f"collector died {self._budget.deaths} times, the last time by {self._collector_death}, and never collected "
-                f"for collector.healthy_after_s={settings.healthy_after_s:g} s meanwhile; "
+                f"collector died {self._budget.deaths} times, the last time by {self._collector_death}; between "
+                f"two deaths it never collected for collector.healthy_after_s={settings.healthy_after_s:g} s; "
                 f"collector.max_restarts={settings.max_restarts} allows no further start"
             )
             self._log.error(reason)

@@ -20,7 +20,7 @@ from shared.handover import Channel, Disconnected, create_memfd_slab
 from shared.memory import Memory, own_rss_bytes
 from shared.messages import Commit, Grant, Welcome
 from shared.stream import ObsSpec, StreamSpec, plan_layout, ring_views
-from shared.supervision import Progress, StopFlag
+from shared.supervision import HELD_GB, Progress, StopFlag
 from tests.fakes.late_copier import LateCopier
 
 E, K, CAPACITY = 2, 3, 12
@@ -71,7 +71,8 @@ class Steps:
         """Nobody asks."""
 
     def status(self, numbers: dict) -> None:
-        """Nobody asks."""
+        """Keep the last."""
+        self.numbers = numbers
 
 
 class Scene:
@@ -276,6 +277,7 @@ def test_a_collector_that_grew_too_large_ends_when_its_chunk_is_committed(monkey
     scene = grow(monkeypatch, tmp_path, max_rss_gb=1.4, last_tick=12)
     scene.collector.run()
     assert scene.collector.outgrown and [commit.row for commit in scene.commits()] == ROWS[:3]
+    assert scene.progress.numbers[HELD_GB] == 1.5, "launch tells it"
     assert [scene.ticks_in(row)[-1] for row in ROWS[:3]] == [2.0, 5.0, 8.0], "no row is lost"
     assert [commit.rss_bytes for commit in scene.commits()] == [500_000_000, 1_000_000_000, 1_500_000_000]
     assert {(commit.gpu_bytes, commit.device_bytes) for commit in scene.commits()} == {(7_000_000, 9_000_000)}
@@ -306,6 +308,6 @@ def test_the_first_chunks_memory_is_measured_behind_its_work_however_fast_it_was
 
     limit = own_rss_bytes() / 1e9 + 0.15
     scene = Scene(monkeypatch, tmp_path, before, late=False, max_rss_gb=limit)
-    with pytest.raises(SettingError, match="max_rss_gb=.* after one chunk"):
+    with pytest.raises(SettingError, match=r"max_rss_gb=.* after one chunk"):
         scene.collector.run()
     assert len(lost) == K - 1, "what was measured is of the first chunk"

@@ -1,4 +1,7 @@
-"""The real collector over a simulator that loses 1 MB a tick, in its first incarnation: `python leaking_collector.py ...`."""
+"""The real collector over a simulator that loses 1 MB a tick in its first NUM incarnations.
+
+`python leaking_collector.py NUM --run-dir DIR ...`
+"""
 
 from __future__ import annotations
 
@@ -24,8 +27,8 @@ def leak(simulator: Any) -> Any:
 
 
 def main() -> int:
-    build = entry.build_simulator
-    if sys.argv[sys.argv.index("--incarnation") + 1] == "0":
+    build, num_leaking = entry.build_simulator, int(sys.argv.pop(1))
+    if int(sys.argv[sys.argv.index("--incarnation") + 1]) < num_leaking:
         entry.build_simulator = lambda *args, **kwargs: leak(build(*args, **kwargs))
     return entry.main()
 

@@ -1,4 +1,4 @@
-"""A collector whose simulator leaks is replaced in order, while the learner and its count of deaths know nothing of it."""
+"""A collector whose simulator leaks is replaced in order while the learner lives on; one that only ever starts is not."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ REPO = Path(__file__).parents[2]
 LAUNCH = """
 import sys, launch
 from shared.launching.children import COMMANDS
-collector = (sys.executable, "tests/e2e/leaking_collector.py")
+collector = (sys.executable, "tests/e2e/leaking_collector.py", sys.argv.pop(1))
 sys.exit(launch.main(sys.argv[1:], commands={**COMMANDS, "collector": collector}))
 """
 TINY = [
@@ -22,8 +22,8 @@ TINY = [
 ]  # fmt: skip
 
 
-def run(run_dir: Path, *settings: str) -> tuple[int, str]:
-    command = [sys.executable, "-c", LAUNCH, "--run-dir", str(run_dir), *TINY, *settings]
+def run(run_dir: Path, *settings: str, num_leaking: int = 1) -> tuple[int, str]:
+    command = [sys.executable, "-c", LAUNCH, str(num_leaking), "--run-dir", str(run_dir), *TINY, *settings]
     env = os.environ | {"CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(REPO)}
     done = subprocess.run(command, cwd=REPO, env=env, capture_output=True, text=True, timeout=180)
     return done.returncode, done.stdout + done.stderr
@@ -34,7 +34,7 @@ def events(run_dir: Path, process: str) -> list[dict]:
 
 
 def test_a_collector_that_grows_is_replaced_while_the_learner_lives(tmp_path: Path) -> None:
-    code, output = run(tmp_path / "run", "collector.max_rss_gb=1.0")
+    code, output = run(tmp_path / "run", "collector.max_rss_gb=1.0", "collector.healthy_after_s=0.5")
     assert code == 0, output
     rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert rows[-1]["gradient_steps"] == 300 and all(row["learner_rss_gb"] > 0.05 for row in rows)
@@ -46,6 +46,22 @@ def test_a_collector_that_grows_is_replaced_while_the_learner_lives(tmp_path: Pa
     assert [event["outgrown"] for event in ended] == [True, False]
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert summary["collector_restarts"] == 1 and summary["exit_reason"] == "finished"
+
+
+def test_collectors_that_all_outgrow_the_limit_soon_end_the_run_within_its_budget(tmp_path: Path) -> None:
+    settings = "collector.max_rss_gb=0.8", "collector.max_restarts=1", "optimization.total_optim_steps=1000000"
+    code, output = run(tmp_path / "run", *settings, num_leaking=9)
+    assert code == 1, output
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    reason = summary["exit_reason"]
+    assert reason.startswith("collector died 2 times, the last time by holding 0.8"), output
+    assert "more than collector.max_rss_gb=0.8" in reason and "set collector.max_rss_gb=1." in reason
+    assert summary["collector_restarts"] == 1 and summary["gradient_steps"] > 0
+    told = [event for event in events(tmp_path / "run", "launch") if "outgrew" in event["event"]]
+    assert [(event["level"], event["limit_gb"], event["counts_as_death"]) for event in told] == [
+        ("warning", 0.8, True)
+    ] * 2
+    assert all(0.8 < event["held_gb"] < 1.0 for event in told)
 
 
 def test_a_limit_that_no_collector_can_keep_ends_the_run_with_the_mend(tmp_path: Path) -> None:

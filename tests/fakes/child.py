@@ -13,7 +13,15 @@ import time
 from pathlib import Path
 
 from shared.run_folder import read_run
-from shared.supervision import OUTGROWN, Progress, StopFlag, die_with_parent, enable_stack_dumps, install_stop_flag
+from shared.supervision import (
+    HELD_GB,
+    OUTGROWN,
+    Progress,
+    StopFlag,
+    die_with_parent,
+    enable_stack_dumps,
+    install_stop_flag,
+)
 
 DEADLINE_S = 30.0
 ROW = {
@@ -117,6 +125,8 @@ def main() -> int:
     fault, first_good = behaviour, int(argument)  # die-until:N, collect-until:N, hang-until:N, outgrow-until:N
     if child.incarnation < first_good:
         if fault == "outgrow-until":
+            child.progress.phase("collecting")
+            child.progress.status({HELD_GB: 2.5})
             return OUTGROWN
         if fault == "collect-until":
             child.progress.phase("collecting")
