@@ -1,7 +1,7 @@
 """Settings from files and command lines: Hydra composes, this file checks and explains.
 
 `compose` reads `configs/<name>.yaml` over the dataclasses of `shared/config.py`; `load_settings` reads the resolved
-`config.yaml` of a run folder. Whatever is wrong ends as one SettingError that names the key, never as a stack trace.
+`config.yaml` of a run folder. Whatever is wrong ends as one SettingError that names the keys, never as a stack trace.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from shared.config import Settings
-from shared.errors import SettingError
-from shared.recipe_keys import RECIPE_VALUES, replacement
+from shared.errors import SettingError, together
+from shared.recipe_keys import RECIPE_DEFAULTS, RECIPE_VALUES, replacement
 
 if TYPE_CHECKING:
     from hydra.core.override_parser.types import Override
@@ -46,11 +46,11 @@ def compose(config_name: str, overrides: Sequence[str] = (), *, config_dir: Path
     """
     _check_config_name(config_name, config_dir)
     _check_file(config_dir / f"{config_name}.yaml")
-    _parse(overrides)
+    kept = [override.input_line or "" for override in _parse(overrides)]
     ConfigStore.instance().store(name="settings", node=Settings)
     try:
         with initialize_config_dir(config_dir=str(config_dir.resolve()), version_base="1.3"):
-            composed = hydra_compose(config_name=config_name, overrides=list(overrides))
+            composed = hydra_compose(config_name=config_name, overrides=kept)
         return _finish(composed)
     except (HydraException, OmegaConfBaseException) as error:
         raise _explain(error, f"config {config_name!r}") from error
@@ -96,17 +96,24 @@ def _finish(composed: DictConfig) -> Settings:
             "the config does not build on the typed settings; its first lines must be 'defaults: [settings, _self_]'; "
             "add them"
         )
+    wrong = []
     for key, entry in setting_keys():
-        _check_value(settings, key, entry)
+        *sections, name = key.split(".")
+        owner: Any = settings
+        for section in sections:
+            owner = getattr(owner, section)
+        try:
+            setattr(owner, name, _checked(key, getattr(owner, name), entry))
+        except SettingError as error:
+            wrong.append(error)
+    if wrong:
+        raise together(wrong)
     return settings
 
 
-def _check_value(settings: Settings, key: str, entry: Field[Any]) -> None:
-    *sections, name = key.split(".")
-    owner: Any = settings
-    for section in sections:
-        owner = getattr(owner, section)
-    value, choices = getattr(owner, name), entry.metadata["choices"]
+def _checked(key: str, value: Any, entry: Field[Any]) -> Any:
+    """The value, a choice in the spelling of its choices. Raises: SettingError if it is none or out of bounds."""
+    choices = entry.metadata["choices"]
     if choices:
         # YAML turns an unquoted `false` into a boolean before it reaches a choice between words.
         spelled = str(value).lower()
@@ -116,9 +123,10 @@ def _check_value(settings: Settings, key: str, entry: Field[Any]) -> None:
             raise SettingError(
                 f"{key}={value} is none of its choices; wanted one of {', '.join(choices)}; set {key}={nearest}"
             )
-        setattr(owner, name, spelled)
-    elif isinstance(value, int | float) and not isinstance(value, bool):
+        return spelled
+    if isinstance(value, int | float) and not isinstance(value, bool):
         _check_bounds(key, value, entry)
+    return value
 
 
 def _check_bounds(key: str, value: float, entry: Field[Any]) -> None:
@@ -158,9 +166,15 @@ def _check_file(path: Path) -> DictConfig:
         raise SettingError(f"{path} cannot be read: {reason}; wanted a YAML file of settings; mend the file") from error
     if not isinstance(raw, DictConfig):
         raise SettingError(f"{path} holds {type(raw).__name__}; wanted sections such as 'env:'; mend the file")
+    wrong = []
     for key in _leaves(OmegaConf.to_container(raw, resolve=False)):
-        if key != "defaults":
-            _check_key(key, f"{key} in {path.name}")
+        try:
+            if key != "defaults":
+                _check_key(key, f"{key} in {path.name}")
+        except SettingError as error:
+            wrong.append(error)
+    if wrong:
+        raise together(wrong)
     return raw
 
 
@@ -174,26 +188,58 @@ def _leaves(node: Any, prefix: str = "") -> Iterator[str]:
 
 
 def _parse(overrides: Sequence[str]) -> list[Override]:
-    parser, parsed = OverridesParser.create(), []
+    """The overrides that change a setting. Raises: SettingError with all that is wrong in each of them."""
+    parser, blank = OverridesParser.create(), OmegaConf.structured(Settings)
+    parsed, wrong = [], []
     for text in overrides:
         try:
-            override = parser.parse_override(text)
-            sweep = override.is_sweep_override()
-        except (HydraException, ValueError) as error:
-            raise SettingError(
-                f"cannot read {text!r} as a setting; wanted key=value, such as {EXAMPLE}; "
-                f"quote values with blanks, commas or brackets: 'env.name=\"a b\"'"
-            ) from error
-        if not override.key_or_group:
-            raise SettingError(f"{text!r} has no key; wanted key=value; such as {EXAMPLE}")
-        if override.is_add() or override.is_delete() or override.is_force_add() or sweep:
-            raise SettingError(
-                f"{text!r} adds, deletes or sweeps; one run has one value for each setting; write key=value, "
-                f"such as {EXAMPLE}"
-            )
-        _check_key(override.key_or_group, text)
-        parsed.append(override)
+            override = _read(parser, text)
+            if not _asks_for_nothing(override):
+                _check_override(override, text, blank)
+                parsed.append(override)
+        except SettingError as error:
+            wrong.append(error)
+    if wrong:
+        raise together(wrong)
     return parsed
+
+
+def _read(parser: OverridesParser, text: str) -> Override:
+    try:
+        override = parser.parse_override(text)
+        sweep = override.is_sweep_override()
+    except (HydraException, ValueError) as error:
+        raise SettingError(
+            f"cannot read {text!r} as a setting; wanted key=value, such as {EXAMPLE}; write key=value, and quote values "
+            "with blanks, commas or brackets: 'env.name=\"a b\"'"
+        ) from error
+    if not override.key_or_group:
+        raise SettingError(f"{text!r} has no key; wanted key=value; such as {EXAMPLE}")
+    if override.is_add() or override.is_delete() or override.is_force_add() or sweep:
+        raise SettingError(
+            f"{text!r} adds, deletes or sweeps; one run has one value for each setting; write key=value, "
+            f"such as {EXAMPLE}"
+        )
+    return override
+
+
+def _asks_for_nothing(override: Override) -> bool:
+    """A key of the recipe that does not exist here, with a value that says what is so here anyway."""
+    wanted = RECIPE_DEFAULTS.get(override.key_or_group)
+    return wanted is not None and _text(override.value()).lower() == wanted
+
+
+def _check_override(override: Override, text: str, blank: DictConfig) -> None:
+    """Raises: SettingError if its key, or its value as far as it can be told by itself, cannot work."""
+    key = override.key_or_group
+    _check_key(key, text)
+    try:
+        OmegaConf.update(blank, key, override.value())
+        section, _, name = key.rpartition(".")
+        if not OmegaConf.is_interpolation(OmegaConf.select(blank, section), name):
+            _checked(key, OmegaConf.select(blank, key), dict(setting_keys())[key])
+    except (HydraException, OmegaConfBaseException) as error:
+        raise _explain(error, text) from error
 
 
 def _check_key(key: str, met: str) -> None:
@@ -205,10 +251,7 @@ def _check_key(key: str, met: str) -> None:
         raise SettingError(f"{key} is a section of settings (met {met}); wanted one key in it; such as {inside[0]}")
     reason = replacement(key)
     if reason is not None:
-        raise SettingError(
-            f"there is no setting {key} (met {met}), though TorchRL's recipe has it; wanted a key that exists here; "
-            f"{reason}"
-        )
+        raise SettingError(f"there is no setting {key} (met {met}), {reason}")
     nearest = _nearest_key(key, known)
     raise SettingError(
         f"there is no setting {key} (met {met}); the nearest is {nearest} ({known[nearest]}); write {nearest}=VALUE "

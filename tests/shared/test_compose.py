@@ -9,7 +9,7 @@ import pytest
 from shared.compose import compose, config_names, load_settings, save_settings, setting_keys
 from shared.config import Settings, check_settings, num_envs
 from shared.errors import SettingError
-from shared.recipe_keys import RECIPE_KEYS
+from shared.recipe_keys import OTHER_WORDS, RECIPE_DEFAULTS, RECIPE_KEYS
 
 
 def test_the_default_config_is_the_dataclass_defaults() -> None:
@@ -85,7 +85,7 @@ WRONG = {
     "env.seed=-1": ["env.seed=-1", "at least 0"],
     "env.backend=dm_contrl": ["env.backend=dm_contrl", "pendulum", "set env.backend=dm_control"],
     "env.name=${env.nothing}": ["env.name", "env.nothing"],
-    "walker": ["'walker'", "key=value"],
+    "walker": ["'walker'", "write key=value"],
     "=3": ["'=3'", "has no key"],
     "env.seed=[1": ["'env.seed=[1'", "key=value"],
     "+env.wind=3": ["+env.wind=3", "adds, deletes or sweeps"],
@@ -116,12 +116,77 @@ def test_a_key_of_the_published_recipe_is_told_what_replaces_it(key: str) -> Non
     assert RECIPE_KEYS[key] in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("override", "mend"),
+    [
+        ("collector.total_frames=1000", "optimization.total_optim_steps"),
+        ("total_frames=1000", "optimization.total_optim_steps"),
+        ("optimization.train_every=5", "optimization.replay_ratio"),
+        ("optim.utd_ratio=4", "optimization.replay_ratio"),
+        ("logger.exp_name=x", "--run-dir"),
+    ],
+)
+def test_a_key_that_other_trainers_have_is_told_what_does_its_work(override: str, mend: str) -> None:
+    with pytest.raises(SettingError, match="there is no setting") as caught:
+        compose("dm_control", [override])
+    assert mend in str(caught.value) and "nearest" not in str(caught.value)
+
+
+@pytest.mark.parametrize(("key", "value"), RECIPE_DEFAULTS.items())
+def test_a_recipe_default_that_holds_here_anyway_is_accepted_and_another_value_refused(
+    key: str, value: str, tmp_path: Path
+) -> None:
+    save_settings(Settings(), tmp_path / "config.yaml")
+    for spelled in (value, value.capitalize()):
+        assert compose("dm_control", [f"{key}={spelled}", "env.seed=3"]) == compose("dm_control", ["env.seed=3"])
+        assert load_settings(tmp_path / "config.yaml", [f"{key}={spelled}"]) == Settings()
+    with pytest.raises(SettingError, match="TorchRL's recipe"):
+        compose("dm_control", [f"{key}=7"])
+
+
+SEVERAL_WRONG = {
+    "env.nmae=walker": "write env.name=VALUE",
+    "collector.total_frames=9": "optimization.total_optim_steps",
+    "env.seed=abc": "env.seed=0",
+    "optimization.gamma=1.5": "optimization.gamma=0.99",
+    "logger.backend=wandbb": "set logger.backend=wandb",
+    "walker": "write key=value",
+}
+
+
+def test_several_wrong_overrides_are_told_together_each_on_a_line_with_its_mend(tmp_path: Path) -> None:
+    save_settings(Settings(), tmp_path / "config.yaml")
+    overrides = ["env.task=walk", *SEVERAL_WRONG]
+    for attempt in (
+        lambda: compose("dm_control", overrides),
+        lambda: load_settings(tmp_path / "config.yaml", overrides),
+    ):
+        with pytest.raises(SettingError) as caught:
+            attempt()
+        head, *lines = str(caught.value).splitlines()
+        assert head == "6 settings cannot work:"
+        for (override, mend), line in zip(SEVERAL_WRONG.items(), lines, strict=True):
+            assert override.split("=")[0] in line and mend in line
+
+
+def test_several_wrong_keys_and_values_of_a_file_are_told_together(tmp_path: Path) -> None:
+    text = "defaults: [settings, _self_]\nenv:\n  {}\noptimization:\n  {}\n"
+    for first, second in (("nmae: walker", "gama: 0.9"), ("seed: -1", "gamma: 1.5")):
+        (tmp_path / "mine.yaml").write_text(text.format(first, second))
+        with pytest.raises(SettingError) as caught:
+            compose("mine", config_dir=tmp_path)
+        head, *lines = str(caught.value).splitlines()
+        assert head == "2 settings cannot work:" and len(lines) == 2
+        assert first.split(":")[0] in lines[0] and second.split(":")[0] in lines[1]
+
+
 def test_every_key_that_a_replacement_names_exists() -> None:
     import re
 
     known = {name for name, _ in setting_keys()}
     sections = {name.split(".")[0] for name in known}
-    named = {word.rstrip(".") for text in RECIPE_KEYS.values() for word in re.findall(r"[a-z_]+\.[a-z_.]+", text)}
+    texts = [*RECIPE_KEYS.values(), *OTHER_WORDS.values()]
+    named = {word.rstrip(".") for text in texts for word in re.findall(r"[a-z_]+\.[a-z_.]+", text)}
     named = {word for word in named if word.split(".")[0] in sections}
     assert len(named) >= 6
     assert named <= known
