@@ -22,10 +22,11 @@ from shared.errors import SettingError
 from shared.launching.children import COMMANDS, REPO, Starter
 from shared.launching.devices import Devices, choose_devices, list_gpus, visible_gpus
 from shared.launching.display import Display, duration
-from shared.launching.metrics import Forwarder, check_logger, last_row, open_forwarder, summarize
+from shared.launching.metrics import STEP, Forwarder, check_logger, last_row, open_forwarder, summarize
 from shared.launching.watch import Outcome, Watch
 from shared.logs import configure
 from shared.run_folder import (
+    Kept,
     RunFolder,
     RunLock,
     check_resumable,
@@ -178,31 +179,35 @@ def _run(
             if not resumed:
                 shutil.rmtree(folder.path, ignore_errors=True)
             raise
-        num_resumes = 0
+        before = None
         if resumed:
             before = read_run(folder.path)
             # A launch that was killed could not remove its sockets; the lock says that it is gone.
             remove_socket_dir(Path(before.socket_dir))
-            num_resumes = before.num_resumes + 1
-        before_config, before_training = folder.config.read_text() if resumed else None, newest_checkpoint(folder)
+        kept, trained_before = Kept.of(folder), newest_checkpoint(folder)
         save_settings(settings, folder.config)
         folder.summary.unlink(missing_ok=True)
         named = devices.names()
         write_json(
             folder.run_json,
-            describe_run(settings, argv=argv, devices=named, socket_dir=socket_dir, num_resumes=num_resumes, repo=REPO),
+            describe_run(settings, argv=argv, devices=named, socket_dir=socket_dir, before=before, repo=REPO),
         )
         try:
             outcome = _watch(Starter(folder, devices, os.environ, resumed, commands), settings, forwarder)
         finally:
             forwarder.close()
-        if outcome.exit_code == 2 and before_config is not None and newest_checkpoint(folder) == before_training:
-            folder.config.write_text(before_config)  # nothing was trained with these overrides: others may be better
+        if outcome.exit_code != 0 and trained_before is not None and _reached(folder) <= int(trained_before):
+            kept.put_back()  # nothing was trained: what stands there belongs to the steps that were
         return outcome.exit_code
     finally:
         if socket_dir is not None:
             remove_socket_dir(socket_dir)
         lock.release()
+
+
+def _reached(folder: RunFolder) -> int:
+    """Gradient steps made so far, by checkpoints and rows."""
+    return max(int(newest_checkpoint(folder) or 0), int(last_row(folder.metrics).get(STEP) or 0))
 
 
 def _watch(starter: Starter, settings: Settings, forwarder: Forwarder) -> Outcome:
@@ -229,6 +234,8 @@ def _watch(starter: Starter, settings: Settings, forwarder: Forwarder) -> Outcom
         write_json(folder.summary, summarize(last_row(folder.metrics), own))
         log.info("ended", exit_code=outcome.exit_code, reason=outcome.reason)
         display.say(f"{outcome.reason} after {duration(time.monotonic() - began)}; summary: {folder.summary}")
+        if outcome.exit_code != 0 and (saved := newest_checkpoint(folder)) is not None:
+            display.say(f"saved at step {int(saved):,}; go on with: python launch.py --resume {shown(folder.path)}")
         stop.restore()
     return outcome
 
@@ -243,7 +250,14 @@ def _greet(display: Display, starter: Starter, settings: Settings) -> None:
         display.say(f"simulator on {names['sim']}, learner on {names['train']}")
     for note in geometry_notes(settings, num_envs(settings)):
         display.say(note)
+    if starter.resume and (saved := newest_checkpoint(starter.folder)) is not None:
+        display.say(f"going on from step {int(saved):,}")
     display.say("Ctrl-C saves a checkpoint and ends the run")
+
+
+def shown(path: Path) -> Path:
+    """As a person here would type it."""
+    return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
 
 
 if __name__ == "__main__":

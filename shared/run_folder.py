@@ -99,6 +99,7 @@ class Run:
     run_id: str  # one for each launch, so that nothing of an earlier one is taken for ours
     socket_dir: str
     num_resumes: int = 0  # part of the collectors' seeds: a resumed run does not play its first episodes again
+    launches: tuple[dict[str, Any], ...] = ()  # argv, start and sources of every launch so far
 
 
 def read_run(run_dir: Path) -> Run:
@@ -106,11 +107,33 @@ def read_run(run_dir: Path) -> Run:
     path = RunFolder(run_dir).run_json
     try:
         content = json.loads(path.read_text())
-        return Run(str(content["run_id"]), str(content["socket_dir"]), int(content.get("num_resumes", 0)))
+        return Run(
+            str(content["run_id"]),
+            str(content["socket_dir"]),
+            int(content.get("num_resumes", 0)),
+            tuple(dict(launch) for launch in content.get("launches", ())),
+        )
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise SettingError(
             f"{path} cannot be read: {error!r}; wanted run_id and socket_dir as launch writes them; start with launch.py"
         ) from error
+
+
+@dataclass(frozen=True)
+class Kept:
+    """What a run's small files held, to be put back where a resume came to nothing."""
+
+    contents: Mapping[Path, str]
+
+    @classmethod
+    def of(cls, folder: RunFolder) -> Kept:
+        """Settings, description and summary as they stand now, of those that exist."""
+        files = (folder.config, folder.run_json, folder.summary)
+        return cls({path: path.read_text() for path in files if path.exists()})
+
+    def put_back(self) -> None:
+        for path, content in self.contents.items():
+            path.write_text(content)
 
 
 @dataclass
@@ -251,19 +274,19 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
 
 
 def describe_run(
-    settings: Settings, *, argv: list[str], devices: Mapping[str, str], socket_dir: Path, num_resumes: int, repo: Path
+    settings: Settings, *, argv: list[str], devices: Mapping[str, str], socket_dir: Path, before: Run | None, repo: Path
 ) -> dict[str, Any]:
-    """The content of run.json: what ran, from which sources, on what."""
+    """The content of run.json: what ran, from which sources, on what. before: of a resumed run, its last description."""
+    git, started = git_state(repo), time.strftime("%Y-%m-%dT%H:%M:%S%z")
     return {
         "run_id": secrets.token_hex(8),
-        "argv": argv,
-        "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-        "num_resumes": num_resumes,
+        "launches": [*(before.launches if before else ()), {"argv": argv, "started": started, "git": git}],
+        "num_resumes": before.num_resumes + 1 if before else 0,
         "launch_pid": os.getpid(),
         "socket_dir": str(socket_dir),
         "seed": settings.env.seed,
         "devices": dict(devices),
-        "git": git_state(repo),
+        "git": git,
         "versions": {"python": platform.python_version(), **package_versions()},
         "platform": platform.platform(),
     }

@@ -236,9 +236,12 @@ def test_a_resume_that_is_refused_keeps_its_overrides_if_it_trained_with_them(
     assert _launch(run, "finish", "serve", "optimization.log_every=3") == 0
     (run / "checkpoints" / "latest").write_text("40")
     (run / "learner-serves").unlink(missing_ok=True)
-    resume = ["--resume", str(run), "optimization.log_every=5"]
+    resume, before = ["--resume", str(run), "optimization.log_every=5"], _summary(run)
     assert launch.main(resume, commands=_commands(learner, collector)) == 2
     assert f"log_every: {kept}\n" in (run / "config.yaml").read_text()
+    trained = kept == "5"
+    assert (_summary(run) == before) is not trained, "a resume that came to nothing leaves the run as it was"
+    assert json.loads((run / "run.json").read_text())["num_resumes"] == int(trained)
 
 
 def test_a_hung_collector_is_dumped_killed_and_replaced(tmp_path: Path) -> None:
@@ -369,4 +372,6 @@ def test_a_resumed_run_keeps_its_settings_and_tells_the_learner(tmp_path: Path) 
     assert ["--resume" in event["command"] for event in started] == [False, True]
     config = (run / "config.yaml").read_text()
     assert "seed: 7" in config and "log_every: 3" in config
-    assert json.loads((run / "run.json").read_text())["num_resumes"] == 1
+    described = json.loads((run / "run.json").read_text())
+    assert described["num_resumes"] == 1
+    assert ["--resume" in one["argv"] for one in described["launches"]] == [False, True], "what began the run stays known"

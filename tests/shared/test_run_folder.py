@@ -109,7 +109,7 @@ def test_only_socket_folders_are_removed(tmp_path: Path) -> None:
 
 def test_run_json_says_what_ran_without_importing_it(tmp_path: Path) -> None:
     content = describe_run(
-        Settings(), argv=["env.seed=0"], devices={"sim": "cpu"}, socket_dir=tmp_path, num_resumes=0, repo=tmp_path
+        Settings(), argv=["env.seed=0"], devices={"sim": "cpu"}, socket_dir=tmp_path, before=None, repo=tmp_path
     )
     assert content["git"] is None  # not a repository
     assert set(content["versions"]) >= {"python", "torch", "tensordict", "pyzmq"}
@@ -117,6 +117,9 @@ def test_run_json_says_what_ran_without_importing_it(tmp_path: Path) -> None:
     assert json.loads(RunFolder(tmp_path).run_json.read_text()) == content
     run = read_run(tmp_path)
     assert (run.run_id, run.socket_dir) == (content["run_id"], str(tmp_path))
+    again = describe_run(Settings(), argv=["--resume"], devices={}, socket_dir=tmp_path, before=run, repo=tmp_path)
+    assert [launch["argv"] for launch in again["launches"]] == [["env.seed=0"], ["--resume"]]
+    assert again["num_resumes"] == 1 and again["run_id"] != run.run_id
 
 
 def test_git_state_tells_a_changed_tree_from_a_clean_one(tmp_path: Path) -> None:
@@ -125,7 +128,7 @@ def test_git_state_tells_a_changed_tree_from_a_clean_one(tmp_path: Path) -> None
         subprocess.run(["git", *identity, *args], cwd=tmp_path, check=True, capture_output=True)
 
     def state() -> dict:
-        return describe_run(Settings(), argv=[], devices={}, socket_dir=tmp_path, num_resumes=0, repo=tmp_path)["git"]
+        return describe_run(Settings(), argv=[], devices={}, socket_dir=tmp_path, before=None, repo=tmp_path)["git"]
 
     git("init")
     (tmp_path / "file").write_text("one")
