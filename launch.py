@@ -8,7 +8,7 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
@@ -29,7 +29,6 @@ from shared.run_folder import (
     Kept,
     RunFolder,
     RunLock,
-    check_resumable,
     check_unfinished,
     create_run_folder,
     default_run_dir,
@@ -107,16 +106,15 @@ def parse_options(argv: Sequence[str]) -> Options:
     return Options(**vars(parsed))
 
 
-def read_settings(options: Options) -> Settings:
-    """Settings that passed every check that needs no GPU. Raises: SettingError."""
+def read_settings(options: Options, say: Callable[[str], None]) -> Settings:
+    """Settings that passed every check that needs no GPU; say tells what takes long. Raises: SettingError."""
     if options.resume:
         folder = RunFolder(options.resume.resolve())
-        check_resumable(folder)
         settings = load_settings(folder.config, options.overrides)
         check_unfinished(folder, settings)
     else:
         settings = compose(options.config or DEFAULT_CONFIG, options.overrides)
-    check_env(settings)
+    check_env(settings, say)
     check_settings(settings, num_envs(settings))
     check_logger(settings)
     check_compiler(settings)
@@ -145,10 +143,13 @@ def find_devices(options: Options) -> Devices:
 def main(argv: Sequence[str] | None = None, *, commands: Mapping[str, Sequence[str]] = COMMANDS) -> int:
     """Run to the end and return the exit code. commands: what starts each process, before its arguments."""
     argv = list(sys.argv[1:] if argv is None else argv)
+    lock = None
     try:
         options = parse_options(argv)
-        settings, devices = read_settings(options), find_devices(options)
-        lock = open_run_folder(options.resume) if options.resume else _new_folder(options, settings)
+        if options.resume:
+            lock = open_run_folder(options.resume)  # before the checks of the settings, which may take long
+        settings, devices = read_settings(options, Display(Console()).say), find_devices(options)
+        lock = lock or _new_folder(options, settings)
         return _run(argv, options, settings, devices, lock, commands)
     except SettingError as error:
         sys.stderr.write(f"error: {error}\n")
@@ -156,6 +157,9 @@ def main(argv: Sequence[str] | None = None, *, commands: Mapping[str, Sequence[s
     except KeyboardInterrupt:  # before the watch took the signal: nothing runs yet
         sys.stderr.write("interrupted before anything was started\n")
         return 130
+    finally:
+        if lock is not None:
+            lock.release()
 
 
 def _new_folder(options: Options, settings: Settings) -> RunLock:
@@ -202,7 +206,6 @@ def _run(
     finally:
         if socket_dir is not None:
             remove_socket_dir(socket_dir)
-        lock.release()
 
 
 def _reached(folder: RunFolder) -> int:

@@ -111,7 +111,7 @@ def _say_versions(report: Report, settings: Settings, device: str) -> None:
 
 
 def _probe(report: Report, settings: Settings, *, device: str, num_ticks: int) -> None:
-    check_env(settings)
+    check_env(settings, report.say)
     began = time.monotonic()
     crash_dir = Path(tempfile.mkdtemp(prefix="tandem-probe-"))
     report.say(f"states that are not finite go to {crash_dir}")

@@ -14,7 +14,7 @@ import pytest
 
 import launch
 from shared.launching.metrics import SUMMARY_KEYS
-from shared.run_folder import create_run_folder
+from shared.run_folder import create_run_folder, open_run_folder
 from tests.fakes.child import ROW
 
 FAKES = Path(__file__).resolve().parent / "fakes"
@@ -362,6 +362,31 @@ def test_a_second_launch_in_a_running_folder_is_refused(tmp_path: Path, capsys: 
         lock.release()
 
 
+def test_a_resume_looks_at_the_lock_before_anything_that_takes_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    assert _launch(run, "finish", "serve") == 0
+    (run / "checkpoints" / "latest").write_text("40")
+    checked: list[object] = []
+    monkeypatch.setattr(launch, "check_env", lambda *arguments: checked.append(arguments))
+    lock = open_run_folder(run)
+    try:
+        assert launch.main(["--resume", str(run)], commands=_commands("finish", "serve")) == 2
+        assert f"in use by the launch with pid {os.getpid()}" in capsys.readouterr().err
+        assert not checked
+    finally:
+        lock.release()
+
+
+def test_a_resume_that_is_refused_leaves_the_folder_free(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    assert _launch(run, "finish", "serve") == 0
+    (run / "checkpoints" / "latest").write_text("40")
+    assert launch.main(["--resume", str(run), "env.nmae=x"], commands=_commands("finish", "serve")) == 2
+    open_run_folder(run).release()
+
+
 def test_a_resumed_run_keeps_its_settings_and_tells_the_learner(tmp_path: Path) -> None:
     run = tmp_path / "run"
     assert _launch(run, "finish", "serve", "env.seed=7") == 0
@@ -374,4 +399,6 @@ def test_a_resumed_run_keeps_its_settings_and_tells_the_learner(tmp_path: Path) 
     assert "seed: 7" in config and "log_every: 3" in config
     described = json.loads((run / "run.json").read_text())
     assert described["num_resumes"] == 1
-    assert ["--resume" in one["argv"] for one in described["launches"]] == [False, True], "what began the run stays known"
+    assert ["--resume" in one["argv"] for one in described["launches"]] == [False, True], (
+        "what began the run stays known"
+    )

@@ -20,7 +20,7 @@ from shared.config import CollectorSettings, EnvSettings
 from shared.errors import SettingError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Callable, Iterable
 
     from shared.config import Settings
 
@@ -104,7 +104,7 @@ def check_torchrl(env: EnvSettings, suite_tasks: Iterable[tuple[str, str]]) -> N
         _check_known(name, [f"{domain}/{task}" for domain, task in suite_tasks], "dm_control:")
 
 
-def check_mjlab(env: EnvSettings) -> None:
+def check_mjlab(env: EnvSettings, say: Callable[[str], None]) -> None:
     """Raises: SettingError if mjlab is missing, env.name is no task of it, or settings that do not apply are set."""
     _check_importable("mjlab", env, "pip install mjlab==1.6.0")
     _refuse_other_settings(env)
@@ -113,6 +113,7 @@ def check_mjlab(env: EnvSettings) -> None:
             f"env.frame_skip={env.frame_skip} with env.backend=mjlab: its tasks repeat every action themselves "
             "(decimation); wanted 1; set env.frame_skip=1"
         )
+    say("looking up mjlab's tasks: this imports mjlab once, which can take half a minute")
     _check_known(env.name, ask_child(LIST_MJLAB, env, LIST_MJLAB_S))
 
 

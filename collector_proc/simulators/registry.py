@@ -14,6 +14,7 @@ from collector_proc.simulators.suite import NO_RENDERER
 from shared.errors import SettingError
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from pathlib import Path
 
     from collector_proc.simulators.base import Simulator
@@ -24,9 +25,10 @@ LIST_TASKS_S = 60.0
 RENDERERS = ("egl", "osmesa", "glfw")
 
 
-def check_env(settings: Settings) -> None:
+def check_env(settings: Settings, say: Callable[[str], None] = lambda line: None) -> None:
     """Refuse environment settings that cannot work, before anything is started; needs no torch and no renderer.
 
+    say: is told what takes long, before it begins.
     Raises: SettingError.
     """
     env = settings.env
@@ -43,7 +45,7 @@ def check_env(settings: Settings) -> None:
     elif env.backend == "torchrl":
         check_torchrl(env, suite_tasks=_suite_tasks() if env.name.startswith("dm_control:") else ())
     elif env.backend == "mjlab":
-        check_mjlab(env)
+        check_mjlab(env, say)
     else:
         check_isaaclab(env)
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from collector_proc.simulators import checks
 from collector_proc.simulators.pendulum import PendulumSimulator
 from collector_proc.simulators.registry import build_simulator, check_env
 from shared.config import Settings, num_envs
@@ -128,6 +129,20 @@ def test_batched_simulators_have_no_worker_processes(backend: str) -> None:
     ) as caught:
         check_env(settings_with(**batched, n_parallel_envs=2))
     assert "from_pixels" not in str(caught.value)
+
+
+def test_the_look_up_of_mjlabs_tasks_is_told_before_it_begins(monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[str] = []
+
+    def tasks(*_: object) -> list[str]:
+        assert said, "the child was asked before anything was said"
+        return ["Mjlab-Any"]
+
+    monkeypatch.setattr(checks, "ask_child", tasks)
+    monkeypatch.setattr(checks, "_check_importable", lambda *_: None)
+    mjlab = {"backend": "mjlab", "name": "Mjlab-Any", "task": "", "num_envs": 2, "frame_skip": 1, "from_pixels": False}
+    check_env(settings_with(**mjlab), said.append)
+    assert len(said) == 1 and said[0].startswith("looking up mjlab's tasks")
 
 
 @pytest.mark.parametrize("chosen", ["disabled", "vulkan"])
