@@ -13,7 +13,7 @@ USEFUL = 10  # times its start that a collector has to collect for, before it ma
 class RestartBudget:
     """Deaths of the collector against a maximum; `healthy_after_s` seconds of collecting since the last one clear them.
 
-    Time is the collector's own: from its first account in a phase of STREAMING to when it last moved in one. An end for
+    Collecting lasts from an incarnation's first account in a phase of STREAMING to when it last moved in one. An end for
     memory that was excused does not interrupt it: what the incarnations before and after it collected is added up.
 
     Example, healthy_after_s=3600: a death, 50 minutes of collecting, an excused end, 10 minutes: the death is forgotten.
@@ -21,19 +21,18 @@ class RestartBudget:
 
     def __init__(self, maximum: int, *, healthy_after_s: float) -> None:
         self._maximum, self._healthy_after_s = maximum, healthy_after_s
-        self._pid = -1
         self._began = 0.0
         self._streaming_since: float | None = None
         self._streamed_s = 0.0  # by this incarnation
         self._streamed_before_s = 0.0  # by those before it, since the last death
         self.deaths = 0
 
+    def started(self, *, at: float) -> None:
+        """An incarnation starts; what is observed from here is its own. at: time.monotonic()."""
+        self._began, self._streaming_since, self._streamed_s = at, None, 0.0
+
     def observe(self, collector: Snapshot) -> None:
-        """Take note of the collector's latest account; pid 0 is launch's own, before the process has given one."""
-        if collector.pid != self._pid:
-            if self._pid != 0:
-                self._began = collector.phase_since
-            self._pid, self._streaming_since, self._streamed_s = collector.pid, None, 0.0
+        """Take note of the collector's latest account."""
         if collector.phase not in STREAMING:
             return
         if self._streaming_since is None:
@@ -52,7 +51,6 @@ class RestartBudget:
         if self._streamed_s < min(USEFUL * (self._streaming_since - self._began), self._healthy_after_s):
             return False
         self._streamed_before_s += self._streamed_s
-        self._streamed_s = 0.0
         return True
 
     def allows_another(self) -> bool:

@@ -92,6 +92,8 @@ class Watch:
             self._forward_rows()
 
     def _start(self, role: str) -> None:
+        if role == "collector":
+            self._budget.started(at=time.monotonic())
         child = self._starter.start(role, self.restarts if role == "collector" else 0)
         self._children[role] = child
         self._log.info("started", role=role, pid=child.pid, incarnation=self.restarts, command=child.command)
