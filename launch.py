@@ -20,7 +20,7 @@ from shared.compose import compose, config_names, load_settings, save_settings
 from shared.config import Settings, check_settings, geometry_notes, num_envs
 from shared.errors import SettingError
 from shared.launching.children import COMMANDS, REPO, Starter
-from shared.launching.devices import Devices, choose_devices, list_gpus, visible_gpus
+from shared.launching.devices import Devices, choose_devices, list_gpus, precision_notes, visible_gpus
 from shared.launching.display import Display, duration
 from shared.launching.metrics import STEP, Forwarder, check_logger, last_row, open_forwarder, summarize
 from shared.launching.watch import Outcome, Watch
@@ -132,12 +132,14 @@ def check_compiler(settings: Settings) -> None:
         )
 
 
-def find_devices(options: Options) -> Devices:
+def find_devices(options: Options, settings: Settings) -> Devices:
     """Raises: SettingError if a flag or CUDA_VISIBLE_DEVICES names a GPU that is not there."""
     gpus, notes = list_gpus()
     visible = visible_gpus(gpus, os.environ.get("CUDA_VISIBLE_DEVICES"))
     chosen = choose_devices(visible, sim=options.sim_gpu, train=options.train_gpu)
-    return Devices(chosen.sim, chosen.train, notes + chosen.notes)
+    return Devices(
+        chosen.sim, chosen.train, notes + chosen.notes + precision_notes(chosen, settings.optimization.autocast)
+    )
 
 
 def main(argv: Sequence[str] | None = None, *, commands: Mapping[str, Sequence[str]] = COMMANDS) -> int:
@@ -148,7 +150,8 @@ def main(argv: Sequence[str] | None = None, *, commands: Mapping[str, Sequence[s
         options = parse_options(argv)
         if options.resume:
             lock = open_run_folder(options.resume)  # before the checks of the settings, which may take long
-        settings, devices = read_settings(options, Display(Console()).say), find_devices(options)
+        settings = read_settings(options, Display(Console()).say)
+        devices = find_devices(options, settings)
         lock = lock or _new_folder(options, settings)
         return _run(argv, options, settings, devices, lock, commands)
     except SettingError as error:

@@ -138,6 +138,11 @@ def test_a_finished_run_leaves_a_complete_summary_and_nothing_running(
     _assert_nothing_is_left(run)
 
 
+def test_float16_on_the_cpu_is_told_at_the_start(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert _launch(tmp_path / "run", "finish", "serve", "optimization.autocast=float16") == 0
+    assert "optimization.autocast=float16 on the CPU is many times slower" in capsys.readouterr().out
+
+
 def test_rows_reach_tensorboard(tmp_path: Path) -> None:
     run = tmp_path / "run"
     assert _launch(run, "finish", "serve", "logger.backend=tensorboard") == 0

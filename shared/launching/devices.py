@@ -12,6 +12,10 @@ from shared.errors import SettingError
 from shared.supervision import LAUNCH_PID, SIM_GPU_INDEX
 
 NO_GPU = "no GPU found: simulator and learner both run on the CPU"
+SLOW_FLOAT16 = (
+    "optimization.autocast=float16 on the CPU is many times slower than float32, as most CPUs have no float16 products: "
+    "set optimization.autocast=false"
+)
 _QUERY = ["nvidia-smi", "--query-gpu=index,uuid,name", "--format=csv,noheader"]
 _ALLOCATOR_KEYS = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
 
@@ -100,6 +104,11 @@ def choose_devices(gpus: list[Gpu], *, sim: int | None, train: int | None) -> De
     if train is None:
         train = next((index for index in (1, 0) if index != sim and index < len(gpus)), sim)
     return Devices(gpus[sim], gpus[train])
+
+
+def precision_notes(devices: Devices, autocast: str) -> tuple[str, ...]:
+    """A note where the precision of matrix products is one that the learner's device computes at a crawl."""
+    return (SLOW_FLOAT16,) if devices.train is None and autocast == "float16" else ()
 
 
 def child_environment(role: str, devices: Devices, outer: Mapping[str, str], *, repo: Path) -> dict[str, str]:

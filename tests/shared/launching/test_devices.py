@@ -11,12 +11,14 @@ import pytest
 from shared.errors import SettingError
 from shared.launching.devices import (
     NO_GPU,
+    SLOW_FLOAT16,
     Devices,
     Gpu,
     allocator_conf,
     child_environment,
     choose_devices,
     list_gpus,
+    precision_notes,
     visible_gpus,
 )
 
@@ -105,6 +107,13 @@ def test_without_a_gpu_both_run_on_the_cpu_whatever_the_flags() -> None:
     for sim, train in ((None, None), (0, 1)):
         devices = choose_devices([], sim=sim, train=train)
         assert (devices.kind, devices.notes, devices.names()) == ("cpu", (NO_GPU,), {"sim": "cpu", "train": "cpu"})
+
+
+def test_float16_is_warned_of_on_the_cpu_and_nowhere_else() -> None:
+    cpu, gpu = Devices(None, None), Devices(GPUS[0], GPUS[0])
+    assert precision_notes(cpu, "float16") == (SLOW_FLOAT16,)
+    assert not any(precision_notes(gpu, name) for name in ("bfloat16", "float16", "false"))
+    assert not any(precision_notes(cpu, name) for name in ("bfloat16", "false"))
 
 
 def test_each_process_sees_its_own_gpu_first() -> None:
