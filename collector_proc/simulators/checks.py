@@ -10,12 +10,14 @@ import difflib
 import importlib.util
 import json
 import os
+import pkgutil
 import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
+from collector_proc.simulators.sources import find_module, names_of
 from shared.config import CollectorSettings, EnvSettings
 from shared.errors import SettingError
 
@@ -96,6 +98,7 @@ def check_torchrl(env: EnvSettings, suite_tasks: Iterable[tuple[str, str]]) -> N
     wrapper = TORCHRL_WRAPPERS.get(prefix)
     if wrapper is None:
         _check_importable(prefix.partition(".")[0], env, f"put the folder of {prefix} on PYTHONPATH, or install it")
+        _check_factory(prefix, name)
         return
     _check_importable(wrapper.module, env, f"pip install {wrapper.module}")
     if prefix == "gym" and ":" not in name:  # module:id is registered when gymnasium imports the module
@@ -163,6 +166,29 @@ def _check_importable(module: str, env: EnvSettings, mend: str) -> None:
             f"env.backend={env.backend} env.name={env.name} needs the module {module}, which this Python does not have; "
             f"wanted it installed; {mend}"
         )
+
+
+def _check_factory(module: str, name: str) -> None:
+    """Refuse a submodule or a name that the sources rule out; what only an import can tell passes."""
+    spec = find_module(module)
+    if spec is not None:
+        names = names_of(spec)
+        if names is not None and name not in names.bound:
+            _refuse_factory(f"{module}:{name}", spec.origin or module, name, names.defined, f"{module}:")
+        return
+    parent, _, last = module.rpartition(".")
+    above = find_module(parent)
+    if above is not None and names_of(above) is not None:
+        folders = list(above.submodule_search_locations or ())
+        known = [found.name for found in pkgutil.iter_modules(folders)]
+        _refuse_factory(f"{module}:{name}", f"the package {parent}", last, known, f"{parent}.", f":{name}")
+
+
+def _refuse_factory(met: str, place: str, part: str, known: Iterable[str], before: str, after: str = "") -> NoReturn:
+    valid = sorted(known)
+    wanted = f"one of {nearest(part, valid)}" if valid else f"a {part} in it"
+    mend = f"set env.name={before}{nearest(part, valid).split(',')[0]}{after}" if valid else f"add {part} there"
+    raise SettingError(f"env.name={met} does not exist: {place} has no {part}; wanted {wanted}; {mend}")
 
 
 def _refuse_isaac_lab_3() -> None:
