@@ -64,9 +64,10 @@ class Learner:
         self._run = run
         self._folder = checkpoint.newest(run_dir / "checkpoints") if resume else None
         self._saved = checkpoint.load_state(self._folder) if self._folder else None
-        self.counters = Counters()
+        self.counters, self._episodes = Counters(), {}
         if self._saved is not None:
             vars(self.counters).update(self._saved["counters"])
+            self._episodes = self._saved.get("episodes", {})  # checkpoints of before have none
         self._pacing = Pacing(
             geometry.frames_per_chunk,
             geometry.frames_per_step,
@@ -161,6 +162,7 @@ class Learner:
                 "startup_s": round(seconds, 3),
             },
         )
+        self._report.remember(self._episodes)
         for commit in self._early:
             self._report.add_commit(commit, newest_version=0)
         self._early.clear()
@@ -347,6 +349,7 @@ class Learner:
         state = {
             "gradient_step": self._step.state_dict(),
             "counters": dict(vars(self.counters)),
+            "episodes": self._report.recent(),
             "random_state": checkpoint.random_state(replay, self._device),
         }
         folder = checkpoint.save(

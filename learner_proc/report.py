@@ -7,6 +7,7 @@ import math
 import struct
 import time
 from collections import deque
+from collections.abc import Mapping
 from pathlib import Path
 from typing import IO
 
@@ -59,7 +60,7 @@ class Report:
         self._pinned = torch.zeros(width, pin_memory=device.type == "cuda")
         self._pending: tuple[dict, int, torch.cuda.Event | None] | None = None
         self._returns = {kind: deque(maxlen=EVAL_WINDOW if kind == "eval" else TRAIN_WINDOW) for kind in EPISODE_KINDS}
-        self._lengths: deque[int] = deque(maxlen=TRAIN_WINDOW)
+        self._lengths: deque[float] = deque(maxlen=TRAIN_WINDOW)
         self._lags: deque[int] = deque(maxlen=TRAIN_WINDOW)
         self._began = time.monotonic() - counters.wall_s
         self._window = (time.monotonic(), counters.gradient_steps, counters.agent_steps)
@@ -68,6 +69,15 @@ class Report:
         self.skipped_in_a_row = 0  # steps of the last windows in which none was finite
         self._diverged_before = 0
         self._meter, self._collector_memory = MemoryMeter(str(device), whole_device=False), Memory(0)
+
+    def recent(self) -> dict[str, list[float]]:
+        """The newest episodes' returns by kind, and `lengths`: what mean returns are taken over, for a checkpoint."""
+        return {kind: list(values) for kind, values in self._returns.items()} | {"lengths": list(self._lengths)}
+
+    def remember(self, recent: Mapping[str, list[float]]) -> None:
+        """Go on with what `recent` gave before."""
+        for name, values in recent.items():
+            (self._lengths if name == "lengths" else self._returns[name]).extend(values)
 
     def add_commit(self, commit: Commit, *, newest_version: int) -> None:
         """Count a commit; newest_version: the version published last when it arrived."""

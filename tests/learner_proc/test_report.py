@@ -106,3 +106,16 @@ def test_a_resume_cuts_the_rows_behind_its_checkpoint(tmp_path, tail):
     path.write_text("".join(json.dumps({"gradient_steps": step}) + "\n" for step in (10, 20, 30)) + tail)
     cut_after(path, 20)
     assert [row["gradient_steps"] for row in rows(tmp_path)] == [10, 20]
+
+
+def test_mean_returns_survive_a_resume(tmp_path):
+    report, counters = make(tmp_path)
+    report.add_commit(commit(returns=(1.0, 5.0, 100.0, 3.0), kinds=(0, 1, 2, 0), version=4), newest_version=6)
+    resumed, _ = make(tmp_path, counters)
+    resumed.remember(json.loads(json.dumps(report.recent())))
+    resumed.add_commit(commit(returns=(8.0,), kinds=(0,), version=4), newest_version=6)
+    resumed.add_step(torch.zeros(2))
+    resumed.request_row()
+    row = rows(tmp_path)[-1]
+    assert (row["episode_return_mean"], row["eval_return_mean"], row["random_return_mean"]) == (4.0, 5.0, 100.0)
+    assert row["episode_length_mean"] == 10.0
