@@ -14,6 +14,7 @@ from shared.supervision import Snapshot
 
 PLAIN_EVERY_S = 10.0
 SAYINGS = {"hello": "waiting for the other process", "waiting": "waiting for the learner"}
+CAUGHT_UP = 0.9  # of the replay ratio: below it the learner has yet to replay what was collected before it could train
 LIVE_PER_S = 2.0
 
 
@@ -62,10 +63,16 @@ def collector_line(snapshot: Snapshot | None, learner: Mapping[str, Any], *, now
         parts += [f"return {value:.1f}" for value in [own if _is_number(own) else shared] if _is_number(value)]
         parts += _known(learner, ("eval_return_mean", "eval {:.1f}"))
     if snapshot is None or snapshot.phase != "collecting" or not parts:
-        parts.append(_phase(snapshot, now))
+        catching_up = snapshot is not None and snapshot.phase == "waiting" and _catching_up(learner)
+        parts.append("while the learner catches up to the replay ratio" if catching_up else _phase(snapshot, now))
     if restarts:
         parts.append(f"restarts {restarts}")
     return "collector  " + "  ".join(parts)
+
+
+def _catching_up(learner: Mapping[str, Any]) -> bool:
+    ratio, target = learner.get("replay_ratio"), learner.get("replay_ratio_target")
+    return isinstance(ratio, int | float) and isinstance(target, int | float) and ratio < CAUGHT_UP * target
 
 
 class Display:
@@ -92,7 +99,7 @@ class Display:
         numbers = learner.status if learner else {}
         lines = (learner_line(learner, row, now=now), collector_line(collector, numbers, now=now, restarts=restarts))
         if self._live:
-            self._live.update(Group(*(Text(line, no_wrap=True, overflow="ellipsis") for line in lines)), refresh=True)
+            self._live.update(Group(*(Text(line) for line in lines)), refresh=True)
         else:
             self.say(f"[{duration(now - self._started_at)}] " + " | ".join(" ".join(line.split()) for line in lines))
 

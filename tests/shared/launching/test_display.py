@@ -47,6 +47,14 @@ def test_the_collectors_line_has_steps_pace_lag_returns_and_restarts() -> None:
     assert collector_line(seen, {}, now=9.0, restarts=2).endswith("1234 steps/s  restarts 2")
 
 
+def test_a_collector_that_waits_says_why_while_the_learner_catches_up() -> None:
+    seen = _snapshot("waiting", 0.0, agent_steps=1584)
+    line = collector_line(seen, {"replay_ratio": 8.0, "replay_ratio_target": 64.0}, now=40.0, restarts=0)
+    assert line.endswith("1,584 agent steps  while the learner catches up to the replay ratio")
+    for learner in ({"replay_ratio": 63.0, "replay_ratio_target": 64.0}, {"replay_ratio_target": None}):
+        assert collector_line(seen, learner, now=40.0, restarts=0).endswith("waiting for the learner 40 s")
+
+
 def test_durations_read_like_a_clock() -> None:
     assert [duration(s) for s in (0.4, 59.4, 59.6, 3599, 3600, 90_000)] == [
         "0 s",
@@ -68,6 +76,16 @@ def test_away_from_a_terminal_lines_are_plain_and_rare() -> None:
     lines = out.getvalue().splitlines()
     assert len(lines) == 1
     assert lines[0].startswith("[0 s] learner compiling ") and lines[0].endswith(" | collector starting")
+
+
+def test_a_narrow_terminal_shows_the_whole_line() -> None:
+    out = io.StringIO()
+    display = Display(Console(file=out, force_terminal=True, width=50))
+    display.start()
+    status = {"gradient_steps": 1200, "total_optim_steps": 3000, "loss_model": 12.5, "loss_value": 0.25}
+    display.show(_snapshot("training", 0.0, **status), None, {}, restarts=0)
+    display.stop()
+    assert "0.25" in out.getvalue()
 
 
 def test_on_a_terminal_both_lines_are_drawn_in_place() -> None:
