@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from collector_proc.simulators.sources import find_module, names_of
 from shared.config import CollectorSettings, EnvSettings
-from shared.errors import SettingError
+from shared.errors import SettingError, together
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -58,21 +58,27 @@ TORCHRL_WRAPPERS = {
 
 
 def refuse_idle(settings: Settings) -> None:
-    """Refuse values that would silently do nothing. Raises: SettingError."""
+    """Refuse values that would silently do nothing. Raises: SettingError that names all of them."""
     env = settings.env
     backend, images = f"env.backend={env.backend}", "env.from_pixels=false"
     idle: list[tuple[str, str, Any, Any]] = [(f"env.{name}", backend, env, EnvSettings()) for name in IDLE[env.backend]]
     if not env.from_pixels:
-        idle += [(f"env.{name}", images, env, EnvSettings()) for name in ("image_low", "image_high")]
+        told = IDLE[env.backend]
+        idle += [
+            (f"env.{name}", images, env, EnvSettings()) for name in ("image_low", "image_high") if name not in told
+        ]
     if env.backend != "dm_control":
         idle.append(("collector.num_collectors", backend, settings.collector, CollectorSettings()))
+    wrong = []
     for key, cause, met, default in idle:
         name = key.split(".")[1]
         value, wanted = getattr(met, name), getattr(default, name)
         if value != wanted:
             value, wanted = json.dumps(value), json.dumps(wanted)
             mend = f"leave it out{_own_count(key, env)}; where the config has it, set {key}={wanted}"
-            raise SettingError(f"{key}={value} does nothing with {cause}; wanted its default, {wanted}; {mend}")
+            wrong.append(SettingError(f"{key}={value} does nothing with {cause}; wanted its default, {wanted}; {mend}"))
+    if wrong:
+        raise together(wrong)
 
 
 def _own_count(key: str, env: EnvSettings) -> str:

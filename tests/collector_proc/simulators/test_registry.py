@@ -145,6 +145,18 @@ def test_the_look_up_of_mjlabs_tasks_is_told_before_it_begins(monkeypatch: pytes
     assert len(said) == 1 and said[0].startswith("looking up mjlab's tasks")
 
 
+def test_all_settings_that_a_backend_does_not_read_are_told_together() -> None:
+    settings = pendulum_with(n_parallel_envs=2, image_low=0.5)
+    settings.collector.num_collectors = 2
+    with pytest.raises(SettingError) as caught:
+        check_env(settings)
+    head, *lines = str(caught.value).splitlines()
+    assert head == "3 settings cannot work:"
+    wanted = ("env.image_low=0.5 ", "env.n_parallel_envs=2 ", "collector.num_collectors=2 ")
+    for line, start in zip(lines, wanted, strict=True):
+        assert line.strip().startswith(f"{start}does nothing with env.backend=pendulum")
+
+
 @pytest.mark.parametrize("chosen", ["disabled", "vulkan"])
 def test_a_renderer_that_cannot_serve_pixels_is_refused(chosen: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MUJOCO_GL", chosen)
