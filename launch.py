@@ -239,9 +239,12 @@ def _watch(starter: Starter, settings: Settings, forwarder: Forwarder) -> Outcom
         }
         write_json(folder.summary, summarize(last_row(folder.metrics), own))
         log.info("ended", exit_code=outcome.exit_code, reason=outcome.reason)
-        display.say(f"{outcome.reason} after {duration(time.monotonic() - began)}; summary: {folder.summary}")
+        reason = "ended" if outcome.exit_code == 2 else outcome.reason
+        display.say(f"{reason} after {duration(time.monotonic() - began)}; summary: {folder.summary}")
         if outcome.exit_code != 0 and (saved := newest_checkpoint(folder)) is not None:
             display.say(f"saved at step {int(saved):,}; go on with: python launch.py --resume {shown(folder.path)}")
+        if outcome.exit_code == 2:
+            display.say(f"error: {outcome.reason}")
         stop.restore()
     return outcome
 

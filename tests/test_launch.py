@@ -227,7 +227,7 @@ def test_a_collector_that_cannot_work_as_it_is_set_ends_the_run_after_the_learne
     run = tmp_path / "run"
     assert _launch(run, "save", "refuse") == 2
     summary = _summary(run)
-    assert summary["exit_reason"] == "the collector cannot start or go on; the lines above say why"
+    assert summary["exit_reason"] == "the collector cannot start or go on: the lines above say why"
     assert (summary["collector_restarts"], summary["gradient_steps"]) == (0, 60)
     assert (run / "checkpoints" / "latest").read_text() == "60"
     _assert_nothing_is_left(run)

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 from shared.launching.budget import USEFUL, RestartBudget
 from shared.launching.children import Starter, describe_exit
 from shared.launching.metrics import STEP, MetricsTail, last_row
+from shared.logs import last_error
 from shared.supervision import HELD_GB, LAST_PHASES, OUTGROWN, ChildProcess, Snapshot, StopFlag, overdue_s, read
 
 if TYPE_CHECKING:
@@ -139,7 +140,9 @@ class Watch:
         self._log.info("asking the learner to save and end", reason=outcome.reason, phase=phase)
         patience = self._settings.deadlines.save_s
         if phase in PHASES_BEFORE_TRAINING:
-            outcome, patience = Outcome(outcome.exit_code, f"{outcome.reason} before training began"), UNTRAINED_S
+            patience = UNTRAINED_S
+            if outcome.exit_code != 2:  # whose reason is a whole sentence of what is wrong and how to mend it
+                outcome = Outcome(outcome.exit_code, f"{outcome.reason} before training began")
         self._ending = (outcome, time.monotonic() + patience)
         self._children["learner"].terminate()
 
@@ -199,7 +202,8 @@ class Watch:
             self._collector_death = hang or describe_exit(returncode)
             if returncode == CANNOT_START:
                 self._show_death(collector, self._collector_death)
-                self._end_learner(Outcome(2, "the collector cannot start or go on; the lines above say why"))
+                said = last_error(self._starter.folder.logs / "collector.jsonl") or "the lines above say why"
+                self._end_learner(Outcome(2, f"the collector cannot start or go on: {said}"))
                 return None
         if self._snapshots["learner"].phase in LAST_PHASES or time.monotonic() - self._collector_died_at < GRACE_S:
             return None
