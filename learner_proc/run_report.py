@@ -132,10 +132,12 @@ def _draw_vectors(rollout: OpenLoop, name: str, out: Path) -> None:
             axis.plot(predicted[window, :, dimension], color="tab:orange", linewidth=1.2, label="predicted")
             axis.axvspan(0, rollout.context - 1, color="grey", alpha=0.2)
             axis.grid(alpha=0.2)
-    axes[0][0].legend(frameon=False, fontsize=8)
+    figure.legend(*axes[0][0].get_legend_handles_labels(), loc="upper right", ncols=2, frameon=False, fontsize=8)
     for dimension in range(size):
         axes[dimension][0].set_ylabel(f"[{dimension}]")
-    figure.suptitle(f"observation '{name}', normalised: the model sees the grey part, then predicts", fontsize=10)
+    for axis in axes[-1]:
+        axis.set_xlabel("agent steps")
+    figure.suptitle(f"observation entry '{name}', normalised: the model sees the grey part, then predicts", fontsize=10)
     _save(figure, out)
 
 
