@@ -191,7 +191,7 @@ def _run(
             before = read_run(folder.path)
             # A launch that was killed could not remove its sockets; the lock says that it is gone.
             remove_socket_dir(Path(before.socket_dir))
-        kept, trained_before = Kept.of(folder), newest_checkpoint(folder)
+        kept, made_before = Kept.of(folder), _made(folder)
         save_settings(settings, folder.config)
         folder.summary.unlink(missing_ok=True)
         named = devices.names()
@@ -203,7 +203,7 @@ def _run(
             outcome = _watch(Starter(folder, devices, os.environ, resumed, commands), settings, forwarder)
         finally:
             forwarder.close()
-        if outcome.exit_code != 0 and trained_before is not None and _reached(folder) <= int(trained_before):
+        if outcome.exit_code != 0 and resumed and not _went_on(folder, made_before):
             kept.put_back()  # nothing was trained: what stands there belongs to the steps that were
         return outcome.exit_code
     finally:
@@ -211,9 +211,20 @@ def _run(
             remove_socket_dir(socket_dir)
 
 
-def _reached(folder: RunFolder) -> int:
-    """Gradient steps made so far, by checkpoints and rows."""
-    return max(int(newest_checkpoint(folder) or 0), int(last_row(folder.metrics).get(STEP) or 0))
+def _made(folder: RunFolder) -> tuple[str | None, int, object]:
+    """The newest checkpoint, when it was written, and when the last row was."""
+    saved = newest_checkpoint(folder)
+    manifest = folder.checkpoints / (saved or "") / "manifest.json"
+    written = manifest.stat().st_mtime_ns if manifest.exists() else 0
+    return saved, written, last_row(folder.metrics).get("time")
+
+
+def _went_on(folder: RunFolder, before: tuple[str | None, int, object]) -> bool:
+    """Whether this launch left a checkpoint or a row; the learner may have cut rows that a crash left behind its checkpoint."""
+    saved, written, row_time = _made(folder)
+    if (saved, written) != before[:2]:
+        return True
+    return row_time != before[2] and int(last_row(folder.metrics).get(STEP) or 0) > int(saved or 0)
 
 
 def _watch(starter: Starter, settings: Settings, forwarder: Forwarder) -> Outcome:
@@ -239,11 +250,12 @@ def _watch(starter: Starter, settings: Settings, forwarder: Forwarder) -> Outcom
         }
         write_json(folder.summary, summarize(last_row(folder.metrics), own))
         log.info("ended", exit_code=outcome.exit_code, reason=outcome.reason)
-        reason = "ended" if outcome.exit_code == 2 else outcome.reason
-        display.say(f"{reason} after {duration(time.monotonic() - began)}; summary: {folder.summary}")
+        ended = duration(time.monotonic() - began)
+        refused = outcome.exit_code == 2  # a refused resume leaves the summary that was there
+        display.say(f"ended after {ended}" if refused else f"{outcome.reason} after {ended}; summary: {folder.summary}")
         if outcome.exit_code != 0 and (saved := newest_checkpoint(folder)) is not None:
             display.say(f"saved at step {int(saved):,}; go on with: python launch.py --resume {shown(folder.path)}")
-        if outcome.exit_code == 2:
+        if refused:
             display.say(f"error: {outcome.reason}")
         stop.restore()
     return outcome

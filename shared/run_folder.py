@@ -111,12 +111,17 @@ def read_run(run_dir: Path) -> Run:
             str(content["run_id"]),
             str(content["socket_dir"]),
             int(content.get("num_resumes", 0)),
-            tuple(dict(launch) for launch in content.get("launches", ())),
+            tuple(dict(launch) for launch in content.get("launches") or [_first_launch(content)]),
         )
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise SettingError(
             f"{path} cannot be read: {error!r}; wanted run_id and socket_dir as launch writes them; start with launch.py"
         ) from error
+
+
+def _first_launch(content: Mapping[str, Any]) -> dict[str, Any]:
+    """Of a run that was described before launches were listed."""
+    return {key: content[key] for key in ("argv", "started", "git") if key in content}
 
 
 @dataclass(frozen=True)

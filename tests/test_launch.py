@@ -249,6 +249,18 @@ def test_a_resume_that_is_refused_keeps_its_overrides_if_it_trained_with_them(
     assert json.loads((run / "run.json").read_text())["num_resumes"] == int(trained)
 
 
+def test_a_refused_resume_of_a_crashed_run_puts_its_settings_back(tmp_path: Path) -> None:
+    """Rows lie behind the newest checkpoint of a run that crashed: they are no trace of this launch."""
+    run = tmp_path / "run"
+    assert _launch(run, "finish", "serve", "optimization.log_every=3") == 0
+    (run / "checkpoints" / "latest").write_text("20")  # the last row is of step 40
+    (run / "learner-serves").unlink(missing_ok=True)
+    before = _summary(run)
+    resume = ["--resume", str(run), "optimization.log_every=5"]
+    assert launch.main(resume, commands=_commands("die:2", "serve")) == 2
+    assert "log_every: 3\n" in (run / "config.yaml").read_text() and _summary(run) == before
+
+
 def test_a_hung_collector_is_dumped_killed_and_replaced(tmp_path: Path) -> None:
     run = tmp_path / "run"
     assert _launch(run, "serve:collector-is-good", "hang-until:1", "deadlines.step_s=1") == 0

@@ -160,7 +160,10 @@ class Watch:
         if returncode == 0:
             return self._finished()
         self._show_death(learner, describe_exit(returncode))
-        return Outcome(2 if returncode == 2 else 1, f"learner died ({describe_exit(returncode)})")
+        if returncode == CANNOT_START:
+            said = last_error(self._starter.folder.logs / "learner.jsonl") or "the lines above say why"
+            return Outcome(2, f"the learner cannot start or go on: {said}")
+        return Outcome(1, f"learner died ({describe_exit(returncode)})")
 
     def _finished(self) -> Outcome:
         self._forward_rows()
