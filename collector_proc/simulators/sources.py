@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import ast
 import importlib.util
+import sys
 from dataclasses import dataclass
-from importlib.machinery import ModuleSpec, PathFinder
+from importlib.machinery import ModuleSpec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,7 +17,20 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 # Whoever uses one of these may bind names, or find modules, that no statement shows.
-EVASIVE = {"globals", "locals", "vars", "exec", "setattr", "modules", "__dict__", "__getattr__", "__path__"}
+EVASIVE = {
+    "globals",
+    "f_globals",
+    "import_module",
+    "__import__",
+    "locals",
+    "vars",
+    "exec",
+    "setattr",
+    "modules",
+    "__dict__",
+    "__getattr__",
+    "__path__",
+}
 SCOPES = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
 
 
@@ -34,7 +48,11 @@ def find_module(module: str) -> ModuleSpec | None:
     spec = importlib.util.find_spec(name)
     for part in parts:
         name = f"{name}.{part}"
-        spec = PathFinder.find_spec(name, list(spec.submodule_search_locations or ())) if spec is not None else None
+        if spec is None or spec.submodule_search_locations is None:
+            return None
+        path = list(spec.submodule_search_locations)
+        found = (finder.find_spec(name, path) for finder in sys.meta_path)  # those of editable installations too
+        spec = next((one for one in found if one is not None), None)
     return spec
 
 
@@ -46,17 +64,20 @@ def names_of(spec: ModuleSpec) -> Names | None:
         return None
     try:
         tree = ast.parse(Path(spec.origin).read_bytes())
-    except (OSError, SyntaxError, ValueError):
+        top_level = list(_top_level(tree))
+    except (OSError, SyntaxError, ValueError, RecursionError, MemoryError):
         return None  # the import says it better
-    bound = {name for node in _top_level(tree) for name in _bound_by(node)}
+    bound = {name for node in top_level for name in _bound_by(node)}
     for node in ast.walk(tree):
         if not EVASIVE.isdisjoint(_mentioned(node)):
             return None
         if isinstance(node, ast.Global):
             bound.update(node.names)
+        elif isinstance(node, ast.NamedExpr):  # in a decorator, a default value or a class's bases it binds here
+            bound.add(node.target.id)
     if not bound.isdisjoint(("*", "__getattr__")):
         return None
-    return Names(frozenset(bound), frozenset(node.name for node in _top_level(tree) if isinstance(node, SCOPES)))
+    return Names(frozenset(bound), frozenset(node.name for node in top_level if isinstance(node, SCOPES)))
 
 
 def _top_level(node: ast.AST) -> Iterator[ast.AST]:

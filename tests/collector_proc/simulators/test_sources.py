@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import sys
+from importlib.machinery import ModuleSpec
+from importlib.util import spec_from_file_location
 from pathlib import Path
 
 import pytest
@@ -84,6 +86,10 @@ def test_a_factory_that_the_source_rules_out_is_refused_with_the_nearest(folder:
         "import sys\nsetattr(sys.modules[__name__], 'make_env', 1)",
         "exec('def make_env(): pass')",
         "def broken(:",
+        "total = " + " + ".join(["1"] * 3000),
+        "import sys\nsys._getframe().f_globals['make_env'] = 1",
+        "import importlib\nimportlib.import_module(__name__).make_env = 1",
+        "@(make_env := print)\ndef other(): pass",
     ],
 )
 def test_a_name_that_may_come_to_be_in_another_way_passes(folder: Path, source: str) -> None:
@@ -104,3 +110,15 @@ def test_every_way_to_bind_a_name_is_seen(folder: Path) -> None:
 def test_what_has_no_source_is_not_told() -> None:
     spec = find_module("sys")
     assert spec is not None and names_of(spec) is None
+
+
+def test_a_package_that_an_editable_installation_maps_passes(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Finder:
+        @staticmethod
+        def find_spec(name: str, path: object = None, target: object = None) -> ModuleSpec | None:
+            if name == "sourced_package.mapped":
+                return spec_from_file_location(name, folder / "sourced_envs.py")
+            return None
+
+    monkeypatch.setattr(sys, "meta_path", [*sys.meta_path, Finder])
+    check("sourced_package.mapped:make_env")
