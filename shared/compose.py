@@ -293,6 +293,7 @@ def _explain(error: Exception, origin: str) -> SettingError:
 def _kind(entry: Field[Any]) -> str:
     kind = str(entry.type).removeprefix("Optional[").removesuffix("]")
     names = {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "a word"}
+    names["list[str]"] = "a list of words, such as [a,b]"
     return names[kind] + (" or null" if str(entry.type).startswith("Optional[") else "")
 
 

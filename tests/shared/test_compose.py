@@ -220,3 +220,8 @@ def test_every_setting_has_a_doc_line_and_a_valid_default() -> None:
         assert entry.metadata["doc"], key
         if entry.metadata["choices"]:
             assert entry.default in entry.metadata["choices"], key
+
+
+def test_a_word_where_a_list_is_wanted_is_told_how_to_write_one():
+    with pytest.raises(SettingError, match=r"env\.obs_groups.*a list of words, such as \[a,b\]"):
+        compose("quickstart", ["env.obs_groups=policy"])
