@@ -238,6 +238,6 @@ def test_no_sampled_window_is_ever_torn_stale_or_unwritten_while_collectors_are_
     (checker,) = made
     assert killer.kills >= MIN_KILLS and table.commits > MIN_COMMITS and checker.windows > MIN_WINDOWS
     assert checker.threads == 1, "the learner's loop has one Python thread"
-    assert set(os.listdir("/dev/shm")) == before
+    assert set(os.listdir("/dev/shm")) <= before, "nothing is left there"
     record_property("kills_commits_windows", (killer.kills, table.commits, checker.windows))
     sys.stderr.write(f"kills {killer.kills}, commits {table.commits}, windows {checker.windows}\n")
