@@ -48,8 +48,9 @@ class PhaseClock:
         """`torch.autograd.grad`, counted as the backward of the part that calls it."""
 
         def call(*args: Any, **kwargs: Any) -> Any:
-            part = self._running[-1][1]
-            return self._within(BACKWARDS[part], part, lambda: function(*args, **kwargs))
+            phase, part = self._running[-1]
+            # what traces a function calls it wherever it is compiled: in no part's backward
+            return self._within(BACKWARDS.get(part, phase), part, lambda: function(*args, **kwargs))
 
         return call
 
