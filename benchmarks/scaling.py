@@ -39,7 +39,7 @@ def draw(learner: dict[str, Any], collector: dict[str, Any], out: Path) -> None:
     for axis, x, y, label in panels:
         axis.plot(x, y, "o-")
         axis.set_xscale("log")
-        axis.set_yscale("log")
+        axis.set_ylim(0, 1.15 * max(y))
         axis.set_ylabel(label)
         axis.grid(alpha=0.25, which="both")
         axis.spines[["top", "right"]].set_visible(False)
