@@ -87,6 +87,12 @@ class ScriptedCollector:
         self.writer.write(grant.row)
         self.channel.send(Commit(grant.seq, grant.row, 16, 32, version, checksum + error, b"", b"", b"", 0, 0, 0, 0, 0))
 
+    def deliver(self, **commit) -> None:
+        """The next granted chunk, committed."""
+        grant = self.next()
+        assert isinstance(grant, Grant)
+        self.commit(grant, **commit)
+
 
 @pytest.fixture
 def learner(tmp_path):
@@ -178,9 +184,7 @@ def test_a_failed_self_test_is_refused_and_grants_nothing(learner, tmp_path):
 
 def test_a_chunk_whose_checksum_differs_stops_the_learner(learner, tmp_path):
     collector = join(learner, tmp_path)
-    grant = collector.next()
-    assert isinstance(grant, Grant)
-    collector.commit(grant, error=1)
+    collector.deliver(error=1)
     with pytest.raises(TransportError, match="checksum"):
         learner._serve()
 
@@ -217,14 +221,10 @@ def test_a_new_collector_is_sent_the_weights_until_it_commits(learner, tmp_path,
     monkeypatch.setattr(learn, "REPUBLISH_S", 0.0)
     collector = join(learner, tmp_path)
     for _ in range(2):
-        grant = collector.next()
-        assert isinstance(grant, Grant)
-        collector.commit(grant)
+        collector.deliver()
     learner._build()
     learner._serve()
-    grant = collector.next()
-    assert isinstance(grant, Grant)
-    collector.commit(grant, version=learner._publisher.version)
+    collector.deliver(version=learner._publisher.version)
     learner._serve()
     collector.channel.close()
     learner._serve()
@@ -234,9 +234,7 @@ def test_a_new_collector_is_sent_the_weights_until_it_commits(learner, tmp_path,
     for _ in range(3):
         learner._idle()
     assert len(sent) == 4 and set(sent) == {learner._publisher.version} and sent[0] > 0
-    grant = second.next()
-    assert isinstance(grant, Grant)
-    second.commit(grant, version=learner._publisher.version)
+    second.deliver(version=learner._publisher.version)
     learner._serve()
     learner._idle()
     assert len(sent) == 4, "it has them"
@@ -260,15 +258,11 @@ def test_the_steady_loop_makes_no_synchronising_call_and_has_one_thread(learner,
     threads = threading.active_count()
     collector = join(learner, tmp_path)
     for _ in range(2):
-        grant = collector.next()
-        assert isinstance(grant, Grant)
-        collector.commit(grant)
+        collector.deliver()
     learner._build()
     learner._serve()
     assert learner._pacing.may_step()
-    grant = collector.next()
-    assert isinstance(grant, Grant)
-    collector.commit(grant)  # arrives inside the watched part
+    collector.deliver()  # arrives inside the watched part
     with CountWaits() as watched:
         for _ in range(7):  # publishes twice, logs never
             learner._serve()
@@ -281,9 +275,7 @@ def test_the_steady_loop_makes_no_synchronising_call_and_has_one_thread(learner,
 def test_a_row_of_metrics_moves_no_random_stream(learner, tmp_path):
     collector = join(learner, tmp_path)
     for chunk in range(7):
-        grant = collector.next()
-        assert isinstance(grant, Grant)
-        collector.commit(grant)
+        collector.deliver()
         if chunk == 1:
             learner._build()
         learner._serve()
