@@ -86,7 +86,8 @@ class Replay:
     def sample(self, num_sequences: int, length: int, *, generator: torch.Generator | None = None) -> TensorDict:
         """Windows drawn uniformly over (environment, start), newest row included, never across the write head.
 
-        generator: another than the one training draws by. Returns: TensorDict [B, L] of every field; `policy_version` (B, L). No host synchronisation.
+        Returns: TensorDict [B, L] of every field; `policy_version` (B, L). No host synchronisation. generator: another than
+        the one training draws by.
         """
         assert self.num_rows >= length, (self.num_rows, length)
         return self.draw(num_sequences, length, generator=generator)

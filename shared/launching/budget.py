@@ -5,8 +5,6 @@ from __future__ import annotations
 from shared.supervision import Snapshot
 
 STREAMING = ("collecting", "waiting")  # phases of a collector that has come through its start
-
-
 USEFUL = 10  # times its start that a collector has to collect for, before it may end for memory without a count
 
 
