@@ -16,31 +16,28 @@ from typing import NoReturn
 from rich.console import Console
 
 from collector_proc.simulators.registry import check_env
-from shared.compose import compose, config_names, load_settings, save_settings
-from shared.config import Settings, check_settings, geometry_notes, num_envs
-from shared.errors import SettingError
-from shared.launching.children import COMMANDS, REPO, Starter
-from shared.launching.devices import Devices, choose_devices, list_gpus, precision_notes, visible_gpus
-from shared.launching.display import Display, duration
-from shared.launching.metrics import STEP, Forwarder, check_logger, last_row, open_forwarder, summarize
-from shared.launching.watch import Outcome, Watch
-from shared.logs import configure
-from shared.run_folder import (
+from launcher.children import COMMANDS, REPO, Starter
+from launcher.devices import Devices, choose_devices, list_gpus, precision_notes, visible_gpus
+from launcher.display import Display, duration
+from launcher.forwarding import STEP, Forwarder, check_logger, last_row, open_forwarder, summarize
+from launcher.provenance import describe_run
+from launcher.run_folder import (
     Kept,
-    RunFolder,
     RunLock,
     check_unfinished,
     create_run_folder,
     default_run_dir,
-    describe_run,
-    make_socket_dir,
     newest_checkpoint,
     open_run_folder,
-    read_run,
-    remove_socket_dir,
-    write_json,
 )
-from shared.supervision import install_stop_flag
+from launcher.watch import Outcome, Watch
+from shared.compose import compose, config_names, load_settings, save_settings
+from shared.config import Settings, check_settings, geometry_notes, num_envs
+from shared.errors import SettingError
+from shared.files import write_json
+from shared.lifetime import install_stop_flag
+from shared.logs import configure
+from shared.run_folder import RunFolder, make_socket_dir, read_run, remove_socket_dir
 
 DEFAULT_CONFIG = "dm_control"
 EPILOG = """\

@@ -28,7 +28,7 @@ import torch
 import launch
 from benchmarks.provenance import REPO, document, save
 from benchmarks.timing import row, show, spread
-from shared.supervision import read
+from shared.progress import read
 
 START_S = 900.0  # until the first gradient step; a GPU preset compiles first
 SETTLE_S = 0.5  # after a switch: chunks in flight arrive, caches warm up

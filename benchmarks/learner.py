@@ -217,7 +217,7 @@ def captured_step(settings: Settings, *, device: torch.device) -> Callable[[], A
     replay.views["reward"].normal_()
     replay.restore(sizes.capacity)
     step = our_step(settings, device=device)
-    return startup.build_update(step, replay, settings, sizes, device=device)
+    return startup.build_step(step, replay, settings, sizes, device=device)
 
 
 def forget_peak(device: torch.device) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from benchmarks.provenance import REPO
+from launcher.run_folder import create_run_folder
 from learner_proc.link import CollectorLink
 from learner_proc.pacing import MAX_GRANTED
 from learner_proc.publisher import Publisher
@@ -20,10 +21,11 @@ from learner_proc.replay import Replay
 from learner_proc.startup import allocate_replay
 from shared.compose import compose, save_settings
 from shared.config import Geometry, Settings, geometry, num_envs
+from shared.files import write_json
 from shared.logs import configure
 from shared.messages import Commit
 from shared.model.policy import Policy
-from shared.run_folder import create_run_folder, make_socket_dir, remove_socket_dir, write_json
+from shared.run_folder import make_socket_dir, remove_socket_dir
 from shared.stream import StreamSpec
 
 START_S = 600.0  # a simulator may compile its kernels first

@@ -19,7 +19,8 @@ from typing import Any
 
 import torch
 
-from shared.run_folder import git_state, package_versions, write_json
+from launcher.provenance import git_state, package_versions
+from shared.files import write_json
 
 REPO = Path(__file__).resolve().parent.parent
 

@@ -17,16 +17,10 @@ from shared.compose import load_settings
 from shared.config import geometry, num_envs
 from shared.errors import SettingError, SimulatorError, TransportError
 from shared.handover import Disconnected, connect
+from shared.lifetime import ExitCode, die_first_when_memory_ends, die_with_parent, enable_stack_dumps, install_stop_flag
 from shared.logs import configure
+from shared.progress import Progress
 from shared.run_folder import read_run
-from shared.supervision import (
-    OUTGROWN,
-    Progress,
-    die_first_when_memory_ends,
-    die_with_parent,
-    enable_stack_dumps,
-    install_stop_flag,
-)
 
 
 def main() -> int:
@@ -48,7 +42,7 @@ def main() -> int:
     die_first_when_memory_ends()  # the learner owns what must survive
     seed = settings.env.seed + 1000 * arguments.incarnation + 1_000_000 * run.num_resumes
     sizes = geometry(settings, num_envs(settings))
-    simulator, code = None, 1
+    simulator, code = None, ExitCode.FAILED
 
     def alive() -> None:
         progress.advance()
@@ -76,16 +70,20 @@ def main() -> int:
         log.info("collecting", incarnation=arguments.incarnation, spec=simulator.spec.to_dict())
         collector.run()
         log.info("ended", agent_steps=collector.agent_steps, asked=stop.requested, outgrown=collector.outgrown)
-        code = OUTGROWN if collector.outgrown else 0
+        code = ExitCode.OUTGROWN if collector.outgrown else ExitCode.FINISHED
     except Disconnected:
         log.info("learner gone")
-        code = 0
+        code = ExitCode.FINISHED
     except (SettingError, SimulatorError, TransportError) as error:
         log.error("failed", error=str(error))
         if simulator is None:
-            code = 2 if arguments.incarnation == 0 else 1  # later, it did start: memory, a port or a file being edited
+            code = (
+                ExitCode.REFUSED if arguments.incarnation == 0 else ExitCode.FAILED
+            )  # later, it did start: memory, a port or a file being edited
         else:
-            code = 2 if isinstance(error, SettingError) else 1
+            code = ExitCode.REFUSED if isinstance(error, SettingError) else ExitCode.FAILED
+        if code == ExitCode.REFUSED:
+            progress.refuse(str(error))
     finally:
         progress.phase("stopping")
         if simulator is not None:

@@ -20,11 +20,12 @@ from shared.errors import SettingError, SimulatorError, TransportError
 from shared.handover import Channel, Disconnected, import_cuda_slab, map_memfd_slab, pin_slab
 from shared.memory import MemoryMeter
 from shared.messages import MAX_EPISODES, PROTOCOL, Commit, Grant, Hello, Refusal, SelfTest, Welcome
+from shared.progress import HELD_GB
 from shared.stream import plan_layout, ring_views
-from shared.supervision import HELD_GB
 
 if TYPE_CHECKING:
-    from shared.supervision import Progress, StopFlag
+    from shared.lifetime import StopFlag
+    from shared.progress import Progress
 
 PACE_WINDOW_S = 5.0
 POLL_S = 0.0005  # between two looks at copies that the loop has to wait for

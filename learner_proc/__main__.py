@@ -10,9 +10,10 @@ from pathlib import Path
 from shared.compose import load_settings
 from shared.config import geometry, num_envs
 from shared.errors import SettingError, TransportError
+from shared.lifetime import ExitCode, die_with_parent, enable_stack_dumps, install_stop_flag
 from shared.logs import configure
+from shared.progress import Progress
 from shared.run_folder import read_run, remove_socket_dir
-from shared.supervision import Progress, die_with_parent, enable_stack_dumps, install_stop_flag
 
 
 def main() -> int:
@@ -50,13 +51,14 @@ def main() -> int:
             device=torch.device(arguments.device), progress=progress, stop=stop, log=log, resume=arguments.resume,
         )  # fmt: skip
         learner.run()
-        return 0
+        return ExitCode.FINISHED
     except SettingError as error:
         log.error("refused", error=str(error))
-        return 2
+        progress.refuse(str(error))
+        return ExitCode.REFUSED
     except (TransportError, FloatingPointError) as error:
         log.error("failed", error=str(error))
-        return 1
+        return ExitCode.FAILED
     finally:
         if made_socket_dir:
             remove_socket_dir(Path(run.socket_dir))

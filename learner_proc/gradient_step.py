@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from learner_proc.behavior import ActorLoss, Behavior, CriticLoss
 from learner_proc.heads import CRITIC_LAYERS, ScalarHead
 from learner_proc.imagination import Dreamer, Imagined, frozen_twin, random_subset
+from learner_proc.optimiser import Optimiser
 from learner_proc.scan import Scan
 from learner_proc.slopes import HeadReader
-from learner_proc.updater import Updater
 from learner_proc.world_model import ModelLoss, WorldModel
 from shared.model.policy import Policy
 from shared.model.rssm import Belief
@@ -80,11 +80,11 @@ class GradientStep:
         self._heads = HeadReader(dtype, compiled=compiled)
 
     @staticmethod
-    def _updater(module: nn.Module, lr: float, settings: Settings) -> Updater:
+    def _updater(module: nn.Module, lr: float, settings: Settings) -> Optimiser:
         optimization = settings.optimization
         scaled = optimization.autocast == "float16"
         params = list(module.parameters())
-        return Updater(params, lr=lr, eps=optimization.adam_eps, clip=optimization.grad_clip, scaled=scaled)
+        return Optimiser(params, lr=lr, eps=optimization.adam_eps, clip=optimization.grad_clip, scaled=scaled)
 
     def __call__(self, batch: TensorDict) -> Tensor:
         """One update of all three; the metrics of `metric_names` in order, detached float32 on the device.

@@ -14,12 +14,12 @@ from tensordict import TensorDict
 from learner_proc import checkpoint
 from learner_proc.diagnostics import WINDOW_LENGTH, Diagnostics
 from learner_proc.link import CollectorLink
+from learner_proc.metrics_writer import Counters, Report
 from learner_proc.pacing import Pacing
 from learner_proc.publisher import Publisher
 from learner_proc.replay import Replay
-from learner_proc.report import Counters, Report
 from learner_proc.return_check import ReturnCheck
-from learner_proc.startup import allocate_replay, build_gradient_step, build_update
+from learner_proc.startup import allocate_replay, build_gradient_step, build_step
 from shared.checksum import checksum
 from shared.config import Geometry, Settings
 from shared.errors import SettingError, TransportError
@@ -28,8 +28,9 @@ from shared.stream import StreamSpec
 
 if TYPE_CHECKING:
     from learner_proc.gradient_step import GradientStep
+    from shared.lifetime import StopFlag
+    from shared.progress import Progress
     from shared.run_folder import Run
-    from shared.supervision import Progress, StopFlag
 
 IDLE_S = 0.01  # longest sleep while neither a step nor a message is due
 STATUS_S = 0.5  # seconds between two live statuses
@@ -138,7 +139,7 @@ class Learner:
         self._serve()  # the grants of the whole prefill go out before the long silence
         began, replay = time.monotonic(), self._link.replay
         self._step = build_gradient_step(self._link.spec, self._settings, device=self._device)
-        self._update = build_update(self._step, replay, self._settings, self._geometry, device=self._device)
+        self._update = build_step(self._step, replay, self._settings, self._geometry, device=self._device)
         self._restore()
         self._diagnostics = Diagnostics(
             self._link.spec, self._step.world_model, self._step.policy.normaliser, length=self._diagnostic_rows()

@@ -9,9 +9,9 @@ import torch
 from tensordict import TensorDict
 
 from learner_proc import checkpoint
+from learner_proc.captured_step import CapturedStep, SampledStep, Update
 from learner_proc.gradient_step import GradientStep
 from learner_proc.replay import Replay
-from learner_proc.update import CapturedUpdate, PlainUpdate, Update
 from shared.compose import load_settings
 from shared.config import Geometry, Settings, geometry
 from shared.handover import create_memfd_slab, pin_slab
@@ -45,7 +45,7 @@ def build_gradient_step(spec: StreamSpec, settings: Settings, *, device: torch.d
     return GradientStep(spec, settings, device=device)
 
 
-def build_update(
+def build_step(
     step: GradientStep, replay: Replay, settings: Settings, sizes: Geometry, *, device: torch.device
 ) -> Update:
     """What the loop calls: compiled and captured as the settings say, by steps that leave no trace."""
@@ -53,13 +53,13 @@ def build_update(
     shape = {"num_sequences": sizes.num_sequences, "length": sizes.sequence_length}
     captured = device.type == "cuda" and options.cudagraphs
     if not (captured or options.enabled):
-        return PlainUpdate(step, replay, **shape)
+        return SampledStep(step, replay, **shape)
     snapshot, random_state = step.state_dict(), checkpoint.random_state(replay, device)
     blank = blank_batch(step.spec, sizes, device=device)
     if captured:
-        update: Update = CapturedUpdate(step, replay, **shape, blank=blank)
+        update: Update = CapturedStep(step, replay, **shape, blank=blank)
     else:
-        update = PlainUpdate(step, replay, **shape)
+        update = SampledStep(step, replay, **shape)
         step(blank)
     step.load_state_dict(snapshot)
     checkpoint.restore_random_state(random_state, replay, device)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import json
 import sys
 from collections.abc import MutableMapping
 from pathlib import Path
@@ -12,16 +10,6 @@ from typing import Any
 import structlog
 
 _LOUD = ("warning", "error", "critical")
-
-
-def last_error(path: Path) -> str | None:
-    """The `error` of the newest line of a log that tells one; None without."""
-    lines = path.read_text().splitlines() if path.exists() else []
-    for line in reversed(lines):
-        with contextlib.suppress(ValueError):
-            if error := json.loads(line).get("error"):
-                return str(error)
-    return None
 
 
 def configure(run_dir: Path, process: str) -> structlog.typing.FilteringBoundLogger:

@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 
 import launch
-from shared.launching.metrics import SUMMARY_KEYS
-from shared.run_folder import create_run_folder, open_run_folder
+from launcher.forwarding import SUMMARY_KEYS
+from launcher.run_folder import create_run_folder, open_run_folder
 from tests.fakes.child import ROW
 
 FAKES = Path(__file__).resolve().parent / "fakes"

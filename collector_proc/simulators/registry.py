@@ -9,8 +9,8 @@ import sys
 from typing import TYPE_CHECKING
 
 from collector_proc.simulators.checks import check_isaaclab, check_mjlab, check_torchrl, nearest, refuse_idle
-from collector_proc.simulators.pendulum import TASKS
-from collector_proc.simulators.suite import NO_RENDERER
+from collector_proc.simulators.dm_control.environment import NO_RENDERER
+from collector_proc.simulators.pendulum.simulator import TASKS
 from shared.errors import SettingError
 
 if TYPE_CHECKING:
@@ -57,23 +57,23 @@ def build_simulator(settings: Settings, *, seed: int, device: str, crash_dir: Pa
     Raises: SettingError for settings that `check_env` refuses, SimulatorError if the simulator does not start.
     """
     if settings.env.backend == "dm_control":
-        from collector_proc.simulators.dm_control import DmControlSimulator
+        from collector_proc.simulators.dm_control.simulator import DmControlSimulator
 
         return DmControlSimulator(settings, seed=seed)
     if settings.env.backend == "torchrl":  # as for dm_control, a name that does not exist shows when it is built
-        from collector_proc.simulators.torchrl_env import TorchrlSimulator
+        from collector_proc.simulators.torchrl.simulator import TorchrlSimulator
 
         return TorchrlSimulator(settings, seed=seed, device=device, crash_dir=crash_dir)
     if settings.env.backend == "mjlab":
-        from collector_proc.simulators.mjlab import MjlabSimulator
+        from collector_proc.simulators.mjlab.simulator import MjlabSimulator
 
         return MjlabSimulator(settings, seed=seed, device=device, crash_dir=crash_dir)
     check_env(settings)
     if settings.env.backend == "isaaclab":
-        from collector_proc.simulators.isaaclab import IsaacLabSimulator
+        from collector_proc.simulators.isaaclab.simulator import IsaacLabSimulator
 
         return IsaacLabSimulator(settings, seed=seed, device=device, crash_dir=crash_dir)
-    from collector_proc.simulators.pendulum import PendulumSimulator
+    from collector_proc.simulators.pendulum.simulator import PendulumSimulator
 
     return PendulumSimulator(settings, seed=seed, device=device)
 

@@ -87,7 +87,7 @@ def test_a_captured_step_gets_a_full_replay_of_noise(monkeypatch):
     def build(step, replay, settings, sizes, *, device):
         return lambda: replay.sample(sizes.num_sequences, sizes.sequence_length)
 
-    monkeypatch.setattr(startup, "build_update", build)
+    monkeypatch.setattr(startup, "build_step", build)
     batch = learner.captured_step(settings, device=CPU)()
     assert batch.shape == (1, 20)
     assert batch["obs", "policy"].std() > 0.5 and batch["reward"].std() > 0.5

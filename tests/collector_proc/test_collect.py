@@ -18,10 +18,11 @@ from collector_proc.simulators.base import Arrival
 from shared.config import Geometry, NetworkSettings, Settings
 from shared.errors import SettingError, SimulatorError, TransportError
 from shared.handover import Channel, Disconnected, create_memfd_slab
+from shared.lifetime import StopFlag
 from shared.memory import Memory, own_rss_bytes
 from shared.messages import Commit, Grant, Welcome
+from shared.progress import HELD_GB, Progress
 from shared.stream import ObsSpec, StreamSpec, plan_layout, ring_views
-from shared.supervision import HELD_GB, Progress, StopFlag
 from tests.fakes.late_copier import LateCopier
 
 E, K, CAPACITY = 2, 3, 12

@@ -11,7 +11,7 @@ from typing import Any
 import collector_proc.__main__ as entry
 from collector_proc.simulators import ending
 from shared.errors import SettingError, SimulatorError
-from shared.supervision import read
+from shared.progress import read
 
 STEPS = 10  # gradient steps that the learner makes for each incarnation
 

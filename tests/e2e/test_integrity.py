@@ -14,14 +14,17 @@ from pathlib import Path
 import pytest
 import torch
 
-from collector_proc.simulators.pendulum import pendulum_frame
+from collector_proc.simulators.pendulum.simulator import pendulum_frame
+from launcher.run_folder import create_run_folder
 from learner_proc import learn, startup
 from shared.compose import compose, save_settings
 from shared.config import geometry, num_envs
+from shared.files import write_json
+from shared.lifetime import StopFlag
 from shared.logs import configure
 from shared.model.policy import Policy
-from shared.run_folder import create_run_folder, make_socket_dir, read_run, remove_socket_dir, write_json
-from shared.supervision import Progress, StopFlag
+from shared.progress import Progress
+from shared.run_folder import make_socket_dir, read_run, remove_socket_dir
 
 SECONDS = 60.0
 MIN_KILLS, MIN_COMMITS, MIN_WINDOWS = 3, 200, 10_000

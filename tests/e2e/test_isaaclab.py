@@ -13,10 +13,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from collector_proc.probe import _Seen
 from collector_proc.simulators.base import Arrival
+from launcher.probe import _Seen
+from shared.progress import read
 from shared.stream import ObsSpec, StreamSpec
-from shared.supervision import read
 from tests.fakes.isaac_worlds import environment
 
 REPO = Path(__file__).parents[2]
@@ -138,7 +138,7 @@ def test_an_unknown_task_ends_the_run_at_once_with_its_name(tmp_path: Path) -> N
     ],
 )
 def test_the_probe_reports_what_a_collector_would_meet(arguments: list[str], code: int, words: list[str]) -> None:
-    command = [sys.executable, "-m", "collector_proc.probe", *arguments]
+    command = [sys.executable, "-m", "launcher.probe", *arguments]
     done = subprocess.run(command, cwd=REPO, env=environment("A"), capture_output=True, text=True, timeout=DEADLINE_S)
     assert done.returncode == code, done.stdout + done.stderr
     assert all(word in done.stdout for word in words), done.stdout
@@ -156,7 +156,7 @@ def test_the_probe_warns_of_last_observations_that_repeat_the_row_before() -> No
 
 
 def test_the_probe_finds_divergence(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "collector_proc.probe", "--config", "isaaclab"]
+    command = [sys.executable, "-m", "launcher.probe", "--config", "isaaclab"]
     command += ["env.name=Fake-Manager-v0", "env.num_envs=4"]
     env = environment("A", FAKE_NAN="4:1")
     done = subprocess.run(command, cwd=REPO, env=env, capture_output=True, text=True, timeout=DEADLINE_S)

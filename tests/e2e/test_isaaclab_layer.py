@@ -17,7 +17,7 @@ from tests.fakes.isaac_worlds import environment, wheel_sources
 REPO = Path(__file__).parents[2]
 LAUNCH = """
 import sys, launch
-from shared.launching.children import COMMANDS
+from launcher.children import COMMANDS
 collector = (sys.executable, "tests/e2e/truthful_collector.py")
 sys.exit(launch.main(sys.argv[1:], commands={**COMMANDS, "collector": collector}))
 """

@@ -12,7 +12,7 @@ from pathlib import Path
 REPO = Path(__file__).parents[2]
 LAUNCH = """
 import sys, launch
-from shared.launching.children import COMMANDS
+from launcher.children import COMMANDS
 collector = (sys.executable, "tests/e2e/leaking_collector.py", sys.argv.pop(1))
 sys.exit(launch.main(sys.argv[1:], commands={**COMMANDS, "collector": collector}))
 """

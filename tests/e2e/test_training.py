@@ -14,10 +14,10 @@ import pytest
 import torch
 
 from benchmarks.show_frames import sample_frames
+from launcher.forwarding import SUMMARY_KEYS
 from learner_proc.run_report import write_report
 from shared.compose import load_settings
-from shared.launching.metrics import SUMMARY_KEYS
-from shared.supervision import read
+from shared.progress import read
 
 REPO = Path(__file__).parents[2]
 TINY = [

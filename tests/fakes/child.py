@@ -12,16 +12,9 @@ import sys
 import time
 from pathlib import Path
 
+from shared.lifetime import ExitCode, StopFlag, die_with_parent, enable_stack_dumps, install_stop_flag
+from shared.progress import HELD_GB, Progress
 from shared.run_folder import read_run
-from shared.supervision import (
-    HELD_GB,
-    OUTGROWN,
-    Progress,
-    StopFlag,
-    die_with_parent,
-    enable_stack_dumps,
-    install_stop_flag,
-)
 
 DEADLINE_S = 30.0
 ROW = {
@@ -127,7 +120,7 @@ def main() -> int:
         if fault == "outgrow-until":
             child.progress.phase("collecting")
             child.progress.status({HELD_GB: 2.5})
-            return OUTGROWN
+            return ExitCode.OUTGROWN
         if fault == "collect-until":
             child.progress.phase("collecting")
         if fault == "hang-until":

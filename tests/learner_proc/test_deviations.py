@@ -23,7 +23,7 @@ import torch
 from tensordict import TensorDict
 
 from collector_proc.simulators.base import Arrival
-from collector_proc.simulators.pendulum import PendulumSimulator, pendulum_frame, pendulum_obs
+from collector_proc.simulators.pendulum.simulator import PendulumSimulator, pendulum_frame, pendulum_obs
 from collector_proc.writer import ChunkWriter
 from learner_proc.behavior import Behavior
 from learner_proc.gradient_step import GradientStep

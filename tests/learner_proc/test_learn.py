@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from collector_proc.simulators.base import Arrival
 from collector_proc.writer import ChunkWriter
+from launcher.run_folder import create_run_folder
 from learner_proc import learn
 from learner_proc.checkpoint import random_state
 from learner_proc.learn import Learner
@@ -19,11 +20,12 @@ from shared.compose import compose
 from shared.config import geometry, num_envs
 from shared.errors import TransportError
 from shared.handover import Channel, Disconnected, connect, map_memfd_slab
+from shared.lifetime import StopFlag
 from shared.logs import configure
 from shared.messages import PROTOCOL, Commit, Grant, Hello, Message, Refusal, SelfTest, Welcome
-from shared.run_folder import Run, create_run_folder
+from shared.progress import Progress
+from shared.run_folder import Run
 from shared.stream import ObsSpec, StreamSpec, plan_layout, ring_views
-from shared.supervision import Progress, StopFlag
 
 OVERRIDES = [
     "env.num_envs=2",

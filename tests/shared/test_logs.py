@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import structlog
 
-from shared.logs import configure, last_error
+from shared.logs import configure
 
 
 def _lines(path: Path) -> list[dict]:
@@ -39,12 +39,3 @@ def test_events_are_json_lines_and_only_warnings_are_said_aloud(
     said = capsys.readouterr().err
     assert said.startswith("learner warning: chunk dropped row=7\nlearner error: failed\nTraceback")
     assert "replay allocated" not in said
-
-
-def test_the_last_error_of_a_log_is_found_behind_what_came_later(tmp_path: Path) -> None:
-    assert last_error(tmp_path / "none.jsonl") is None
-    log = tmp_path / "collector.jsonl"
-    log.write_text(
-        '{"event": "failed", "error": "old"}\n{"event": "failed", "error": "new"}\n{"event": "ended"}\n{"torn'
-    )
-    assert last_error(log) == "new"

@@ -12,24 +12,17 @@ from pathlib import Path
 
 import pytest
 
+from launcher.provenance import describe_run
+from launcher.run_folder import create_run_folder, default_run_dir, open_run_folder
 from shared.config import Settings
 from shared.errors import SettingError
-from shared.run_folder import (
-    RunFolder,
-    create_run_folder,
-    default_run_dir,
-    describe_run,
-    make_socket_dir,
-    open_run_folder,
-    read_run,
-    remove_socket_dir,
-    write_json,
-)
+from shared.files import write_json
+from shared.run_folder import RunFolder, make_socket_dir, read_run, remove_socket_dir
 
 
 def test_a_second_launch_in_the_same_folder_is_told_the_first_ones_pid(tmp_path: Path) -> None:
     script = (
-        "import sys; from pathlib import Path; from shared.run_folder import create_run_folder\n"
+        "import sys; from pathlib import Path; from launcher.run_folder import create_run_folder\n"
         "lock = create_run_folder(Path(sys.argv[1])); print('held', flush=True); sys.stdin.read()\n"
     )
     holder = subprocess.Popen(

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from collector_proc.simulators import checks
-from collector_proc.simulators.pendulum import PendulumSimulator
+from collector_proc.simulators.pendulum.simulator import PendulumSimulator
 from collector_proc.simulators.registry import build_simulator, check_env
 from shared.config import Settings, num_envs
 from shared.errors import SettingError
@@ -20,7 +20,9 @@ from shared.errors import SettingError
 ROOT = Path(__file__).resolve().parents[3]
 TORCH_FREE = """
 import os, sys
-from collector_proc.simulators import dm_control, pendulum, registry, suite, workers
+from collector_proc.simulators import registry
+from collector_proc.simulators.dm_control import environment, workers
+from collector_proc.simulators.pendulum import simulator
 from shared.config import Settings
 before = dict(os.environ)
 registry.check_env(Settings())

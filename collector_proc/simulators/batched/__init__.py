@@ -1,0 +1,1 @@
+"""What the backends share that step all environments in one batch of tensors."""

@@ -1,0 +1,95 @@
+"""Backend `dm_control`: every task of the suite, stepped in worker processes or in the collector's own.
+
+Observations: "policy", the task's observation dictionary flattened in its own order; or "pixels", 64x64. Arrivals
+are views of the tick's memory on the CPU, valid until the next call.
+"""
+
+from __future__ import annotations
+
+import mmap
+from typing import TYPE_CHECKING
+
+from collector_proc.simulators.base import Arrival
+from collector_proc.simulators.dm_control.environment import SuiteEnvironment, SuitePlan, run_tick
+from collector_proc.simulators.dm_control.tick_buffer import TickBuffer, tick_bytes
+from collector_proc.simulators.dm_control.workers import WorkerPool
+from shared.stream import StreamSpec
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from shared.config import Settings
+
+
+class LocalPool:
+    """The same environments as a WorkerPool's, stepped one after the other in this process."""
+
+    def __init__(self, plan: SuitePlan, *, num_envs: int) -> None:
+        self._environments = [SuiteEnvironment(plan, index) for index in range(num_envs)]
+        self.spec = StreamSpec(num_envs, self._environments[0].obs, self._environments[0].action_dim)
+        self.tick = TickBuffer(self.spec, mmap.mmap(-1, tick_bytes(self.spec)))
+
+    def run(self, *, reset: bool) -> None:
+        run_tick(self._environments, self.tick, reset=reset)
+
+    def close(self) -> None:
+        for environment in self._environments:
+            environment.close()
+        self._environments.clear()
+
+
+class DmControlSimulator:
+    """E = max(1, collector.num_collectors) x env.n_parallel_envs environments, each with its own stream from `seed`.
+
+    Always on the CPU: `device` says so, whatever device the policy runs on.
+    """
+
+    device = "cpu"
+
+    def __init__(self, settings: Settings, *, seed: int) -> None:
+        import torch
+
+        env, workers = settings.env, settings.collector.num_collectors
+        plan = SuitePlan(env.name, env.task, seed, env.frame_skip, env.from_pixels, env.grayscale, env.horizon)
+        deadlines = settings.deadlines
+        self._pool = (
+            WorkerPool(
+                plan,
+                num_workers=workers,
+                num_envs=env.n_parallel_envs,
+                start_s=deadlines.start_s,
+                step_s=deadlines.step_s,
+            )
+            if workers
+            else LocalPool(plan, num_envs=env.n_parallel_envs)
+        )
+        self.spec, self.frames_per_step = self._pool.spec, env.frame_skip
+        tick = self._pool.tick
+        self._action = torch.from_numpy(tick.action)
+        self._arrival = Arrival(
+            obs={name: torch.from_numpy(entry) for name, entry in tick.obs.items()},
+            reward=torch.from_numpy(tick.reward),
+            is_first=torch.from_numpy(tick.is_first),
+            is_last=torch.from_numpy(tick.is_last),
+            is_terminal=torch.from_numpy(tick.is_terminal),
+        )
+
+    @property
+    def num_diverged(self) -> int:
+        """Episodes ended, or begun again, because the physics diverged."""
+        return int(self._pool.tick.num_diverged.sum())
+
+    def reset(self) -> Arrival:
+        """Start every environment anew. Raises: SimulatorError."""
+        self._pool.run(reset=True)
+        return self._arrival
+
+    def step(self, action: Tensor) -> Arrival:
+        """One agent step of every environment. action: (E, A) in [-1, 1]. Raises: SimulatorError."""
+        assert action.shape == self._action.shape, action.shape
+        self._action.copy_(action.detach())
+        self._pool.run(reset=False)
+        return self._arrival
+
+    def close(self) -> None:
+        self._pool.close()

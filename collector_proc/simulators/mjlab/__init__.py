@@ -1,0 +1,1 @@
+"""mjlab: MuJoCo Warp with Isaac Lab's manager interface."""

@@ -1,0 +1,145 @@
+"""Backend `mjlab`: any registered task of mjlab, thousands of environments on one device, the CPU included.
+
+The task runs with `auto_reset=False`: `step` returns the true last observation of ended episodes, which are then reset by
+index, and what they begin with is acted on in the same tick. Imports torch.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from collector_proc.simulators.batched.spaces import ActionMap, ObservationMap
+from collector_proc.simulators.batched.step import (
+    ManagerStep,
+    episode_length_s,
+    finite_horizon,
+    randomize_episode_lengths,
+    whole_columns,
+)
+from collector_proc.simulators.checks import nearest
+from shared.errors import SettingError, SimulatorError
+from shared.stream import StreamSpec
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+    from collector_proc.simulators.base import Arrival
+    from shared.config import EnvSettings, Settings
+
+
+class MjlabSimulator:
+    """env.num_envs environments of the task env.name on `device`."""
+
+    frames_per_step = 1  # the task repeats actions itself (decimation)
+
+    def __init__(self, settings: Settings, *, seed: int, device: str, crash_dir: Path | None = None) -> None:
+        env = settings.env
+        assert env.num_envs is not None, "check_env demands env.num_envs"
+        self._env = _make(env, num_envs=env.num_envs, seed=seed, device=device)
+        self._torch_device = torch.device(self._env.device)
+        self.device = str(self._torch_device)
+        self._whole = whole_columns(settings, env.num_envs)
+        with torch.no_grad(), _warp_order(self._torch_device):
+            obs, _ = self._env.reset()
+        self._observe = ObservationMap(obs, env)
+        space = self._env.single_action_space
+        low, high = (torch.as_tensor(bound).expand(space.shape) for bound in (space.low, space.high))
+        self._act = ActionMap(low, high, scale=env.action_scale, device=self._torch_device)
+        self._tick = ManagerStep(
+            env.num_envs,
+            device=self._torch_device,
+            reward_factor=1 / self._env.step_dt if env.reward_per_second else 1.0,
+            finite_horizon=finite_horizon(self._env.cfg, env),
+            crash_dir=crash_dir,
+            images=self._observe,
+        )
+        self.spec = StreamSpec(env.num_envs, self._observe.spec, self._act.action_dim)
+
+    @property
+    def num_diverged(self) -> int:
+        """Rows that were not finite: recorded as zeros, their environments reset. As of the last tick looked at; never waits."""
+        return self._tick.num_diverged
+
+    def reset(self) -> Arrival:
+        """Start every environment anew; training ones at random ages, unless env.randomize_start is off."""
+        with torch.no_grad(), _warp_order(self._torch_device):
+            obs, _ = self._env.reset()
+            randomize_episode_lengths(self._env, whole=self._whole)
+            return self._tick.begin(self._observe(obs))
+
+    def step(self, action: Tensor) -> Arrival:
+        """One agent step of every environment. action: (E, A) in [-1, 1]. Raises: SimulatorError.
+
+        Waits for the device to learn whether an episode ended, as mjlab itself does in every step.
+        """
+        assert action.shape == (self.spec.num_envs, self.spec.action_dim), action.shape
+        with torch.no_grad(), _warp_order(self._torch_device):
+            if (stuck := self._tick.pending()) is not None:
+                self._env.reset(env_ids=stuck)
+            obs, reward, terminated, time_out, _ = self._env.step(self._act(action))
+            row = self._tick.row(self._observe(obs), reward, terminated, time_out)
+            fresh, ended = row.obs, row.is_last.nonzero().squeeze(-1)
+            if len(ended):
+                fresh = self._observe(self._env.reset(env_ids=ended)[0])
+            return self._tick.arrival(row, fresh, was_reset=row.is_last)
+
+    def close(self) -> None:
+        self._env.close()
+
+
+def _make(env: EnvSettings, *, num_envs: int, seed: int, device: str) -> Any:
+    """The task's environment. Raises: SettingError, SimulatorError."""
+    import mjlab.tasks  # noqa: F401  registers every task
+    from mjlab.envs import ManagerBasedRlEnv
+    from mjlab.tasks.registry import list_tasks, load_env_cfg
+
+    if env.name not in list_tasks():
+        raise SettingError(
+            f"env.name={env.name} is no task of mjlab; wanted one of {nearest(env.name, list_tasks())}; set env.name to it"
+        )
+    cfg = load_env_cfg(env.name)
+    cfg.scene.num_envs, cfg.seed, cfg.auto_reset = num_envs, seed, False
+    if env.horizon is not None:
+        _cut_episodes(cfg, env.horizon)
+    try:
+        with _warp_order(torch.device(device)):
+            return ManagerBasedRlEnv(cfg, device=device)
+    except Exception as error:
+        raise SimulatorError(
+            f"mjlab task {env.name} does not start on {device}: {type(error).__name__}: {error}; wanted "
+            f"{num_envs} environments; lower env.num_envs if memory ran out"
+        ) from error
+
+
+def _cut_episodes(cfg: Any, horizon: int) -> None:
+    """Let the task's own time-out cut after `horizon` agent steps. Raises: SettingError if it has none."""
+    if not any(term is not None and term.time_out for term in cfg.terminations.values()):
+        raise SettingError(
+            f"env.horizon={horizon} has no time-out to move: the task's terminations are {list(cfg.terminations)}; wanted "
+            "one with time_out=True; set env.horizon=null"
+        )
+    cfg.episode_length_s = episode_length_s(horizon, cfg.sim.mujoco.timestep * cfg.decimation)
+
+
+@contextlib.contextmanager
+def _warp_order(device: torch.device) -> Iterator[None]:
+    """Run on torch's default stream: Warp orders its own stream against that one only, and against no other of torch's.
+
+    Whatever stream was current waits for the result, and its work so far is waited for.
+    """
+    if device.type != "cuda":
+        yield
+        return
+    outer, default = torch.cuda.current_stream(device), torch.cuda.default_stream(device)
+    if outer == default:
+        yield
+        return
+    default.wait_stream(outer)
+    with torch.cuda.stream(default):
+        yield
+    outer.wait_stream(default)

@@ -1,0 +1,1 @@
+"""A pendulum written in torch: a simulator that needs no installation."""

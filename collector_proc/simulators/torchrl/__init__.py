@@ -1,0 +1,1 @@
+"""Environments of torchrl and gymnasium."""

@@ -1,0 +1,76 @@
+"""One optimiser of the three: a clipped Adam step that is skipped on the device where gradients are not finite."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+INITIAL_LOSS_SCALE = 2.0**16
+LOSS_SCALE_INTERVAL = 2000  # finite steps between two doublings
+
+
+class LossScale:
+    """The factor that keeps float16 gradients in range; moves on the device, one number per optimiser."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.scale = torch.full((), INITIAL_LOSS_SCALE, device=device)
+        self.num_finite = torch.zeros((), device=device)
+
+    def update(self, bad: Tensor) -> None:
+        """Halve after a bad step, double after `LOSS_SCALE_INTERVAL` good ones in a row. Shapes: bad () bool."""
+        num_finite = (self.num_finite + 1).masked_fill(bad, 0.0)
+        grow = num_finite >= LOSS_SCALE_INTERVAL
+        self.scale.mul_(torch.where(bad, 0.5, torch.where(grow, 2.0, 1.0)))
+        self.num_finite.copy_(num_finite.masked_fill(grow, 0.0))
+
+
+class Optimiser:
+    """One Adam over a fixed list of parameters: clips the global norm, skips non-finite gradients on the device."""
+
+    def __init__(self, params: Sequence[nn.Parameter], *, lr: float, eps: float, clip: float, scaled: bool) -> None:
+        self.params, self.clip = list(params), clip
+        device = self.params[0].device
+        self.optimizer = torch.optim.Adam(self.params, lr=lr, eps=eps, fused=True, capturable=device.type == "cuda")
+        self.loss_scale = LossScale(device) if scaled else None
+        # what Adam would make lazily exists from the start, so that its addresses never change
+        for param in self.params:
+            self.optimizer.state[param] = {
+                "step": torch.zeros((), device=device),
+                "exp_avg": torch.zeros_like(param),
+                "exp_avg_sq": torch.zeros_like(param),
+            }
+
+    def scaled(self, loss: Tensor) -> Tensor:
+        """The loss to take gradients of, which `apply` divides again."""
+        return loss if self.loss_scale is None else loss * self.loss_scale.scale
+
+    def apply(self, grads: list[Tensor]) -> tuple[Tensor, Tensor]:
+        """Clip and step in place, by gradients of the `scaled` loss.
+
+        Returns the norm before clipping and whether the step was skipped, () bool.
+        """
+        if self.loss_scale is not None:
+            torch._foreach_div_(grads, self.loss_scale.scale)  # pyright: ignore[reportPrivateImportUsage]
+        norm = torch.nn.utils.get_total_norm(grads)
+        bad = ~torch.isfinite(norm)
+        for param, grad in zip(self.params, grads, strict=True):
+            # convolutions give theirs in their input's layout: the fused kernels walk all buffers in one order
+            param.grad = grad if grad.stride() == param.stride() else torch.empty_like(param).copy_(grad)
+        torch.nn.utils.clip_grads_with_norm_(self.params, self.clip, norm)
+        # read by the fused kernels: a set flag leaves parameters, moments and step count as they are
+        self.optimizer.found_inf = bad.float()  # type: ignore[attr-defined]
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        if self.loss_scale is not None:
+            self.loss_scale.update(bad)
+        return norm, bad
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Everything that moves with the updates but the parameters themselves, by name."""
+        return {
+            f"{index}.{key}": value
+            for index, param in enumerate(self.params)
+            for key, value in self.optimizer.state[param].items()
+        }

@@ -1,0 +1,293 @@
+"""Every number that a run reports, declared once: its name, unit, group and meaning.
+
+The learner writes one row to metrics.jsonl every `optimization.log_every` gradient steps. The column names of that row, the
+tags in TensorBoard and wandb, the live display, the report and docs/metrics.md are all made from the declarations here. Code
+refers to a metric by its constant, so a misspelled name is an error when the file is imported.
+
+Between two rows, each process also publishes a small status through its progress file (`shared.progress`). The two
+statuses are the dataclasses at the end of this file.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any, TypeVar
+
+Value = float | int | str | None
+
+
+@dataclass(frozen=True)
+class Metric:
+    """One column of metrics.jsonl. `tag` is its name in TensorBoard and wandb, "group/name"."""
+
+    name: str
+    tag: str
+    unit: str
+    meaning: str
+
+    @property
+    def group(self) -> str:
+        return self.tag.partition("/")[0]
+
+    def of(self, row: Mapping[str, Any]) -> float | None:
+        """Return this metric's number in a row, or None if the row has no finite number for it."""
+        value = row.get(self.name)
+        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+            return None
+        return value
+
+
+METRICS: dict[str, Metric] = {}
+
+
+def _metric(name: str, tag: str, unit: str, meaning: str) -> Metric:
+    if name in METRICS or any(known.tag == tag for known in METRICS.values()):
+        raise ValueError(f"metric {name!r} ({tag!r}) is declared twice; every name and every tag must be unique")
+    METRICS[name] = Metric(name, tag, unit, meaning)
+    return METRICS[name]
+
+
+# ---- progress of the run ------------------------------------------------------------------------------------------
+TIME = _metric("time", "run/time", "s since 1970", "When the row was written.")
+WALL_S = _metric("wall_s", "run/wall_s", "s", "Time that the learner has trained, over all launches of the run.")
+GRADIENT_STEPS = _metric(
+    "gradient_steps", "run/gradient_steps", "steps", "Updates of all three optimisers since the run began."
+)
+AGENT_STEPS = _metric(
+    "agent_steps", "run/agent_steps", "agent steps", "Decisions of all environments since the run began."
+)
+ENV_FRAMES = _metric("env_frames", "run/env_frames", "env frames", "Agent steps times the action repeat.")
+EPISODES = _metric("episodes", "run/episodes", "episodes", "Finished episodes since the run began.")
+STARTUP_S = _metric("startup_s", "run/startup_s", "s", "Time to build and compile the networks in this launch.")
+
+# ---- returns ------------------------------------------------------------------------------------------------------
+EPISODE_RETURN_MEAN = _metric(
+    "episode_return_mean", "return/train_mean", "reward", "Mean return of the newest 100 training episodes."
+)
+EVAL_RETURN_MEAN = _metric(
+    "eval_return_mean", "return/eval_mean", "reward", "Mean return of the newest 20 evaluation episodes (no noise)."
+)
+RANDOM_RETURN_MEAN = _metric(
+    "random_return_mean", "return/random_mean", "reward", "Mean return of the newest 100 episodes of random actions."
+)
+EPISODE_LENGTH_MEAN = _metric(
+    "episode_length_mean", "return/length_mean", "agent steps", "Mean length of the newest 100 episodes of any kind."
+)
+
+# ---- pace ---------------------------------------------------------------------------------------------------------
+COLLECT_FPS = _metric(
+    "collect_fps", "pace/collect_fps", "agent steps/s", "Agent steps collected per second since the previous row."
+)
+UPDATES_PER_S = _metric(
+    "updates_per_s", "pace/updates_per_s", "gradient steps/s", "Gradient steps per second since the previous row."
+)
+COLLECT_FPS_MEAN = _metric(
+    "collect_fps_mean", "pace/collect_fps_mean", "agent steps/s", "Agent steps per second since this launch began."
+)
+UPDATES_PER_S_MEAN = _metric(
+    "updates_per_s_mean",
+    "pace/updates_per_s_mean",
+    "gradient steps/s",
+    "Gradient steps per second since the first one of this launch.",
+)
+REPLAY_RATIO = _metric(
+    "replay_ratio", "pace/replay_ratio", "1", "Replayed agent steps per collected agent step, over the whole run."
+)
+REPLAY_RATIO_TARGET = _metric(
+    "replay_ratio_target", "pace/replay_ratio_target", "1", "The setting optimization.replay_ratio."
+)
+POLICY_VERSION = _metric("policy_version", "pace/policy_version", "versions", "Version of the weights published last.")
+POLICY_LAG_MEAN = _metric(
+    "policy_lag_mean",
+    "pace/policy_lag_mean",
+    "versions",
+    "Newest version minus the version that acted, mean over the newest 100 chunks.",
+)
+SAMPLED_VERSION_MEAN = _metric(
+    "sampled_version_mean", "pace/sampled_version_mean", "versions", "Mean policy version of freshly sampled rows."
+)
+
+# ---- losses -------------------------------------------------------------------------------------------------------
+LOSS_MODEL = _metric("loss_model", "loss/model", "nats", "World model loss: the sum of the parts below and the KL.")
+LOSS_OBS = _metric("loss_obs", "loss/obs", "nats", "Negative log-likelihood of the observations.")
+LOSS_REWARD = _metric("loss_reward", "loss/reward", "nats", "Negative log-likelihood of the rewards.")
+LOSS_CONT = _metric("loss_cont", "loss/cont", "nats", "Negative log-likelihood of the continue flags.")
+LOSS_ACTOR = _metric("loss_actor", "loss/actor", "scaled reward", "Actor loss: minus the imagined return.")
+LOSS_VALUE = _metric("loss_value", "loss/value", "nats", "Critic loss: negative log-likelihood of the lambda return.")
+
+# ---- world model --------------------------------------------------------------------------------------------------
+KL = _metric("kl", "model/kl", "nats", "KL between posterior and prior, before free nats are applied.")
+KL_FREE = _metric(
+    "kl_free", "model/kl_free", "share", "Share of updates in which the KL lay under the free nats: no gradient."
+)
+
+# ---- behaviour ----------------------------------------------------------------------------------------------------
+IMAGINED_RETURN = _metric(
+    "imagined_return", "behavior/imagined_return", "scaled reward", "Mean lambda return of imagined trajectories."
+)
+IMAGINED_REWARD = _metric(
+    "imagined_reward", "behavior/imagined_reward", "scaled reward", "Mean predicted reward of imagined steps."
+)
+RETURN_SCALE = _metric(
+    "return_scale", "behavior/return_scale", "scaled reward", "What the actor's returns are divided by; 1 if unused."
+)
+VALUE_MEAN = _metric("value_mean", "behavior/value_mean", "scaled reward", "Mean value of imagined beliefs.")
+VALUE_BIAS = _metric(
+    "value_bias", "behavior/value_bias", "scaled reward", "Mean of value minus lambda return over imagined beliefs."
+)
+ACTOR_STD = _metric("actor_std", "behavior/actor_std", "1", "Mean standard deviation of the actor before the tanh.")
+ACTOR_ENTROPY = _metric("actor_entropy", "behavior/actor_entropy", "nats", "Entropy of the actor's actions.")
+IMAGINED_VALUE = _metric(
+    "imagined_value", "behavior/imagined_value", "scaled reward", "Critic's value at sampled replay states."
+)
+RECORDED_RETURN = _metric(
+    "recorded_return",
+    "behavior/recorded_return",
+    "scaled reward",
+    "Discounted return that was recorded after the same states; compare with imagined_value.",
+)
+
+# ---- gradients ----------------------------------------------------------------------------------------------------
+GRAD_NORM_MODEL = _metric("grad_norm_model", "gradient/norm_model", "1", "World model gradient norm before clipping.")
+GRAD_NORM_ACTOR = _metric("grad_norm_actor", "gradient/norm_actor", "1", "Actor gradient norm before clipping.")
+GRAD_NORM_VALUE = _metric("grad_norm_value", "gradient/norm_value", "1", "Critic gradient norm before clipping.")
+CLIPPED_MODEL = _metric("clipped_model", "gradient/clipped_model", "share", "Share of clipped world model updates.")
+CLIPPED_ACTOR = _metric("clipped_actor", "gradient/clipped_actor", "share", "Share of clipped actor updates.")
+CLIPPED_VALUE = _metric("clipped_value", "gradient/clipped_value", "share", "Share of clipped critic updates.")
+SKIPPED = _metric(
+    "skipped", "gradient/skipped", "share", "Share of updates that were skipped because a gradient was not finite."
+)
+NAN_SKIPS = _metric("nan_skips", "gradient/nan_skips", "updates", "Skipped updates since the run began.")
+
+# ---- health -------------------------------------------------------------------------------------------------------
+NUM_DIVERGED = _metric(
+    "num_diverged", "health/num_diverged", "episodes", "Environments that were reset because a number was not finite."
+)
+MESSAGES_DROPPED = _metric(
+    "messages_dropped", "health/messages_dropped", "messages", "Malformed or unexpected messages from collectors."
+)
+PUBLICATIONS_SKIPPED = _metric(
+    "publications_skipped",
+    "health/publications_skipped",
+    "versions",
+    "Weights that were not published because both copy buffers were busy.",
+)
+TRANSPORT = _metric("transport", "health/transport", "name", "How chunks travel: cuda_ipc or memfd.")
+TRANSPORT_BYTES_PER_S = _metric(
+    "transport_bytes_per_s", "health/transport_bytes_per_s", "bytes/s", "Rate of the start-up self-test."
+)
+
+# ---- memory -------------------------------------------------------------------------------------------------------
+LEARNER_RSS_GB = _metric(
+    "learner_rss_gb", "memory/learner_rss_gb", "GB", "Resident memory of the learner, without shared pages."
+)
+LEARNER_GPU_GB = _metric("learner_gpu_gb", "memory/learner_gpu_gb", "GB", "GPU memory that torch reserved there.")
+COLLECTOR_RSS_GB = _metric(
+    "collector_rss_gb",
+    "memory/collector_rss_gb",
+    "GB",
+    "Resident memory of the collector and its workers, without shared pages.",
+)
+COLLECTOR_GPU_GB = _metric(
+    "collector_gpu_gb", "memory/collector_gpu_gb", "GB", "GPU memory that torch reserved in the collector."
+)
+SIM_GPU_USED_GB = _metric(
+    "sim_gpu_used_gb", "memory/sim_gpu_used_gb", "GB", "Memory in use on the simulator's GPU, by all processes."
+)
+
+
+@dataclass(frozen=True)
+class MetricFamily:
+    """Metrics that exist once per observation entry and horizon. `name` and `tag` hold {entry} and {horizon}."""
+
+    name: str
+    tag: str
+    unit: str
+    meaning: str
+
+    def member(self, entry: str, horizon: int) -> Metric:
+        """Return the metric of one observation entry and one horizon in agent steps."""
+        words = {"entry": entry, "horizon": horizon}
+        return Metric(self.name.format(**words), self.tag.format(**words), self.unit, self.meaning)
+
+
+OPEN_LOOP = MetricFamily(
+    "open_loop_{entry}_{horizon}",
+    "model/open_loop_{entry}_{horizon}",
+    "squared error",
+    "Mean squared error of the prediction {horizon} steps ahead: the prior follows the recorded actions.",
+)
+REPEAT_LAST = MetricFamily(
+    "repeat_last_{entry}_{horizon}",
+    "model/repeat_last_{entry}_{horizon}",
+    "squared error",
+    "The same error for a prediction that repeats the last observation; a useful model lies far below it.",
+)
+FAMILIES = (OPEN_LOOP, REPEAT_LAST)
+
+
+def to_row(values: Mapping[Metric, Value]) -> dict[str, Value]:
+    """Return the JSON form of a row. A number that is not finite becomes None, because JSON has no NaN."""
+    return {
+        metric.name: None if isinstance(value, float) and not math.isfinite(value) else value
+        for metric, value in values.items()
+    }
+
+
+def find(name: str) -> Metric | None:
+    """Return the metric whose column has this name, members of families included; None if it is not declared."""
+    if name in METRICS:
+        return METRICS[name]
+    for family in FAMILIES:
+        prefix = family.name.partition("{")[0]
+        entry, _, horizon = name.removeprefix(prefix).rpartition("_")
+        if name.startswith(prefix) and entry and horizon.isdecimal():
+            return family.member(entry, int(horizon))
+    return None
+
+
+def tagged(row: Mapping[str, Any]) -> dict[str, float]:
+    """Return the finite numbers of a row under their TensorBoard tags. Columns that are not declared are left out."""
+    metrics = [metric for metric in map(find, row) if metric is not None]
+    numbers = ((metric.tag, metric.of(row)) for metric in metrics)
+    return {tag: value for tag, value in numbers if value is not None}
+
+
+@dataclass(frozen=True)
+class LearnerStatus:
+    """What the learner publishes twice a second; the fields mean the same as the metrics of the same name."""
+
+    gradient_steps: int
+    agent_steps: int
+    total_optim_steps: int
+    updates_per_s: float
+    replay_ratio: float
+    replay_ratio_target: float | None
+    policy_lag_mean: float | None
+    episode_return_mean: float | None
+    eval_return_mean: float | None
+
+
+@dataclass(frozen=True)
+class CollectorStatus:
+    """What a collector publishes after every chunk and while it waits for grants."""
+
+    agent_steps: int  # of the whole run
+    fps: float  # agent steps per second over the last seconds
+    policy_version: int  # of the weights it acts with; 0 while it acts at random
+    weights_refused: int  # messages with weights that could not be used
+    rss_gb: float  # memory that was last compared with collector.max_rss_gb
+
+
+Status = TypeVar("Status", LearnerStatus, CollectorStatus)
+
+
+def read_status(kind: type[Status], content: Mapping[str, Any]) -> Status | None:
+    """Return the status in a progress page, or None if the process has not published one yet.
+
+    Keys that `kind` does not have are ignored.
+    """
+    names = [field.name for field in fields(kind)]
+    return kind(**{name: content[name] for name in names}) if all(name in content for name in names) else None

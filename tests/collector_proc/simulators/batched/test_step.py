@@ -1,0 +1,326 @@
+"""Laws of what IsaacLab-shaped simulators share: rows from a step's tensors, observation groups, actions."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+from collector_proc.simulators.batched.spaces import ActionMap, ObservationMap
+from collector_proc.simulators.batched.step import (
+    MAX_STREAK,
+    ManagerStep,
+    episode_length_s,
+    randomize_episode_lengths,
+)
+from shared.config import EnvSettings
+from shared.errors import SettingError, SimulatorError
+from shared.stream import ObsSpec, evaluation_columns
+
+CPU = torch.device("cpu")
+NO = torch.zeros(3, dtype=torch.bool)
+
+
+def mask(*environments: int) -> torch.Tensor:
+    flags = NO.clone()
+    flags[list(environments)] = True
+    return flags
+
+
+def obs(value: float) -> dict[str, torch.Tensor]:
+    """policy (3, 2): environment * 100 + value, twice."""
+    return {"policy": (torch.arange(3.0) * 100 + value)[:, None].repeat(1, 2)}
+
+
+def settings(**changes: object) -> EnvSettings:
+    return dataclasses.replace(EnvSettings(from_pixels=False), **changes)
+
+
+def test_a_time_out_is_an_end_but_not_terminal_and_both_at_once_are_terminal() -> None:
+    steps = ManagerStep(3, device=CPU)
+    steps.begin(obs(0))
+    row = steps.row(obs(1), torch.ones(3), terminated=mask(1, 2), time_out=mask(0, 1))
+    assert row.is_last.all() and torch.equal(row.is_terminal, mask(1, 2)) and not row.is_first.any()
+
+
+def test_what_was_reset_begins_in_the_next_row_and_keeps_its_reward() -> None:
+    steps = ManagerStep(3, device=CPU, reward_factor=50.0)
+    assert steps.begin(obs(0)).is_first.all()
+    row = steps.row(obs(1), torch.full((3,), 0.02), terminated=mask(1), time_out=NO)
+    arrival = steps.arrival(row, obs(7), was_reset=mask(1))
+    assert arrival.acting_obs is not None
+    assert arrival.acting_obs["policy"][:, 0].tolist() == [1, 107, 201] and arrival.obs["policy"][:, 0].tolist() == [
+        1,
+        101,
+        201,
+    ]
+    row = steps.row(obs(2), torch.full((3,), 0.02), NO, NO)
+    assert torch.equal(row.is_first, mask(1)) and row.reward.tolist() == pytest.approx([1.0, 1.0, 1.0])
+    steps.arrival(row, row.obs, was_reset=NO)
+    assert not steps.row(obs(3), torch.ones(3), NO, NO).is_first.any()
+
+
+def test_rows_share_no_memory_with_the_simulators_buffers() -> None:
+    steps = ManagerStep(3, device=CPU)
+    steps.begin(obs(0))
+    buffers = obs(1)["policy"], torch.ones(3), mask(0), mask(1)
+    fresh = obs(5)
+    row = steps.row({"policy": buffers[0]}, *buffers[1:])
+    arrival = steps.arrival(row, fresh, was_reset=mask(0, 1))
+    for buffer in (*buffers, fresh["policy"]):
+        buffer.fill_(9)
+    assert arrival.acting_obs is not None
+    assert arrival.obs["policy"][:, 0].tolist() == [1, 101, 201] and arrival.reward.tolist() == [1, 1, 1]
+    assert arrival.is_last.tolist() == [True, True, False] and arrival.is_terminal.tolist() == [True, False, False]
+    assert arrival.acting_obs["policy"][:, 0].tolist() == [5, 105, 201]
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+def test_a_row_that_is_not_finite_becomes_zeros_and_its_environment_is_named(bad: float, tmp_path: Path) -> None:
+    steps = ManagerStep(3, device=CPU, crash_dir=tmp_path)
+    steps.begin(obs(0))
+    assert steps.pending() is None
+    broken, reward = obs(1), torch.tensor([1.0, bad, 3.0])
+    broken["policy"][2, 1] = bad
+    row = steps.row(broken, reward, terminated=mask(2), time_out=NO)
+    arrival = steps.arrival(row, obs(7), was_reset=mask(2))  # the simulator reset 2 by itself
+    assert row.obs["policy"].tolist() == [[1, 1], [0, 0], [0, 0]] and row.reward.tolist() == [1, 0, 0]
+    assert torch.equal(row.is_first, mask(1, 2)) and torch.equal(row.is_last, mask(1, 2)) and not row.is_terminal.any()
+    assert arrival.acting_obs is not None
+    assert arrival.acting_obs["policy"].tolist() == [[1, 1], [0, 0], [207, 207]]
+    pending = steps.pending()
+    assert pending is not None and pending.tolist() == [1] and steps.num_diverged == 2
+    written = np.load(next(tmp_path.glob("diverged-*.npz")))
+    assert written["env"].tolist() == [1, 2] and not np.isfinite(written["obs.policy"][1, 1])
+
+
+def test_a_reset_that_is_not_finite_is_blanked_and_repeated() -> None:
+    steps = ManagerStep(3, device=CPU)
+    steps.begin(obs(0))
+    fresh = obs(7)
+    fresh["policy"][0] = float("nan")
+    row = steps.row(obs(1), torch.ones(3), terminated=mask(0), time_out=NO)
+    arrival = steps.arrival(row, fresh, was_reset=mask(0))
+    assert arrival.acting_obs is not None and arrival.acting_obs["policy"][0].tolist() == [0, 0]
+    assert arrival.obs["policy"][0].tolist() == [1, 1] and arrival.is_terminal[0], "the row itself was whole"
+    pending = steps.pending()
+    assert pending is not None and pending.tolist() == [0] and steps.num_diverged == 1
+
+
+def stream(steps: ManagerStep, num_envs: int, ticks: list[list[int]]) -> None:
+    """One tick for each list of environments whose reward is not a number."""
+    entries, none = {"policy": torch.zeros(num_envs, 1)}, torch.zeros(num_envs, dtype=torch.bool)
+    steps.begin(entries)
+    for bad in ticks:
+        reward = torch.ones(num_envs)
+        reward[bad] = float("nan")
+        row = steps.row(entries, reward, none, none)
+        steps.arrival(row, row.obs, was_reset=none)
+        steps.pending()
+
+
+def test_few_states_are_written_and_an_environment_that_does_not_mend_ends_with_a_name(tmp_path: Path) -> None:
+    steps = ManagerStep(100, device=CPU, crash_dir=tmp_path)
+    with pytest.raises(SimulatorError, match=f"{MAX_STREAK} rows diverged.* and {MAX_STREAK} of one environment"):
+        stream(steps, 100, [[7]] * (MAX_STREAK + 1))
+    assert steps.num_diverged == MAX_STREAK and len(list(tmp_path.iterdir())) == 4
+
+
+def test_a_row_that_is_finite_only_because_it_was_just_reset_mends_nothing() -> None:
+    steps = ManagerStep(100, device=CPU)
+    with pytest.raises(SimulatorError, match=f"{MAX_STREAK} of one environment without two finite rows"):
+        stream(steps, 100, [[7], []] * MAX_STREAK)
+
+
+def test_divergence_in_every_tick_is_forgiven_where_environments_mend_and_they_are_few() -> None:
+    steps = ManagerStep(400, device=CPU)  # another environment in each of 1200 ticks: 0.25 % of the rows
+    stream(steps, 400, [[tick % 400] for tick in range(1200)])
+    assert steps.num_diverged == 1200
+
+
+def test_more_diverged_rows_than_one_in_a_hundred_end_with_a_name_though_each_environment_mends() -> None:
+    steps = ManagerStep(
+        60, device=CPU
+    )  # two others in each tick: 3.3 %, the allowed 600 of 60,000 rows after 300 ticks
+    with pytest.raises(SimulatorError, match=r"602 rows diverged, 602 of them in the last 1000 ticks.*at most 1%"):
+        stream(steps, 60, [[tick % 30, 30 + tick % 30] for tick in range(400)])
+
+
+def test_old_divergence_is_forgotten() -> None:
+    steps = ManagerStep(60, device=CPU)
+    waves = [[tick % 30, 30 + tick % 30] for tick in range(290)] + [[]] * 1000  # 580 rows, then peace
+    stream(steps, 60, waves + waves[:290])
+    assert steps.num_diverged == 1160
+
+
+def test_a_full_disk_ends_no_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    steps = ManagerStep(100, device=CPU, crash_dir=tmp_path / "gone")
+    stream(steps, 100, [[7], []])
+    assert steps.num_diverged == 1 and "FileNotFoundError" in capsys.readouterr().err
+
+
+def test_diverged_rows_are_told_from_episodes_that_ended() -> None:
+    steps = ManagerStep(3, device=CPU)
+    steps.begin(obs(0))
+    row = steps.row(obs(1), torch.tensor([1.0, float("nan"), 1.0]), terminated=mask(2), time_out=NO)
+    assert row.diverged is not None and torch.equal(row.diverged, mask(1)) and torch.equal(row.is_last, mask(1, 2))
+
+
+def test_an_image_that_leaves_its_range_ends_with_the_values_met() -> None:
+    picture = torch.linspace(0, 1, 3 * 64 * 64).view(3, 64, 64, 1)
+    entries = ObservationMap({"camera": picture}, settings(from_pixels=True))
+    steps = ManagerStep(3, device=CPU, images=entries)
+    steps.begin(entries({"camera": picture}))
+    assert steps.pending() is None
+    for factor in (1.0, 1.5, 1.0):  # once outside is enough, whatever follows
+        row = steps.row(entries({"camera": factor * picture}), torch.ones(3), NO, NO)
+        steps.arrival(row, row.obs, was_reset=NO)
+    with pytest.raises(SettingError, match=r"env.image_high=1.0 do not hold .* met values 0 \.\. 1.5; wanted"):
+        steps.pending()
+
+
+def test_rows_can_be_chosen_before_they_are_converted() -> None:
+    sample = {"policy": torch.arange(6.0).view(3, 2), "other": torch.zeros(3, 1)}
+    entries = ObservationMap(sample, settings())
+    assert entries(sample, torch.tensor([2, 0]))["policy"].tolist() == [[4, 5], [0, 1]]
+
+
+@pytest.mark.gpu
+def test_no_ordinary_tick_waits_for_the_gpu() -> None:
+    device = torch.device("cuda", 0)
+    steps = ManagerStep(3, device=device)
+    fresh = {"policy": torch.ones(3, 2, device=device)}
+    reward, none = torch.ones(3, device=device), torch.zeros(3, dtype=torch.bool, device=device)
+    steps.begin(fresh)
+    torch.cuda.synchronize(device)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for _ in range(5):
+            assert steps.pending() is None  # an event's wait, which this mode lets through: documented
+            row = steps.row(fresh, reward, none, none)
+            steps.arrival(row, fresh, was_reset=none)
+            assert steps.num_diverged == 0
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize(("horizon", "step_s"), [(1000, 0.02), (300, 1 / 60), (2, 0.005), (7, 4 * 0.005)])
+def test_the_horizon_survives_the_simulators_rounding_up(horizon: int, step_s: float) -> None:
+    import math
+
+    assert math.ceil(episode_length_s(horizon, step_s) / step_s) == horizon
+
+
+def test_random_ages_stay_below_the_limit_and_spare_evaluation() -> None:
+    env = SimpleNamespace(episode_length_buf=torch.zeros(1000, dtype=torch.long), max_episode_length=50)
+    whole = evaluation_columns(1000, 10)
+    randomize_episode_lengths(env, whole=whole)
+    ages, drawn = env.episode_length_buf, torch.ones(1000, dtype=torch.bool)
+    drawn[whole] = False
+    assert not ages[whole].any() and ages.min() >= 0 and 45 <= ages[drawn].max() < 50
+    assert ages[drawn].unique().numel() > 40
+    randomize_episode_lengths(SimpleNamespace(), whole=[])  # nothing to set: nothing happens
+
+
+@pytest.mark.parametrize(
+    ("groups", "chosen", "names"),
+    [
+        (("policy", "critic"), None, ["policy"]),
+        (("actor", "critic"), None, ["actor"]),
+        (("state", "task"), None, ["state", "task"]),
+        (("policy", "critic"), ["critic"], ["critic"]),
+    ],
+)
+def test_the_actors_group_is_streamed_unless_others_are_named(groups, chosen, names) -> None:
+    sample = {group: torch.zeros(3, 2) for group in groups}
+    assert list(ObservationMap(sample, settings(obs_groups=chosen)).spec) == names
+
+
+def test_vectors_are_flattened_to_float32() -> None:
+    sample = {"policy": {"a.b": torch.arange(12).view(3, 2, 2), "flag": torch.ones(3, 1, dtype=torch.bool)}}
+    entries = ObservationMap(sample, settings())
+    assert entries.spec == {"policy_a_b": ObsSpec((4,), "float32"), "policy_flag": ObsSpec((1,), "float32")}
+    assert entries(sample)["policy_a_b"].tolist() == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10, 11]]
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_images_become_64x64_bytes_wherever_their_channels_stand(first: bool) -> None:
+    # Four 64x64 quarters of one colour each: shrunk by half, every quarter is 32x32 of its colour.
+    image = torch.zeros(1, 128, 128, 3)
+    image[0, :64, :64, 0], image[0, :64, 64:, 1], image[0, 64:, :64, 2], image[0, 64:, 64:] = 1.0, 0.5, 0.25, 1.0
+    given = image.permute(0, 3, 1, 2) if first else image
+    entries = ObservationMap({"camera": given}, settings(from_pixels=True))
+    assert entries.spec == {"pixels": ObsSpec((64, 64, 3), "uint8")}
+    pixels = entries({"camera": given})["pixels"][0]
+    corners = [pixels[0, 0], pixels[0, 63], pixels[63, 0], pixels[63, 63], pixels[31, 31], pixels[32, 32]]
+    assert [corner.tolist() for corner in corners] == [
+        [255, 0, 0],
+        [0, 128, 0],
+        [0, 0, 64],
+        [255, 255, 255],
+        [255, 0, 0],
+        [255, 255, 255],
+    ]
+
+
+def test_grey_images_and_alpha_and_ranges() -> None:
+    rgba = torch.tensor([255, 0, 0, 77], dtype=torch.uint8).view(1, 1, 1, 4).repeat(1, 64, 64, 1)
+    assert ObservationMap({"c": rgba}, settings(from_pixels=True))({"c": rgba})["pixels"][0, 5, 5].tolist() == [
+        255,
+        0,
+        0,
+    ]
+    grey = ObservationMap({"c": rgba}, settings(from_pixels=True, grayscale=True))({"c": rgba})["pixels"]
+    assert grey.shape == (1, 64, 64, 1) and grey[0, 5, 5].tolist() == [76], "0.299 * 255"
+    centred = torch.full((1, 64, 64, 1), -1.0)
+    centred[0, 0, 0], centred[0, 0, 1] = 0.0, 1.0
+    shifted = ObservationMap({"c": centred}, settings(from_pixels=True, image_low=-1.0))({"c": centred})["pixels"]
+    assert shifted[0, 0, :3, 0].tolist() == [128, 255, 0]
+    with pytest.raises(SettingError, match=r"met values -1 \.\. 1.*-1 and 1"):
+        ObservationMap({"c": centred}, settings(from_pixels=True))
+
+
+def test_several_images_keep_their_names_and_a_strange_shape_is_refused() -> None:
+    blank = torch.zeros(1, 64, 64, 3)
+    sample = {"left": blank.byte(), "right": blank.byte(), "state": torch.zeros(1, 2)}
+    assert set(ObservationMap(sample, settings(from_pixels=True)).spec) == {"pixels_left", "pixels_right", "state"}
+    with pytest.raises(SimulatorError, match=r"\(1, 7, 64, 64\)"):
+        ObservationMap({"policy": torch.zeros(1, 7, 64, 64)}, settings(from_pixels=True))
+    with pytest.raises(SimulatorError, match=r"image 'left' is 0 in every pixel"):
+        ObservationMap({"left": blank}, settings(from_pixels=True))
+
+
+def test_actions_are_scaled_where_unbounded_and_mapped_to_bounds_where_there_are_some() -> None:
+    inf = float("inf")
+    actions = ActionMap([-inf, 0.0, -1.0], [inf, 4.0, 1.0], scale=2.5, device=CPU)
+    given = torch.tensor([[-1.0, -1.0, -1.0], [0.0, 0.0, 0.0], [1.0, 1.0, 1.0]])
+    assert actions(given).tolist() == [[-2.5, 0.0, -1.0], [0.0, 2.0, 0.0], [2.5, 4.0, 1.0]] and actions.action_dim == 3
+
+
+def test_actions_with_one_bound_reach_twice_the_scale_from_it() -> None:
+    inf = float("inf")
+    actions = ActionMap([0.0, -inf], [inf, 3.0], scale=2.5, device=CPU)
+    assert actions(torch.tensor([[-1.0, -1.0], [0.0, 0.0], [1.0, 1.0]])).tolist() == [[0, -2], [2.5, 0.5], [5, 3]]
+
+
+@pytest.mark.parametrize(
+    ("sample", "message"),
+    [
+        (
+            {"a": {"b": torch.zeros(2, 1)}, "a_b": torch.ones(2, 1)},
+            r"\['a', 'b'\] and \['a_b'\] would both .*'a_b'; .*env.obs",
+        ),
+        ({"a.b": torch.zeros(2, 1), "a_b": torch.ones(2, 1)}, r"\['a.b'\] and \['a_b'\] would both .*'a_b'; .*rename"),
+        (
+            {"pixels": torch.zeros(2, 1), "camera": torch.arange(24576, dtype=torch.uint8).view(2, 64, 64, 3)},
+            r"image 'camera' and observation 'pixels' would both .*'pixels'; .*rename",
+        ),
+    ],
+)
+def test_two_observations_of_one_name_are_refused(sample: dict, message: str) -> None:
+    with pytest.raises(SettingError, match=message):
+        ObservationMap(sample, settings(from_pixels="camera" in sample))

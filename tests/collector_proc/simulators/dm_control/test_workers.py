@@ -1,0 +1,178 @@
+"""Laws of the worker processes: deaths, deadlines, error texts, and nothing left behind."""
+
+from __future__ import annotations
+
+import os
+import select
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from collector_proc.simulators.dm_control.environment import SuitePlan
+from collector_proc.simulators.dm_control.workers import WorkerPool
+from shared.errors import SimulatorError
+
+ROOT = Path(__file__).resolve().parents[4]
+CHEETAH = SuitePlan("cheetah", "run", seed=3, frame_skip=2, from_pixels=False, grayscale=False, horizon=None)
+COLLECTOR = """
+import signal
+from collector_proc.simulators.dm_control.environment import SuitePlan
+from collector_proc.simulators.dm_control.workers import WorkerPool
+plan = SuitePlan("cartpole", "balance", seed=0, frame_skip=2, from_pixels=False, grayscale=False, horizon=None)
+pool = WorkerPool(plan, num_workers=2, num_envs=1, start_s=60, step_s=60)
+print(*pool.pids, flush=True)
+signal.pause()
+"""
+
+
+def pool_of(num_workers: int, plan: SuitePlan = CHEETAH, *, step_s: float = 60.0, start_s: float = 60.0) -> WorkerPool:
+    return WorkerPool(plan, num_workers=num_workers, num_envs=2, start_s=start_s, step_s=step_s)
+
+
+def gone(pid: int) -> bool:
+    return not Path(f"/proc/{pid}").exists()
+
+
+def test_a_killed_worker_is_an_error_at_once_that_names_it() -> None:
+    pool = pool_of(2)
+    try:
+        pool.run(reset=True)
+        os.kill(pool.pids[1], signal.SIGKILL)
+        start = time.monotonic()
+        with pytest.raises(SimulatorError, match=r"worker 1 \(environments 2\.\.3\).*died with exit code -9 after"):
+            for _ in range(1000):
+                pool.run(reset=False)
+        assert time.monotonic() - start < 5
+    finally:
+        pool.close()
+
+
+def test_a_worker_killed_in_mid_tick_is_noticed_before_the_deadline() -> None:
+    pool = pool_of(1)
+    try:
+        pool.run(reset=True)
+        os.kill(pool.pids[0], signal.SIGSTOP)  # it holds the wake-up when it dies
+        killer = subprocess.Popen(["sh", "-c", f"sleep 0.3; kill -9 {pool.pids[0]}"])
+        start = time.monotonic()
+        with pytest.raises(SimulatorError, match="died with exit code -9 after 1 ticks"):
+            pool.run(reset=False)
+        assert time.monotonic() - start < 10
+        killer.wait()
+    finally:
+        pool.close()
+
+
+def test_a_hung_worker_is_named_when_the_deadline_expires_and_close_still_ends_it() -> None:
+    pool = pool_of(2, step_s=0.5)
+    pids = pool.pids
+    try:
+        pool.run(reset=True)
+        os.kill(pids[0], signal.SIGSTOP)
+        with pytest.raises(SimulatorError, match=r"worker 0 .* did not step within 0.5 s; 1 of 2 .* deadlines.step_s"):
+            pool.run(reset=False)
+    finally:
+        start = time.monotonic()
+        pool.close()
+    assert time.monotonic() - start < 10
+    assert all(gone(pid) for pid in pids)
+
+
+def test_the_text_of_a_workers_exception_reaches_the_collector() -> None:
+    plan = SuitePlan("cheetah", "fly", seed=3, frame_skip=2, from_pixels=False, grayscale=False, horizon=None)
+    with pytest.raises(SimulatorError, match=r"worker \d .*Level 'fly' does not exist in domain 'cheetah'"):
+        pool_of(2, plan)
+
+
+def test_an_exception_inside_a_tick_names_worker_and_environment() -> None:
+    broken: object = "2"  # builds and resets, and fails at the first step
+    plan = SuitePlan("cheetah", "run", 3, broken, False, False, None)  # type: ignore[arg-type]
+    pool = pool_of(2, plan)
+    try:
+        pool.run(reset=True)
+        with pytest.raises(SimulatorError, match=r"worker \d .* failed: environment [02] failed: TypeError"):
+            pool.run(reset=False)
+    finally:
+        pool.close()
+
+
+def test_workers_that_do_not_start_in_time_are_an_error_that_names_the_setting() -> None:
+    with pytest.raises(SimulatorError, match=r"did not build its environments within 0.01 s; .*deadlines.start_s"):
+        pool_of(1, start_s=0.01)
+
+
+def test_a_renderer_that_cannot_start_names_the_mend(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MUJOCO_GL", "osmesa")
+    monkeypatch.setenv("PYOPENGL_PLATFORM", "egl")  # dm_control refuses the contradiction, as it does a missing library
+    plan = SuitePlan("cheetah", "run", 3, 2, from_pixels=True, grayscale=False, horizon=None)
+    with pytest.raises(
+        SimulatorError, match=r"renderer cannot start.*MUJOCO_GL osmesa.*libosmesa6.*env.from_pixels=false"
+    ):
+        pool_of(1, plan)
+
+
+def test_pixels_without_a_renderer_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MUJOCO_GL", "disabled")
+    plan = SuitePlan("cheetah", "run", 3, 2, from_pixels=True, grayscale=False, horizon=None)
+    with pytest.raises(SimulatorError, match=r"no renderer for pixels.*MUJOCO_GL=egl"):
+        pool_of(1, plan)
+
+
+def test_close_leaves_no_process_no_file_and_no_descriptor() -> None:
+    before = set(os.listdir("/proc/self/fd"))
+    pool = pool_of(2)
+    pids = pool.pids
+    pool.run(reset=True)
+    for pid in [*pids, os.getpid()]:
+        maps = Path(f"/proc/{pid}/maps").read_text()
+        assert "memfd:tandem-tick" in maps
+        assert "/dev/shm" not in maps or pid == os.getpid()  # other tests of this process may map it
+    pool.close()
+    pool.close()  # and a second time does nothing
+    assert len(pids) == 2 and all(gone(pid) for pid in pids)
+    del pool
+    assert set(os.listdir("/proc/self/fd")) <= before
+    assert "memfd:tandem-tick" not in Path("/proc/self/maps").read_text()
+
+
+def test_workers_die_with_a_collector_that_is_killed() -> None:
+    collector = subprocess.Popen([sys.executable, "-c", COLLECTOR], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    assert collector.stdout is not None
+    pids = [int(word) for word in collector.stdout.readline().split()]
+    assert len(pids) == 2
+    handles = [os.pidfd_open(pid) for pid in pids]
+    collector.kill()
+    collector.wait()
+    collector.stdout.close()
+    for handle in handles:
+        assert select.select([handle], [], [], 5.0)[0], "a worker outlived its collector by five seconds"
+        os.close(handle)
+
+
+def test_interrupts_and_polite_ends_are_the_collectors_to_handle() -> None:
+    pool = pool_of(1)
+    try:
+        pool.run(reset=True)
+        os.kill(pool.pids[0], signal.SIGINT)
+        os.kill(pool.pids[0], signal.SIGTERM)
+        for _ in range(5):
+            pool.run(reset=False)
+        assert np.isfinite(pool.tick.obs["policy"]).all()
+    finally:
+        pool.close()
+
+
+def test_a_worker_runs_on_one_thread_and_without_torch() -> None:
+    pool = pool_of(1)
+    try:
+        pool.run(reset=True)
+        pool.run(reset=False)
+        status = Path(f"/proc/{pool.pids[0]}/status").read_text()
+        assert "Threads:\t1\n" in status
+        assert "libtorch" not in Path(f"/proc/{pool.pids[0]}/maps").read_text()
+    finally:
+        pool.close()

@@ -1,0 +1,328 @@
+"""The isaaclab backend over tier A: a fake package that mistreats the process as Kit does. No real Isaac Sim runs here.
+
+policy (E, 4) of the fake: environment, episode, age in steps, last action; the reward of a step is 0.02 times its age.
+Even environments terminate at age 5 + env; odd ones, and even ones of high age, are cut after 10 steps.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from collector_proc.simulators.isaaclab.kit import simulator_device
+from collector_proc.simulators.registry import check_env
+from shared.compose import compose
+from shared.errors import SettingError
+from shared.lifetime import SIM_GPU_INDEX
+from tests.fakes.isaac_worlds import TIER_A, drive, environment
+
+WHOLE = "env.randomize_start=false"
+TASKS = ["Fake-Manager-v0", "Fake-Direct-v0", "Fake-Final-v0", "Fake-Bounded-v0"]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], dict[str, Any]]:
+    """30 ticks of 4 environments of a task, whole first episodes; driven once for each task."""
+    return functools.cache(lambda task: drive(tmp_path_factory.mktemp("whole"), "A", task, WHOLE, num_envs=4))
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_a_row_that_ends_an_episode_holds_its_true_last_observation(whole: Callable, task: str) -> None:
+    seen = whole(task)
+    assert not seen["error"]
+    policy, acting, last = (seen["rows"][key] for key in ("obs.policy", "acting.policy", "is_last"))
+    ends = {env: last[:, env].nonzero().flatten().tolist() for env in range(4)}
+    assert ends == {0: [5, 10, 15, 20, 25, 30], 1: [10, 20, 30], 2: [7, 14, 21, 28], 3: [10, 20, 30]}
+    for env, ticks in ends.items():
+        length = ticks[0]
+        for number, tick in enumerate(ticks, 1):
+            assert policy[tick, env, :3].tolist() == [env, number, length]
+            assert acting[tick, env].tolist() == [env, number + 1, 0, 0], "acted on: the fresh episode"
+            torch.testing.assert_close(seen["truth"][tick][env], policy[tick, env], rtol=0, atol=0)
+    torch.testing.assert_close(policy[~last], acting[~last], rtol=0, atol=0)
+
+
+def test_flags_and_rewards_of_a_simulator_that_resets_inside_its_step(whole: Callable) -> None:
+    rows = whole("Fake-Manager-v0")["rows"]
+    first, last = rows["is_first"], rows["is_last"]
+    assert first[0].all() and not rows["reward"][0].any()
+    assert torch.equal(first[1:], last[:-1]), "what follows an end is a beginning, and nothing else is"
+    ends = last.nonzero()
+    even = ends[:, 1] % 2 == 0
+    terminal = rows["is_terminal"][ends[:, 0], ends[:, 1]]
+    assert torch.equal(terminal, even), "odd environments only time out; where both ends meet, it terminated"
+    assert not rows["is_terminal"][~last].any()
+    torch.testing.assert_close(rows["reward"][1:], 0.02 * rows["obs.policy"][1:, :, 2], rtol=1e-6, atol=0)
+    assert (rows["reward"][1:][first[1:]] > 0).all(), "the first row of an episode keeps its true reward"
+
+
+@pytest.mark.parametrize("task", ["Fake-Manager-v0", "Fake-Direct-v0", "Fake-Final-v0"])
+def test_arrivals_own_their_memory(whole: Callable, task: str) -> None:
+    seen = whole(task)
+    for name, entry in seen["rows"].items():
+        torch.testing.assert_close(
+            seen["kept"][name], entry, rtol=0, atol=0, msg=f"{name} was overwritten by later steps"
+        )
+
+
+def test_the_process_gets_back_what_the_launcher_takes(tmp_path: Path) -> None:
+    record = tmp_path / "record"
+    seen = drive(tmp_path, "A", "Fake-Manager-v0", ticks=1, FAKE_RECORD=str(record))
+    assert seen["facts"] == {
+        "argv": True,
+        "stdout": True,
+        "handler": True,
+        "fatal": [True, True],
+        "gc": True,
+        "launcher lives": True,
+    }
+    (met,) = [json.loads(line) for line in record.read_text().splitlines()]
+    assert not met["torch"], "torch was imported before AppLauncher"
+    assert len(met["argv"]) == 1, "Kit would have read our arguments"
+    assert met["kwargs"] == {"headless": True, "device": "cpu", "enable_cameras": False, "multi_gpu": False}
+    assert met["environ"]["OMNI_KIT_ACCEPT_EULA"] == "YES"
+
+
+def test_the_launcher_outlives_a_simulator_that_could_not_be_built(tmp_path: Path) -> None:
+    seen = drive(tmp_path, "A", "Fake-Discrete-v0", ticks=1)
+    assert seen["error"] and seen["facts"]["launcher lives"], (
+        "Kit closes with its last reference, and the process with it"
+    )
+
+
+def test_a_launch_that_wants_to_end_the_process_is_an_error_that_names_the_licence(tmp_path: Path) -> None:
+    error = drive(tmp_path, "A", "Fake-Manager-v0", ticks=1, FAKE_EXIT="55")["error"]
+    assert error.startswith("SimulatorError: ") and "code 55" in error and "OMNI_KIT_ACCEPT_EULA=YES" in error
+
+
+def test_what_the_user_set_for_the_licence_stays(tmp_path: Path) -> None:
+    record = tmp_path / "record"
+    drive(tmp_path, "A", "Fake-Manager-v0", ticks=1, FAKE_RECORD=str(record), OMNI_KIT_ACCEPT_EULA="NO")
+    assert json.loads(record.read_text())["environ"]["OMNI_KIT_ACCEPT_EULA"] == "NO"
+
+
+def test_a_close_that_hangs_ends_the_process_with_the_right_code_and_all_stacks(tmp_path: Path) -> None:
+    seen = drive(tmp_path, "A", "Fake-Manager-v0", ticks=1, FAKE_HANG_CLOSE="1")  # drive() checks the code
+    assert "closing the simulator took more than 1 s; ending with code 3" in seen["stderr"]
+    assert "isaaclab_tasks.py" in seen["stderr"] and "in close" in seen["stderr"]
+
+
+@pytest.mark.parametrize("task", ["Fake-Manager-v0", "Fake-Direct-v0"])
+def test_an_environment_that_diverges_is_blanked_reset_counted_and_written_down(tmp_path: Path, task: str) -> None:
+    seen = drive(tmp_path, "A", task, WHOLE, num_envs=4, ticks=12, FAKE_NAN="4:1")
+    rows = seen["rows"]
+    assert all(entry.isfinite().all() for entry in rows.values())
+    assert rows["obs.policy"][4, 1].tolist() == [0, 0, 0, 0] and rows["reward"][4, 1] == 0
+    assert rows["acting.policy"][4, 1].tolist() == [0, 0, 0, 0]
+    assert rows["is_first"][4, 1] and rows["is_last"][4, 1] and not rows["is_terminal"][4, 1]
+    assert rows["is_first"][5, 1] and not rows["is_last"][5, 1]
+    assert rows["obs.policy"][5, 1, :3].tolist() == [1, 2, 1], "it was reset: a new episode at its first step"
+    assert rows["obs.policy"][4, 0, :3].tolist() == [0, 1, 4], "the others go on"
+    assert seen["num_diverged"] == 1
+    (dump,) = tmp_path.glob("diverged-*.npz")
+    written = np.load(dump)
+    assert written["env"].tolist() == [1] and np.isnan(written["obs.policy"][0, 2])
+
+
+def test_first_episodes_end_apart_but_evaluation_keeps_whole_ones(tmp_path: Path) -> None:
+    overrides = ["collector.eval_envs=4"]
+    rows = drive(tmp_path, "A", "Fake-Manager-v0", *overrides, num_envs=40, ticks=10)["rows"]
+    odd = torch.arange(1, 40, 2)  # they end by time-out only
+    first_end = rows["is_last"][:, odd].int().argmax(0)
+    evaluating = torch.isin(odd, torch.tensor([9, 19, 29, 39]))
+    assert (first_end[evaluating] == 10).all()
+    assert first_end[~evaluating].unique().numel() >= 5
+
+
+@pytest.mark.parametrize(("overrides", "ends_the_task"), [((), True), (("env.horizon=7",), False)])
+def test_a_time_out_of_a_task_with_a_finite_horizon_is_its_end(
+    tmp_path: Path, overrides: tuple[str, ...], ends_the_task: bool
+) -> None:
+    rows = drive(tmp_path, "A", "Fake-Finite-v0", WHOLE, *overrides, num_envs=4, ticks=11)["rows"]
+    timed_out = rows["is_last"][:, 1::2]  # odd ones never fall
+    assert timed_out.any() and bool(rows["is_terminal"][:, 1::2][timed_out].all()) is ends_the_task
+    assert not rows["is_terminal"][~rows["is_last"]].any()
+
+
+def test_a_task_that_draws_ages_by_itself_begins_at_age_0_where_ages_are_not_to_be_drawn(tmp_path: Path) -> None:
+    rows = drive(tmp_path, "A", "Fake-Spread-v0", WHOLE, num_envs=8, ticks=10)["rows"]
+    assert rows["is_last"][:, 1::2].int().argmax(0).tolist() == [10] * 4
+
+
+def test_a_second_reset_begins_every_episode_anew(whole: Callable) -> None:
+    anew = whole("Fake-Manager-v0")["anew"]
+    assert anew["is_first"].all() and not anew["is_last"].any() and not anew["reward"].any()
+    assert anew["obs.policy"][:, 2].tolist() == [0, 0, 0, 0]
+    assert torch.equal(anew["obs.policy"], anew["acting.policy"])
+
+
+def test_tasks_of_another_package_are_named_with_it(tmp_path: Path) -> None:
+    seen = drive(tmp_path, "A", "foreign_tasks:Foreign-Manager-v0", WHOLE, ticks=3)
+    assert not seen["error"] and seen["rows"]["obs.policy"][3, 1, :3].tolist() == [1, 1, 3]
+
+
+def test_images_of_floats_are_looked_at_after_the_first_blank_one(tmp_path: Path) -> None:
+    seen = drive(tmp_path, "A", "Fake-Float-v0", "env.from_pixels=true", "env.image_low=-1", WHOLE, ticks=3)
+    assert not seen["error"] and seen["rows"]["obs.pixels"][0, 0].unique().numel() > 1
+
+
+def test_rewards_per_second_are_divided_by_the_agent_step(tmp_path: Path) -> None:
+    rows = drive(tmp_path, "A", "Fake-Manager-v0", "env.reward_per_second=true", ticks=12)["rows"]
+    torch.testing.assert_close(rows["reward"][1:], rows["obs.policy"][1:, :, 2], rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("task", ["Fake-Manager-v0", "Fake-Direct-v0"])
+def test_a_horizon_cuts_episodes_as_time_outs(tmp_path: Path, task: str) -> None:
+    rows = drive(tmp_path, "A", task, WHOLE, "env.horizon=4", ticks=12)["rows"]
+    assert rows["is_last"].nonzero()[:, 0].unique().tolist() == [4, 8, 12]
+    assert not rows["is_terminal"].any()
+
+
+@pytest.mark.parametrize(
+    ("task", "overrides", "largest"),
+    [
+        ("Fake-Manager-v0", ["env.action_scale=3"], 3.0),
+        ("Fake-Bounded-v0", [], 4.0),
+    ],
+)
+def test_actions_reach_the_simulator_in_its_own_units(
+    tmp_path: Path, task: str, overrides: list[str], largest: float
+) -> None:
+    action = drive(tmp_path, "A", task, *overrides, num_envs=64)["rows"]["obs.policy"][1:, :, 3]
+    lowest = 0.0 if task == "Fake-Bounded-v0" else -largest
+    assert lowest <= action.min() < lowest + 0.05 * largest and 0.95 * largest < action.max() <= largest
+
+
+def test_the_same_seed_gives_the_same_stream_and_another_seed_another(tmp_path: Path) -> None:
+    runs = [drive(tmp_path, "A", "Fake-Manager-v0", f"env.seed={seed}", num_envs=32)["rows"] for seed in (3, 3, 4)]
+    assert all(torch.equal(runs[0][name], runs[1][name]) for name in runs[0])
+    assert not torch.equal(runs[0]["is_last"], runs[2]["is_last"])
+
+
+def test_groups_of_terms_become_flat_entries(tmp_path: Path) -> None:
+    seen = drive(tmp_path, "A", "Fake-Groups-v0", "env.obs_groups=[policy,critic]", ticks=3)
+    assert seen["spec"]["obs"] == {
+        "critic_age": {"shape": [1], "dtype": "float32"},
+        "critic_matrix": {"shape": [4], "dtype": "float32"},
+        "policy": {"shape": [4], "dtype": "float32"},
+    }
+    rows = seen["rows"]
+    torch.testing.assert_close(rows["obs.critic_matrix"], rows["obs.policy"], rtol=0, atol=0)
+    torch.testing.assert_close(rows["obs.critic_age"][..., 0], rows["obs.policy"][..., 2], rtol=0, atol=0)
+
+
+def test_cameras_stream_small_images_of_this_episode(tmp_path: Path) -> None:
+    record = tmp_path / "record"
+    seen = drive(tmp_path, "A", "Fake-Camera-v0", "env.from_pixels=true", WHOLE, ticks=12, FAKE_RECORD=str(record))
+    assert json.loads(record.read_text())["kwargs"]["enable_cameras"] is True
+    assert seen["spec"]["obs"] == {"pixels": {"shape": [64, 64, 3], "dtype": "uint8"}}
+    pixels = seen["rows"]["obs.pixels"]
+    assert pixels[:6, 1, 30, 30, 0].tolist() == [0, 20, 40, 60, 80, 100], "bytes, 20 for each step of age"
+    assert pixels[10, 1, 30, 30, 0] == 200, "the last image of the episode"
+    assert seen["rows"]["acting.pixels"][10, 1, 30, 30, 0] == 0, "the first of the next"
+
+
+@pytest.mark.parametrize(
+    ("task", "overrides", "words"),
+    [
+        ("Fake-Manger-v0", [], ["env.name=Fake-Manger-v0", "Fake-Manager-v0"]),
+        ("Fake-Discrete-v0", [], ["Discrete(3)", "continuous"]),
+        ("Fake-Manager-v0", ["env.obs_groups=[polcy]"], ["polcy", "env.obs_groups=[policy]"]),
+        ("Fake-Manager-v0", ["env.from_pixels=true"], ["env.from_pixels=true", "set env.from_pixels=false"]),
+        ("Fake-Camera-v0", [], ["env.from_pixels=false", "set env.from_pixels=true"]),
+        ("Fake-Bounded-v0", ["env.action_scale=2"], ["env.action_scale=2", "set env.action_scale=1"]),
+        ("Fake-Endless-v0", ["env.horizon=5"], ["env.horizon=5", "['old', 'time_out']", "set env.horizon=null"]),
+        ("Fake-Agents-v0", [], ["env.name=Fake-Agents-v0", "several agents", "left", "right"]),
+        ("Fake-Direct-v0", ["env.reward_per_second=true"], ["direct task", "set env.reward_per_second=false"]),
+        ("Fake-Float-v0", ["env.from_pixels=true"], ["env.image_low=0.0", "-1 and 1"]),
+        ("CartPole-v1", [], ["env.name=CartPole-v1 is no task of this Isaac Lab"]),
+        ("no_such_package:Foreign-v0", [], ["module no_such_package", "PYTHONPATH"]),
+    ],
+)
+def test_what_the_task_does_not_have_is_refused_with_the_mend(
+    tmp_path: Path, task: str, overrides: list[str], words: list[str]
+) -> None:
+    error = drive(tmp_path, "A", task, *overrides, ticks=1)["error"]
+    assert error.startswith("SettingError: ") and all(word in error for word in words), error
+
+
+@pytest.mark.parametrize(
+    ("override", "mend"),
+    [
+        ("env.frame_skip=2", "set env.frame_skip=1"),
+        ("env.task=run", "set env.task=''"),
+        ("env.num_envs=null", "set env.num_envs=8"),
+        ("env.image_low=2", "set env.image_low=0"),
+        ("env.grayscale=true", "set env.from_pixels=true"),
+        ("env.n_parallel_envs=4", "set env.n_parallel_envs=8"),
+        ("collector.num_collectors=2", "set collector.num_collectors=7"),
+    ],
+)
+def test_settings_that_do_not_apply_are_refused_before_anything_starts(
+    monkeypatch: pytest.MonkeyPatch, override: str, mend: str
+) -> None:
+    monkeypatch.syspath_prepend(str(TIER_A))
+    check_env(compose("isaaclab"))
+    with pytest.raises(SettingError) as caught:
+        check_env(compose("isaaclab", [override]))
+    assert override.split("=")[0] in str(caught.value) and mend in str(caught.value)
+
+
+def test_an_installation_that_is_not_there_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(SettingError, match=r"needs the module isaaclab.*Python 3\.11.*Isaac Sim 5\.1"):
+        check_env(compose("isaaclab"))
+
+
+@pytest.mark.parametrize(
+    ("cameras", "device", "index", "named", "mask"),
+    [
+        (False, "cuda:0", "1", "cuda:0", "GPU-b,GPU-a"),
+        (True, "cuda:0", "1", "cuda:1", None),
+        (True, "cuda:0", "0", "cuda:0", "GPU-b,GPU-a"),
+        (True, "cpu", "1", "cpu", "GPU-b,GPU-a"),
+    ],
+)
+def test_only_cameras_on_a_later_gpu_take_the_mask_off(
+    monkeypatch: pytest.MonkeyPatch, cameras: bool, device: str, index: str, named: str, mask: str | None
+) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "GPU-b,GPU-a")
+    monkeypatch.setenv(SIM_GPU_INDEX, index)
+    assert simulator_device(device, cameras=cameras) == named
+    assert os.environ.get("CUDA_VISIBLE_DEVICES") == mask
+
+
+def test_isaac_lab_3_is_refused_by_name_without_importing_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.syspath_prepend(str(TIER_A))
+    (tmp_path / "isaaclab_tasks" / "utils").mkdir(parents=True)
+    (tmp_path / "isaaclab_tasks" / "__init__.py").write_text("raise RuntimeError('imported')")
+    (tmp_path / "isaaclab_tasks" / "utils" / "sim_launcher.py").touch()
+    monkeypatch.syspath_prepend(str(tmp_path))
+    with pytest.raises(SettingError, match=r"met Isaac Lab 3 in .*wanted Isaac Lab 2\.3; install isaaclab 2\.3\.2"):
+        check_env(compose("isaaclab"))
+
+
+FATAL = """
+import os, signal
+from collector_proc.simulators.isaaclab.kit import start_kit
+start_kit(device="cpu", cameras=False)
+os.kill(os.getpid(), signal.{name})
+"""
+
+
+@pytest.mark.parametrize("name", ["SIGSEGV", "SIGABRT"])
+def test_a_fatal_signal_dumps_the_stacks_and_ends_the_process_instead_of_looping(name: str) -> None:
+    command = [sys.executable, "-c", FATAL.format(name=name)]
+    done = subprocess.run(command, env=environment("A"), capture_output=True, text=True, timeout=60)
+    assert done.returncode == -getattr(signal, name) and "Fatal Python error" in done.stderr

@@ -1,0 +1,166 @@
+"""Which GPU goes to which process, and the environment each child starts in."""
+
+from __future__ import annotations
+
+import os
+import stat
+from pathlib import Path
+
+import pytest
+
+from launcher.devices import (
+    NO_GPU,
+    SLOW_FLOAT16,
+    Devices,
+    Gpu,
+    allocator_conf,
+    child_environment,
+    choose_devices,
+    list_gpus,
+    precision_notes,
+    visible_gpus,
+)
+from shared.errors import SettingError
+
+GPUS = [Gpu(0, "GPU-aa0", "H200"), Gpu(1, "GPU-bb1", "H200"), Gpu(2, "GPU-bc2", "L40, PCIe")]
+
+
+def _fake_nvidia_smi(folder: Path, script: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    program = folder / "nvidia-smi"
+    program.write_text(f"#!/bin/sh\n{script}\n")
+    program.chmod(program.stat().st_mode | stat.S_IXUSR)
+    monkeypatch.setenv("PATH", f"{folder}{os.pathsep}/usr/bin{os.pathsep}/bin")
+
+
+def test_gpus_are_read_from_nvidia_smi_names_with_commas_included(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = "".join(f"{gpu.index}, {gpu.uuid}, {gpu.name}\\n" for gpu in GPUS)
+    wanted = "--query-gpu=index,uuid,name --format=csv,noheader"
+    _fake_nvidia_smi(tmp_path, f'[ "$*" = "{wanted}" ] && printf "{rows}"', monkeypatch)
+    assert list_gpus() == (GPUS, ())
+
+
+def test_a_machine_without_nvidia_smi_has_no_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert list_gpus() == ([], ())
+
+
+def test_an_nvidia_smi_that_fails_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _fake_nvidia_smi(tmp_path, "echo driver mismatch; exit 18", monkeypatch)
+    gpus, notes = list_gpus()
+    assert gpus == [] and len(notes) == 1
+    assert "exit 18" in notes[0] and "driver mismatch" in notes[0]
+
+
+@pytest.mark.parametrize(
+    ("mask", "expected"),
+    [
+        (None, [0, 1, 2]),
+        ("2,0", [2, 0]),
+        ("GPU-bb1", [1]),
+        ("GPU-bc, 0", [2, 0]),
+        ("", []),
+        ("-1", []),
+        ("1,-1,0", [1]),
+        ("NoDevFiles", []),
+    ],
+)
+def test_an_outer_mask_is_respected_in_its_order(mask: str | None, expected: list[int]) -> None:
+    assert [gpu.index for gpu in visible_gpus(GPUS, mask)] == expected
+
+
+def test_a_mask_without_gpus_hides_nothing_and_a_wrong_one_is_named() -> None:
+    assert visible_gpus([], "0,1") == []
+    assert visible_gpus(GPUS, "MIG-1234")[0].uuid == "MIG-1234"
+    for wrong in ("3", "GPU-zz", "bb1"):
+        with pytest.raises(SettingError, match=f"CUDA_VISIBLE_DEVICES names '{wrong}'"):
+            visible_gpus(GPUS, wrong)
+
+
+@pytest.mark.parametrize(
+    ("count", "sim", "train", "expected"),
+    [
+        (1, None, None, (0, 0)),
+        (2, None, None, (0, 1)),
+        (3, None, None, (0, 1)),
+        (3, 2, None, (2, 1)),
+        (3, None, 2, (0, 2)),
+        (3, 1, 1, (1, 1)),
+    ],
+)
+def test_the_learner_gets_the_second_gpu_unless_told_otherwise(
+    count: int, sim: int | None, train: int | None, expected: tuple[int, int]
+) -> None:
+    devices = choose_devices(GPUS[:count], sim=sim, train=train)
+    assert devices.sim and devices.train and devices.kind == "cuda:0"
+    assert (devices.sim.index, devices.train.index) == expected
+
+
+@pytest.mark.parametrize(("sim", "train", "flag"), [(3, None, "--sim-gpu 3"), (None, -1, "--train-gpu -1")])
+def test_a_gpu_that_is_not_there_is_refused(sim: int | None, train: int | None, flag: str) -> None:
+    with pytest.raises(SettingError, match=rf"{flag} is no visible GPU; wanted an index from 0 to 2"):
+        choose_devices(GPUS, sim=sim, train=train)
+
+
+def test_without_a_gpu_both_run_on_the_cpu_whatever_the_flags() -> None:
+    for sim, train in ((None, None), (0, 1)):
+        devices = choose_devices([], sim=sim, train=train)
+        assert (devices.kind, devices.notes, devices.names()) == ("cpu", (NO_GPU,), {"sim": "cpu", "train": "cpu"})
+
+
+def test_float16_is_warned_of_on_the_cpu_and_nowhere_else() -> None:
+    cpu, gpu = Devices(None, None), Devices(GPUS[0], GPUS[0])
+    assert precision_notes(cpu, "float16") == (SLOW_FLOAT16,)
+    assert not any(precision_notes(gpu, name) for name in ("bfloat16", "float16", "false"))
+    assert not any(precision_notes(cpu, name) for name in ("bfloat16", "false"))
+
+
+def test_each_process_sees_its_own_gpu_first() -> None:
+    devices, repo = Devices(GPUS[2], GPUS[0]), Path("/repo")
+    outer = {"CUDA_VISIBLE_DEVICES": "0,1,2", "PYTHONPATH": "/mine"}
+    collector = child_environment("collector", devices, outer, repo=repo)
+    learner = child_environment("learner", devices, outer, repo=repo)
+    assert collector["CUDA_VISIBLE_DEVICES"] == "GPU-bc2,GPU-aa0"
+    assert learner["CUDA_VISIBLE_DEVICES"] == "GPU-aa0"
+    assert collector["CUDA_DEVICE_ORDER"] == learner["CUDA_DEVICE_ORDER"] == "PCI_BUS_ID"
+    assert collector["PYTHONPATH"] == f"/repo{os.pathsep}/mine"
+    assert collector["TANDEM_LAUNCH_PID"] == str(os.getpid())
+    assert "OMP_NUM_THREADS" not in learner
+    one = child_environment("collector", Devices(GPUS[1], GPUS[1]), outer, repo=repo)
+    assert one["CUDA_VISIBLE_DEVICES"] == "GPU-bb1"
+
+
+@pytest.mark.parametrize(
+    ("outer", "expected"),
+    [
+        ({}, "expandable_segments:False"),
+        ({"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}, "expandable_segments:False"),
+        (
+            {"PYTORCH_CUDA_ALLOC_CONF": "max_split_size_mb:64,expandable_segments:True"},
+            "max_split_size_mb:64,expandable_segments:False",
+        ),
+        (
+            {"PYTORCH_ALLOC_CONF": "roundup_power2_divisions:[256:1,512:2]"},
+            "roundup_power2_divisions:[256:1,512:2],expandable_segments:False",
+        ),
+    ],
+)
+def test_expandable_segments_are_off_and_the_rest_of_the_users_allocator_settings_stays(
+    outer: dict[str, str], expected: str
+) -> None:
+    assert allocator_conf(outer) == expected
+    env = child_environment("learner", Devices(GPUS[0], GPUS[0]), outer, repo=Path("/repo"))
+    assert env["PYTORCH_ALLOC_CONF"] == env["PYTORCH_CUDA_ALLOC_CONF"] == expected
+
+
+def test_on_the_cpu_the_learner_gets_the_threads_the_collector_leaves(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(6)))
+    cpu = Devices(None, None)
+    threads = {
+        role: child_environment(role, cpu, {}, repo=Path("/"))["OMP_NUM_THREADS"] for role in ("collector", "learner")
+    }
+    assert threads == {"collector": "1", "learner": "5"}
+    assert child_environment("learner", cpu, {"OMP_NUM_THREADS": "3"}, repo=Path("/"))["OMP_NUM_THREADS"] == "3"
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0})
+    assert child_environment("learner", cpu, {}, repo=Path("/"))["OMP_NUM_THREADS"] == "1"
