@@ -1,0 +1,31 @@
+"""Numbers measured on the device, kept together with the metrics that they belong to."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from shared.metrics import Metric
+
+
+@dataclass(frozen=True)
+class Numbers:
+    """One vector on the device and the metric of each of its entries, in the same order.
+
+    Shapes: values (len(metrics),) float32, detached.
+    """
+
+    metrics: tuple[Metric, ...]
+    values: Tensor
+
+    @staticmethod
+    def of(named: Mapping[Metric, Tensor]) -> Numbers:
+        """Join one scalar tensor per metric into one vector, with one kernel and without a host synchronisation."""
+        return Numbers(tuple(named), torch.stack([value.detach().float() for value in named.values()]))
+
+    def __getitem__(self, metric: Metric) -> Tensor:
+        """Return the () tensor of one metric. Raises: ValueError if it was not measured."""
+        return self.values[self.metrics.index(metric)]
