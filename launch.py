@@ -27,7 +27,6 @@ from launcher.run_folder import (
     check_unfinished,
     create_run_folder,
     default_run_dir,
-    newest_checkpoint,
     open_run_folder,
 )
 from launcher.watch import Outcome, Watch
@@ -37,7 +36,14 @@ from shared.errors import SettingError
 from shared.files import write_json
 from shared.lifetime import install_stop_flag
 from shared.logs import configure
-from shared.run_folder import RunFolder, make_socket_dir, read_run, remove_socket_dir
+from shared.run_folder import (
+    RunFolder,
+    checkpoint_step,
+    make_socket_dir,
+    newest_checkpoint,
+    read_run,
+    remove_socket_dir,
+)
 
 DEFAULT_CONFIG = "dm_control"
 EPILOG = """\
@@ -208,20 +214,20 @@ def _run(
             remove_socket_dir(socket_dir)
 
 
-def _made(folder: RunFolder) -> tuple[str | None, int, object]:
+def _made(folder: RunFolder) -> tuple[int, int, object]:
     """The newest checkpoint, when it was written, and when the last row was."""
-    saved = newest_checkpoint(folder)
-    manifest = folder.checkpoints / (saved or "") / "manifest.json"
-    written = manifest.stat().st_mtime_ns if manifest.exists() else 0
-    return saved, written, last_row(folder.metrics).get("time")
+    saved = newest_checkpoint(folder.checkpoints)
+    step = checkpoint_step(saved) if saved is not None else 0
+    written = (saved / "manifest.json").stat().st_mtime_ns if saved is not None else 0
+    return step, written, last_row(folder.metrics).get("time")
 
 
-def _went_on(folder: RunFolder, before: tuple[str | None, int, object]) -> bool:
+def _went_on(folder: RunFolder, before: tuple[int, int, object]) -> bool:
     """Whether this launch left a checkpoint or a row; the learner may have cut rows that a crash left behind its checkpoint."""
     saved, written, row_time = _made(folder)
     if (saved, written) != before[:2]:
         return True
-    return row_time != before[2] and int(last_row(folder.metrics).get(STEP) or 0) > int(saved or 0)
+    return row_time != before[2] and int(last_row(folder.metrics).get(STEP) or 0) > saved
 
 
 def _watch(starter: Starter, settings: Settings, forwarder: Forwarder) -> Outcome:
@@ -250,8 +256,10 @@ def _watch(starter: Starter, settings: Settings, forwarder: Forwarder) -> Outcom
         ended = duration(time.monotonic() - began)
         refused = outcome.exit_code == 2  # a refused resume leaves the summary that was there
         display.say(f"ended after {ended}" if refused else f"{outcome.reason} after {ended}; summary: {folder.summary}")
-        if outcome.exit_code != 0 and (saved := newest_checkpoint(folder)) is not None:
-            display.say(f"saved at step {int(saved):,}; go on with: python launch.py --resume {shown(folder.path)}")
+        if outcome.exit_code != 0 and (saved := newest_checkpoint(folder.checkpoints)) is not None:
+            display.say(
+                f"saved at step {checkpoint_step(saved):,}; go on with: python launch.py --resume {shown(folder.path)}"
+            )
         if refused:
             display.say(f"error: {outcome.reason}")
         stop.restore()
@@ -268,8 +276,8 @@ def _greet(display: Display, starter: Starter, settings: Settings) -> None:
         display.say(f"simulator on {names['sim']}, learner on {names['train']}")
     for note in geometry_notes(settings, num_envs(settings)):
         display.say(note)
-    if starter.resume and (saved := newest_checkpoint(starter.folder)) is not None:
-        display.say(f"going on from step {int(saved):,}")
+    if starter.resume and (saved := newest_checkpoint(starter.folder.checkpoints)) is not None:
+        display.say(f"going on from step {checkpoint_step(saved):,}")
     display.say("Ctrl-C saves a checkpoint and ends the run")
 
 

@@ -12,7 +12,7 @@ from typing import IO
 
 from shared.config import Settings
 from shared.errors import SettingError
-from shared.run_folder import RunFolder
+from shared.run_folder import RunFolder, checkpoint_step, newest_checkpoint
 
 
 @dataclass(frozen=True)
@@ -92,32 +92,27 @@ def open_run_folder(path: Path) -> RunLock:
     return lock
 
 
-def newest_checkpoint(folder: RunFolder) -> str | None:
-    """The name of the newest checkpoint, None before the first."""
-    latest = folder.checkpoints / "latest"
-    return latest.read_text() if latest.exists() else None
-
-
 def check_resumable(folder: RunFolder) -> None:
     """Raises: SettingError if the folder is none of a run or holds no checkpoint."""
     if not folder.config.is_file():
         raise SettingError(
             f"{folder.path} is no run folder: it has no config.yaml; wanted a folder such as runs/NAME; mend --resume"
         )
-    if not (folder.checkpoints / "latest").exists():
+    if newest_checkpoint(folder.checkpoints) is None:
         raise SettingError(
-            f"{folder.path} has no checkpoint: checkpoints/latest is missing; wanted a run that saved at least once; "
-            f"start a new run instead of --resume"
+            f"{folder.path} has no complete checkpoint; expected a run that saved at least one; "
+            "start a new run without --resume"
         )
 
 
 def check_unfinished(folder: RunFolder, settings: Settings) -> None:
-    """Raises: SettingError if the newest checkpoint already has every gradient step the settings ask for."""
-    done, total = int((folder.checkpoints / "latest").read_text()), settings.optimization.total_optim_steps
+    """Raise SettingError if the newest checkpoint already has every gradient step that the settings ask for."""
+    saved, total = newest_checkpoint(folder.checkpoints), settings.optimization.total_optim_steps
+    done = checkpoint_step(saved) if saved is not None else 0
     if done >= total:
         raise SettingError(
-            f"{folder.path} has already made {done} gradient steps, optimization.total_optim_steps={total}; wanted steps "
-            f"still to do; add optimization.total_optim_steps={2 * done} to go on"
+            f"the run in {folder.path} has already made {done} of optimization.total_optim_steps={total} gradient steps; "
+            f"expected a higher total; add optimization.total_optim_steps={2 * done} to go on with it"
         )
 
 

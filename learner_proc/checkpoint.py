@@ -22,6 +22,7 @@ import torch
 
 from learner_proc.replay import Replay
 from shared.errors import SettingError
+from shared.run_folder import newest_checkpoint
 from shared.stream import DTYPE_BYTES, ObsSpec, StreamSpec
 
 BLOCK_BYTES = 64 * 1024 * 1024  # of a field, on its way between the replay and the file
@@ -54,20 +55,14 @@ def save(root: Path, step: int, state: dict[str, Any], replay: Replay | None, *,
 
 
 def newest(root: Path) -> Path:
-    """The folder `latest` names; if a save was killed between two renames, the newest complete one.
-
-    Raises: SettingError if there is none.
-    """
-    latest = root / "latest"
-    named = root / latest.read_text().strip() if latest.exists() else None
-    if named is not None and (named / "manifest.json").exists():
-        return named
-    complete = list(root.glob("*/manifest.json"))
-    if not complete:
+    """Return the folder of the newest complete checkpoint. Raises: SettingError if there is none."""
+    found = newest_checkpoint(root)
+    if found is None:
         raise SettingError(
-            f"no complete checkpoint under {root}; wanted one named by {latest}; start a new run without --resume"
+            f"there is no complete checkpoint in {root}; expected a folder with a manifest.json, as a save leaves it; "
+            "start a new run without --resume"
         )
-    return max(complete, key=lambda path: json.loads(path.read_text())["step"]).parent
+    return found
 
 
 def stream_spec(folder: Path) -> StreamSpec:

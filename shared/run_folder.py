@@ -102,6 +102,27 @@ def _first_launch(content: Mapping[str, Any]) -> dict[str, Any]:
     return {key: content[key] for key in ("argv", "started", "git") if key in content}
 
 
+def newest_checkpoint(checkpoints: Path) -> Path | None:
+    """Return the folder of the newest complete checkpoint, or None if there is none.
+
+    Normally it is the folder that the file `latest` names. A learner that was killed while it saved may leave `latest`
+    pointing at a folder that is missing or incomplete. Then it is the complete folder of the highest step. A folder is
+    complete if it has a manifest.json, which is written last.
+    """
+    latest = checkpoints / "latest"
+    if latest.exists():
+        named = checkpoints / latest.read_text().strip()
+        if (named / "manifest.json").exists():
+            return named
+    complete = [manifest.parent for manifest in checkpoints.glob("*/manifest.json")]
+    return max(complete, key=checkpoint_step, default=None)
+
+
+def checkpoint_step(checkpoint: Path) -> int:
+    """Return the number of gradient steps that were done when a complete checkpoint was written."""
+    return json.loads((checkpoint / "manifest.json").read_text())["step"]
+
+
 def make_socket_dir() -> Path:
     """A fresh folder only this user may enter (0700), short enough for socket paths. The caller removes it."""
     # A cluster's TMPDIR may be longer than a socket path can be; /tmp is there on every Linux.

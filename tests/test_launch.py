@@ -15,7 +15,7 @@ import pytest
 import launch
 from launcher.forwarding import SUMMARY_KEYS
 from launcher.run_folder import create_run_folder, open_run_folder
-from tests.fakes.child import ROW
+from tests.fakes.child import ROW, save_checkpoint
 
 FAKES = Path(__file__).resolve().parent / "fakes"
 REPO = FAKES.parent.parent
@@ -229,7 +229,7 @@ def test_a_collector_that_cannot_work_as_it_is_set_ends_the_run_after_the_learne
     summary = _summary(run)
     assert summary["exit_reason"] == "the collector cannot start or go on: the lines above say why"
     assert (summary["collector_restarts"], summary["gradient_steps"]) == (0, 60)
-    assert (run / "checkpoints" / "latest").read_text() == "60"
+    assert (run / "checkpoints" / "latest").read_text() == "00000060"
     _assert_nothing_is_left(run)
 
 
@@ -239,7 +239,7 @@ def test_a_resume_that_is_refused_keeps_its_overrides_if_it_trained_with_them(
 ) -> None:
     run = tmp_path / "run"
     assert _launch(run, "finish", "serve", "optimization.log_every=3") == 0
-    (run / "checkpoints" / "latest").write_text("40")
+    save_checkpoint(run, 40)
     (run / "learner-serves").unlink(missing_ok=True)
     resume, before = ["--resume", str(run), "optimization.log_every=5"], _summary(run)
     assert launch.main(resume, commands=_commands(learner, collector)) == 2
@@ -253,7 +253,7 @@ def test_a_refused_resume_of_a_crashed_run_puts_its_settings_back(tmp_path: Path
     """Rows lie behind the newest checkpoint of a run that crashed: they are no trace of this launch."""
     run = tmp_path / "run"
     assert _launch(run, "finish", "serve", "optimization.log_every=3") == 0
-    (run / "checkpoints" / "latest").write_text("20")  # the last row is of step 40
+    save_checkpoint(run, 20)  # the last row is of step 40
     (run / "learner-serves").unlink(missing_ok=True)
     before = _summary(run)
     resume = ["--resume", str(run), "optimization.log_every=5"]
@@ -384,7 +384,7 @@ def test_a_resume_looks_at_the_lock_before_anything_that_takes_time(
 ) -> None:
     run = tmp_path / "run"
     assert _launch(run, "finish", "serve") == 0
-    (run / "checkpoints" / "latest").write_text("40")
+    save_checkpoint(run, 40)
     checked: list[object] = []
     monkeypatch.setattr(launch, "check_env", lambda *arguments: checked.append(arguments))
     lock = open_run_folder(run)
@@ -399,7 +399,7 @@ def test_a_resume_looks_at_the_lock_before_anything_that_takes_time(
 def test_a_resume_that_is_refused_leaves_the_folder_free(tmp_path: Path) -> None:
     run = tmp_path / "run"
     assert _launch(run, "finish", "serve") == 0
-    (run / "checkpoints" / "latest").write_text("40")
+    save_checkpoint(run, 40)
     assert launch.main(["--resume", str(run), "env.nmae=x"], commands=_commands("finish", "serve")) == 2
     open_run_folder(run).release()
 
@@ -407,7 +407,7 @@ def test_a_resume_that_is_refused_leaves_the_folder_free(tmp_path: Path) -> None
 def test_a_resumed_run_keeps_its_settings_and_tells_the_learner(tmp_path: Path) -> None:
     run = tmp_path / "run"
     assert _launch(run, "finish", "serve", "env.seed=7") == 0
-    (run / "checkpoints" / "latest").write_text("40")
+    save_checkpoint(run, 40)
     commands = _commands("finish", "serve")
     assert launch.main(["--resume", str(run), "optimization.log_every=3"], commands=commands) == 0
     started = [event for event in _events(run) if event["event"] == "started" and event["role"] == "learner"]

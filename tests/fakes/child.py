@@ -38,6 +38,15 @@ ROW = {
 }
 
 
+def save_checkpoint(run_dir: Path, step: int) -> Path:
+    """Write a checkpoint without networks and replay; return its folder."""
+    folder = run_dir / "checkpoints" / f"{step:08d}"
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "manifest.json").write_text(json.dumps({"step": step}))
+    (folder.parent / "latest").write_text(folder.name)
+    return folder
+
+
 class Child:
     """One fake process: its progress, its stop flag and its folder."""
 
@@ -95,7 +104,7 @@ def main() -> int:
         return int(argument or 1)
     if behaviour == "save":
         child.serve()
-        (child.run_dir / "checkpoints" / "latest").write_text("60")
+        save_checkpoint(child.run_dir, 60)
         child.write_row(gradient_steps=60)
         return 0
     if behaviour == "refuse":  # a setting that shows as wrong once the learner trains

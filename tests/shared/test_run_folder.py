@@ -17,7 +17,15 @@ from launcher.run_folder import create_run_folder, default_run_dir, open_run_fol
 from shared.config import Settings
 from shared.errors import SettingError
 from shared.files import write_json
-from shared.run_folder import RunFolder, make_socket_dir, read_run, remove_socket_dir
+from shared.run_folder import (
+    RunFolder,
+    checkpoint_step,
+    make_socket_dir,
+    newest_checkpoint,
+    read_run,
+    remove_socket_dir,
+)
+from tests.fakes.child import save_checkpoint
 
 
 def test_a_second_launch_in_the_same_folder_is_told_the_first_ones_pid(tmp_path: Path) -> None:
@@ -35,7 +43,7 @@ def test_a_second_launch_in_the_same_folder_is_told_the_first_ones_pid(tmp_path:
     holder.kill()
     holder.communicate(timeout=20)
     (tmp_path / "run" / "config.yaml").write_text("")
-    (tmp_path / "run" / "checkpoints" / "latest").write_text("1")
+    save_checkpoint(tmp_path / "run", 1)
     open_run_folder(tmp_path / "run").release()  # the kernel let go with the process
 
 
@@ -67,8 +75,32 @@ def test_only_a_run_with_a_checkpoint_can_be_resumed(tmp_path: Path) -> None:
     with pytest.raises(SettingError, match=r"no config\.yaml"):
         open_run_folder(tmp_path)
     (tmp_path / "config.yaml").write_text("")
-    with pytest.raises(SettingError, match="checkpoints/latest is missing"):
+    with pytest.raises(SettingError, match="has no complete checkpoint"):
         open_run_folder(tmp_path)
+
+
+def test_the_newest_checkpoint_is_the_one_that_latest_names_if_it_is_complete(tmp_path: Path) -> None:
+    checkpoints = tmp_path / "checkpoints"
+    assert newest_checkpoint(checkpoints) is None
+    for step in (9, 20):
+        save_checkpoint(tmp_path, step)
+    (checkpoints / "latest").write_text("00000009")
+    assert newest_checkpoint(checkpoints) == checkpoints / "00000009"
+    assert checkpoint_step(checkpoints / "00000009") == 9
+
+
+@pytest.mark.parametrize("latest", ["00000030", "00000040", "", None])
+def test_a_save_that_was_killed_leaves_the_complete_checkpoint_of_the_highest_step(
+    latest: str | None, tmp_path: Path
+) -> None:
+    checkpoints = tmp_path / "checkpoints"
+    for step in (9, 20):
+        save_checkpoint(tmp_path, step)
+    (checkpoints / "00000030").mkdir()  # no manifest.json: incomplete
+    (checkpoints / "latest").unlink()
+    if latest is not None:
+        (checkpoints / "latest").write_text(latest)
+    assert newest_checkpoint(checkpoints) == checkpoints / "00000020"
 
 
 def test_default_names_say_what_runs_and_never_collide(tmp_path: Path) -> None:
