@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all."""
+"""Write files as a whole or not at all."""
 
 from __future__ import annotations
 
@@ -10,24 +10,29 @@ from typing import Any
 
 
 def write_atomic(path: Path, content: str | bytes) -> None:
-    """Replace a file at once: a reader, or a crash at any instant, finds the old content or the new, never a part.
+    """Replace a file in one step, so that readers find either the old content or the new one, also after a crash.
 
-    The content is written to PATH.partial, flushed to the disk and renamed. Raises: OSError, for example if the disk is
-    full; the old file is then still there.
+    The content is written to PATH.partial, flushed to the disk and renamed to PATH.
+
+    Raises: OSError, for example if the disk is full. The old content is then unchanged and PATH.partial is removed.
     """
     partial = path.with_name(path.name + ".partial")
-    with partial.open("wb") as file:
-        file.write(content.encode() if isinstance(content, str) else content)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
+    try:
+        with partial.open("wb") as file:
+            file.write(content.encode() if isinstance(content, str) else content)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    except BaseException:
+        partial.unlink(missing_ok=True)  # it may fill a disk that is full already
+        raise
     folder = os.open(path.parent, os.O_RDONLY)
     try:
-        os.fsync(folder)  # without it, a power failure could undo the rename
+        os.fsync(folder)  # without this, a power failure could undo the rename
     finally:
         os.close(folder)
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Write a JSON object as `write_atomic` does."""
+    """Write a JSON object with `write_atomic`."""
     write_atomic(path, json.dumps(content, indent=2) + "\n")

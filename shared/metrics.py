@@ -1,8 +1,8 @@
 """Every number that a run reports, declared once: its name, unit, group and meaning.
 
-The learner writes one row to metrics.jsonl every `optimization.log_every` gradient steps. The column names of that row, the
-tags in TensorBoard and wandb, the live display, the report and docs/metrics.md are all made from the declarations here. Code
-refers to a metric by its constant, so a misspelled name is an error when the file is imported.
+The learner writes one row to metrics.jsonl every `optimization.log_every` gradient steps. The column names of that row,
+the tags in TensorBoard and wandb, the live display, the report and docs/metrics.md are all made from the declarations
+here. Code refers to a metric by its constant, so a misspelled name fails when the file is imported.
 
 Between two rows, each process also publishes a small status through its progress file (`shared.progress`). The two
 statuses are the dataclasses at the end of this file.
@@ -20,7 +20,7 @@ Value = float | int | str | None
 
 @dataclass(frozen=True)
 class Metric:
-    """One column of metrics.jsonl. `tag` is its name in TensorBoard and wandb, "group/name"."""
+    """One column of metrics.jsonl, called `name` there. `tag` is its name in TensorBoard and wandb, "group/name"."""
 
     name: str
     tag: str
@@ -29,22 +29,22 @@ class Metric:
 
     @property
     def group(self) -> str:
+        """Return the part of the tag before the slash, such as "loss"."""
         return self.tag.partition("/")[0]
 
     def of(self, row: Mapping[str, Any]) -> float | None:
         """Return this metric's number in a row, or None if the row has no finite number for it."""
-        value = row.get(self.name)
-        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-            return None
-        return value
+        value = finite_or_none(row.get(self.name))
+        return None if isinstance(value, bool) or not isinstance(value, int | float) else value
 
 
-METRICS: dict[str, Metric] = {}
+METRICS: dict[str, Metric] = {}  # every declared metric by its column name; members of families are not in it
 
 
 def _metric(name: str, tag: str, unit: str, meaning: str) -> Metric:
+    """Declare a metric. Raises: ValueError if its name or its tag is taken."""
     if name in METRICS or any(known.tag == tag for known in METRICS.values()):
-        raise ValueError(f"metric {name!r} ({tag!r}) is declared twice; every name and every tag must be unique")
+        raise ValueError(f"metric {name!r} ({tag!r}) is declared twice; expected unique names and tags; rename one")
     METRICS[name] = Metric(name, tag, unit, meaning)
     return METRICS[name]
 
@@ -200,7 +200,7 @@ SIM_GPU_USED_GB = _metric(
 
 @dataclass(frozen=True)
 class MetricFamily:
-    """Metrics that exist once per observation entry and horizon. `name` and `tag` hold {entry} and {horizon}."""
+    """Metrics that exist once per observation entry and horizon: the texts hold {entry} and {horizon} as placeholders."""
 
     name: str
     tag: str
@@ -210,7 +210,8 @@ class MetricFamily:
     def member(self, entry: str, horizon: int) -> Metric:
         """Return the metric of one observation entry and one horizon in agent steps."""
         words = {"entry": entry, "horizon": horizon}
-        return Metric(self.name.format(**words), self.tag.format(**words), self.unit, self.meaning)
+        texts = (self.name, self.tag, self.unit, self.meaning)
+        return Metric(*(text.format(**words) for text in texts))
 
 
 OPEN_LOOP = MetricFamily(
@@ -228,12 +229,14 @@ REPEAT_LAST = MetricFamily(
 FAMILIES = (OPEN_LOOP, REPEAT_LAST)
 
 
+def finite_or_none(value: Any) -> Any:
+    """Return the value, or None in place of NaN and infinity, which JSON cannot express."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
 def to_row(values: Mapping[Metric, Value]) -> dict[str, Value]:
-    """Return the JSON form of a row. A number that is not finite becomes None, because JSON has no NaN."""
-    return {
-        metric.name: None if isinstance(value, float) and not math.isfinite(value) else value
-        for metric, value in values.items()
-    }
+    """Return the JSON form of a row: column names instead of metrics, None instead of numbers that are not finite."""
+    return {metric.name: finite_or_none(value) for metric, value in values.items()}
 
 
 def find(name: str) -> Metric | None:
@@ -285,9 +288,9 @@ Status = TypeVar("Status", LearnerStatus, CollectorStatus)
 
 
 def read_status(kind: type[Status], content: Mapping[str, Any]) -> Status | None:
-    """Return the status in a progress page, or None if the process has not published one yet.
+    """Return the status that a progress file holds (`Snapshot.status`), or None if a field of `kind` is missing.
 
-    Keys that `kind` does not have are ignored.
+    A field is missing if the process has not published a status yet. Keys that `kind` does not have are ignored.
     """
     names = [field.name for field in fields(kind)]
     return kind(**{name: content[name] for name in names}) if all(name in content for name in names) else None

@@ -1,19 +1,21 @@
-"""What a process reports to launch: its phase, a counter that shows that it moves, and its latest numbers.
+"""The progress file, through which a process reports to launch: its phase, a counter that moves, its latest numbers.
 
-A progress file is one page with two slots; the writer fills the slot that is not current, so a reader (and a writer
-killed in the middle) always leaves one whole slot:
+A progress file is one page with two slots. The writer always fills the slot that is not current. So one whole slot remains
+at every instant, also if the writer is killed in the middle of a write:
 
     offset 0     slot 0 | magic crc32 length | pid generation counter changed_at phase_since phase | status | refusal |
     offset 8192  slot 1 | the same                                                                                   |
 
-The status is a JSON object, the refusal is text: why this process cannot work, empty as long as it can.
+The status is a JSON object with the fields of `LearnerStatus` or `CollectorStatus`. The refusal is text that explains why
+the process cannot work; it is empty for a process that can.
 
-Example: generation 6 lies in slot 0, generation 7 in slot 1. A reader that meets a slot whose checksum does not fit
-(the writer was in it) takes the other, and reads again if both moved under it.
+Example: slot 0 holds generation 6 and slot 1 holds generation 7. A reader that finds a slot with a wrong checksum (the
+writer was filling it) takes the other slot. If both slots changed while it was reading, it reads the page again.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import mmap
 import os
@@ -26,11 +28,12 @@ from pathlib import Path
 from typing import Any
 
 from shared.config import DeadlineSettings
+from shared.metrics import CollectorStatus, LearnerStatus
 
 MAX_STATUS_BYTES = 3072
 MAX_REFUSAL_BYTES = 3072
-HELD_GB = "rss_gb"  # in a collector's status: the memory that was held against collector.max_rss_gb last
-# Every phase a process may report, and the setting that says how long its counter may stand still in it.
+HELD_GB = "rss_gb"  # the key of CollectorStatus.rss_gb
+# Every phase that a process may report, and the setting of `deadlines` that limits how long its counter may stand still.
 PHASE_DEADLINES = {
     "starting": "start_s",
     "simulator": "start_s",
@@ -50,29 +53,30 @@ PHASE_DEADLINES = {
     "finishing": "save_s",
     "stopping": "save_s",
 }
-LAST_PHASES = ("finishing", "stopping")  # a process in one of these is about to end by itself
+LAST_PHASES = ("finishing", "stopping")  # a process in one of these phases is about to end without being asked again
 _SLOT_BYTES = 8192
 _MAGIC = b"TNDM"
 _HEAD = struct.Struct("<4sII")
-_BODY = struct.Struct("<QQQdd24sI")  # the last is the number of bytes of the status
+_BODY = struct.Struct("<QQQdd24sI")  # the last field is the number of bytes of the status
+_MAX_READS = 20
 
 
 @dataclass(frozen=True)
 class Snapshot:
-    """One process's own account; times are time.monotonic() seconds, which all processes of a machine share."""
+    """What a process reported last. Times are time.monotonic() seconds, which all processes of a machine share."""
 
     phase: str
     counter: int
-    changed_at: float  # of the last advance() or phase()
+    changed_at: float  # when advance() or phase() was called last
     phase_since: float
     pid: int
-    generation: int  # writes so far
-    status: Mapping[str, Any] = field(default_factory=dict)
-    refusal: str = ""  # why this process ends with ExitCode.REFUSED
+    generation: int  # number of writes so far
+    status: Mapping[str, Any] = field(default_factory=dict)  # `shared.metrics.read_status` makes a dataclass of it
+    refusal: str = ""  # why this process ends with ExitCode.REFUSED; empty if it does not
 
 
 class Progress:
-    """The writer's side: one process tells launch its phase, that it moves, and its latest numbers."""
+    """The writer's side of a progress file."""
 
     def __init__(self, page: mmap.mmap, pid: int) -> None:
         self._page, self._pid = page, pid
@@ -84,9 +88,9 @@ class Progress:
 
     @staticmethod
     def create(path: Path, pid: int | None = None) -> Progress:
-        """A fresh file in phase "starting", put in place of an older one at once."""
+        """Return the writer of a new file in phase "starting". The file replaces an older one in a single step."""
         partial = path.with_name(path.name + ".partial")
-        # Written out rather than left sparse: a page without a block turns a full disk into SIGBUS.
+        # Write zeros instead of leaving the file sparse: without allocated blocks, a full disk would later cause SIGBUS.
         partial.write_bytes(bytes(2 * _SLOT_BYTES))
         with partial.open("r+b") as file:
             page = mmap.mmap(file.fileno(), 2 * _SLOT_BYTES)
@@ -95,32 +99,36 @@ class Progress:
         return progress
 
     def phase(self, name: str) -> None:
-        """Enter a phase; its deadline (PHASE_DEADLINES) counts from now. Raises: ValueError on an unknown name."""
+        """Enter a phase; its deadline (see PHASE_DEADLINES) starts now. Raises: ValueError if the name is unknown."""
         if name not in PHASE_DEADLINES:
-            raise ValueError(f"unknown phase {name!r}; wanted one of {', '.join(PHASE_DEADLINES)}; add it there")
+            raise ValueError(
+                f"unknown phase {name!r}; expected one of {', '.join(PHASE_DEADLINES)}; add it to PHASE_DEADLINES"
+            )
         self._phase, self._phase_since = name, time.monotonic()
         self.advance()
 
     def advance(self) -> None:
-        """Say that this process moves: after each tick or step, and inside every loop that waits."""
+        """Report that this process moves. Call it after each tick or step, and inside every loop that waits."""
         self._counter += 1
         self._changed_at = time.monotonic()
         self._write()
 
-    def status(self, numbers: Mapping[str, Any]) -> None:
-        """Replace the numbers a user sees. Raises: ValueError above 3 KiB of JSON."""
-        encoded = json.dumps(dict(numbers)).encode()
+    def status(self, numbers: LearnerStatus | CollectorStatus | Mapping[str, Any]) -> None:
+        """Replace the numbers that launch shows. Raises: ValueError if they take more than MAX_STATUS_BYTES as JSON."""
+        content = dict(numbers) if isinstance(numbers, Mapping) else dataclasses.asdict(numbers)
+        encoded = json.dumps(content).encode()
         if len(encoded) > MAX_STATUS_BYTES:
             raise ValueError(
-                f"status of {len(encoded)} bytes with {len(numbers)} keys; wanted at most {MAX_STATUS_BYTES}; "
-                f"report fewer keys"
+                f"the status takes {len(encoded)} bytes with {len(content)} fields; expected at most {MAX_STATUS_BYTES}; "
+                "report fewer fields"
             )
         self._status = encoded
         self._write()
 
     def refuse(self, reason: str) -> None:
-        """Tell launch why this process cannot work; what is longer than MAX_REFUSAL_BYTES is cut off."""
-        self._refusal = reason.encode()[:MAX_REFUSAL_BYTES]
+        """Report why this process cannot work. Launch shows at most MAX_REFUSAL_BYTES of the reason, cut at a character."""
+        encoded = reason.encode(errors="replace")[:MAX_REFUSAL_BYTES]
+        self._refusal = encoded.decode(errors="ignore").encode()
         self._write()
 
     def _write(self) -> None:
@@ -142,22 +150,25 @@ class Progress:
 
 
 def read(path: Path) -> Snapshot:
-    """The newest whole account in a progress file.
+    """Return the newest whole snapshot in a progress file.
 
-    Raises: OSError if there is no file, ValueError if twenty reads met no whole slot: the file is not one of ours.
+    Raises: OSError if there is no such file; ValueError if no read finds a whole slot, so it is not a progress file.
     """
     raw = b""
-    for _ in range(20):
+    for _ in range(_MAX_READS):
         raw = path.read_bytes()
         slots = [_parse_slot(raw[start : start + _SLOT_BYTES]) for start in (0, _SLOT_BYTES)]
         whole = [slot for slot in slots if slot is not None]
         if whole:
             return max(whole, key=lambda snapshot: snapshot.generation)
         time.sleep(0.001)
-    raise ValueError(f"{path} holds no whole progress slot in {len(raw)} bytes; wanted one written by Progress.create")
+    raise ValueError(
+        f"{path} holds no whole progress slot in {len(raw)} bytes; expected a file written by Progress.create; remove it"
+    )
 
 
 def _parse_slot(raw: bytes) -> Snapshot | None:
+    """Return the snapshot in one slot, or None if the slot is empty or only partly written."""
     if len(raw) < _HEAD.size + _BODY.size:
         return None
     magic, checksum, length = _HEAD.unpack_from(raw)
@@ -167,14 +178,14 @@ def _parse_slot(raw: bytes) -> Snapshot | None:
     pid, generation, counter, changed_at, phase_since, phase, status_bytes = _BODY.unpack_from(payload)
     end = _BODY.size + status_bytes
     name, status = phase.rstrip(b"\0").decode(), json.loads(payload[_BODY.size : end])
-    refusal = payload[end:].decode(errors="replace")
-    return Snapshot(name, counter, changed_at, phase_since, pid, generation, status, refusal)
+    return Snapshot(name, counter, changed_at, phase_since, pid, generation, status, payload[end:].decode())
 
 
 def overdue_s(snapshot: Snapshot, deadlines: DeadlineSettings, *, now: float, watched_since: float) -> float | None:
-    """Seconds past the deadline of its phase, or None while it keeps it.
+    """Return by how many seconds a process exceeds the deadline of its phase, or None if it does not.
 
-    `watched_since`: when the watcher itself last resumed; a process cannot be late while its watcher slept too.
+    `watched_since` is the time at which the watcher itself started or was last resumed. Time before it does not count,
+    because a suspended machine suspends the watched process too.
     """
     limit = getattr(deadlines, PHASE_DEADLINES[snapshot.phase])
     late = now - max(snapshot.changed_at, watched_since) - limit
