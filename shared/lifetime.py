@@ -1,4 +1,4 @@
-"""How a process begins and ends: exit codes, signals, stack dumps, and death together with its parent."""
+"""How a process starts and ends: exit codes, signals, stack dumps, and ending together with its parent."""
 
 from __future__ import annotations
 
@@ -14,44 +14,56 @@ from typing import IO, Any
 
 
 class ExitCode(IntEnum):
-    """How a process of a run ends. 128 + N means that signal N ended it."""
+    """The exit codes of launch, the collector and the learner. 128 + N means that signal N ended the process."""
 
-    FINISHED = 0  # the collector: it was asked to stop, or the learner is gone
-    FAILED = 1  # anything that has no code of its own
-    REFUSED = 2  # a setting, a checkpoint or a simulator cannot work; another start would end alike
-    OUTGROWN = 75  # a collector held more memory than collector.max_rss_gb; the next one may start
+    FINISHED = 0  # the run is complete; for the collector: it was asked to stop, or the learner has ended
+    FAILED = 1  # any failure that has no code of its own
+    REFUSED = 2  # a setting, a checkpoint or a simulator cannot work, so another start would end in the same way
+    OUTGROWN = 75  # a collector exceeded collector.max_rss_gb; launch starts the next one
 
 
+# Environment variables that launch sets for its processes.
 LAUNCH_PID = "TANDEM_LAUNCH_PID"
-SIM_GPU_INDEX = "TANDEM_SIM_GPU_INDEX"  # set by launch: the simulator's GPU as nvidia-smi counts
-OOM_SCORE = 500  # of a process that can be replaced; 0 is usual, 1000 the most
-# Open for the life of the process: faulthandler writes to the descriptor from inside a signal handler.
+SIM_GPU_INDEX = "TANDEM_SIM_GPU_INDEX"  # the index of the simulator's GPU in the order of nvidia-smi
+OOM_SCORE = 500  # the out-of-memory score of a process that can be restarted; 0 is usual and 1000 the highest
+_PR_SET_PDEATHSIG = 1
+# Files that stay open until the process ends, because faulthandler writes to their descriptors in a signal handler.
 _dump_files: list[IO[str]] = []
 
 
-def die_with_parent() -> None:
-    """Tie this process's life to launch's: SIGKILL as soon as its parent ends, SystemExit if it already has.
+def die_with_parent(parent_pid: int | None = None) -> None:
+    """Let the kernel kill this process (SIGKILL) as soon as its parent ends.
 
-    Run by hand, without launch, the parent is the shell.
+    `parent_pid` is the process that started this one. By default it is launch, whose pid is in the environment variable
+    TANDEM_LAUNCH_PID. A process that was started without launch, for example from a shell, skips the check below.
+
+    Raises: SystemExit if that parent has already ended; OSError if the kernel refuses.
     """
-    pr_set_pdeathsig = 1
     libc = ctypes.CDLL(None, use_errno=True)
-    if libc.prctl(pr_set_pdeathsig, signal.SIGKILL, 0, 0, 0) != 0:
-        raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG) failed; wanted Linux 2.1.57 or newer")
-    expected = os.environ.get(LAUNCH_PID)
-    if expected is not None and os.getppid() != int(expected):
-        raise SystemExit(f"launch (pid {expected}) ended before this process started; start launch.py again")
+    if libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0) != 0:
+        raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG) failed; expected Linux; run on a Linux machine")
+    if parent_pid is None and LAUNCH_PID in os.environ:
+        parent_pid = int(os.environ[LAUNCH_PID])
+    # A parent that ended before the call above has left no signal behind, so compare the pids.
+    if parent_pid is not None and os.getppid() != parent_pid:
+        raise SystemExit(
+            f"the parent process (pid {parent_pid}) ended before this process started; expected it to run; "
+            "start launch.py again"
+        )
 
 
 def die_first_when_memory_ends() -> None:
-    """Let the kernel, short of memory, kill this process and its children before others; as far as it permits."""
+    """Make this process and its children the first to be killed if the machine runs out of memory.
+
+    Nothing happens where the kernel does not permit it. A score that is higher already stays.
+    """
     score = Path("/proc/self/oom_score_adj")
     with contextlib.suppress(OSError, ValueError):
         score.write_text(str(max(OOM_SCORE, int(score.read_text()))))
 
 
 class StopFlag:
-    """Set once SIGTERM, SIGINT or SIGHUP arrives; loops poll `requested` and end in good order."""
+    """Remember that SIGTERM, SIGINT or SIGHUP arrived. Loops poll `requested` and then end in an orderly way."""
 
     def __init__(self) -> None:
         self.requested = False
@@ -60,15 +72,15 @@ class StopFlag:
         self._before: dict[int, Any] = {}
 
     def install(self) -> None:
-        """Take SIGTERM, SIGINT and SIGHUP (a closed terminal), again if a simulator has taken them meanwhile."""
+        """Handle SIGTERM, SIGINT and SIGHUP (a closed terminal). Call it again after a simulator replaced the handlers."""
         for signum in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
             if signum == signal.SIGHUP and signal.getsignal(signum) == signal.SIG_IGN:
-                continue  # nohup: the run is to outlive its terminal
+                continue  # the user started the run with nohup, so it must continue without its terminal
             before = signal.signal(signum, self._set)
             self._before.setdefault(signum, before)
 
     def restore(self) -> None:
-        """Give the signals back to whoever had them."""
+        """Install the handlers again that were there before the first `install`."""
         for signum, before in self._before.items():
             signal.signal(signum, before)
         self._before.clear()
@@ -80,13 +92,14 @@ class StopFlag:
 
 
 def install_stop_flag() -> StopFlag:
+    """Return a new stop flag that already handles the signals."""
     flag = StopFlag()
     flag.install()
     return flag
 
 
 def enable_stack_dumps(crash_dir: Path, process: str) -> Path:
-    """Where SIGUSR1 (and a fatal signal) writes every thread's stack: `crash/<process>.stacks`."""
+    """Write the stack of every thread to `crash/<process>.stacks` on SIGUSR1 and on fatal signals; return that path."""
     path = crash_dir / f"{process}.stacks"
     file = path.open("a")
     faulthandler.enable(file=file, all_threads=True)
@@ -96,6 +109,6 @@ def enable_stack_dumps(crash_dir: Path, process: str) -> Path:
 
 
 def renew_stack_dumps() -> None:
-    """Take the fatal signals back from a simulator that has caught them: they dump the stacks and end the process."""
+    """Handle fatal signals again (dump the stacks, then end) after a simulator replaced the handlers."""
     faulthandler.disable()
     faulthandler.enable(file=_dump_files[-1] if _dump_files else 2, all_threads=True)

@@ -36,8 +36,20 @@ def test_a_process_whose_parent_has_already_ended_does_not_start() -> None:
     script = "from shared.lifetime import die_with_parent; die_with_parent(); raise RuntimeError('it went on')"
     env = os.environ | {"TANDEM_LAUNCH_PID": "1"}
     answer = subprocess.run([sys.executable, "-c", script], env=env, capture_output=True, text=True, timeout=DEADLINE_S)
-    assert answer.returncode == 1
-    assert "launch (pid 1) ended before" in answer.stderr
+    assert answer.returncode == 1 and "it went on" not in answer.stderr
+    assert "the parent process (pid 1) ended before" in answer.stderr
+
+
+def test_a_process_that_names_its_parent_is_not_bound_to_launch() -> None:
+    script = (
+        "import os, sys; from shared.lifetime import die_with_parent; die_with_parent(int(sys.argv[1])); print('on')"
+    )
+    command, env = [sys.executable, "-c", script], os.environ | {"TANDEM_LAUNCH_PID": "1"}
+    for parent, output in ((os.getpid(), "on\n"), (1, "")):
+        answer = subprocess.run(
+            [*command, str(parent)], env=env, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, timeout=20
+        )
+        assert answer.stdout == output
 
 
 def test_the_out_of_memory_score_is_raised_and_never_lowered() -> None:

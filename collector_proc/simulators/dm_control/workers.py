@@ -14,7 +14,6 @@ The memfd has no name, so nothing is left in /dev/shm; EOF on the socket is the 
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import json
 import mmap
 import os
@@ -32,11 +31,11 @@ from typing import NoReturn
 from collector_proc.simulators.dm_control.environment import SuiteEnvironment, SuitePlan, renderer_variables, run_tick
 from collector_proc.simulators.dm_control.tick_buffer import TickBuffer, tick_bytes
 from shared.errors import SimulatorError
+from shared.lifetime import die_with_parent
 from shared.stream import StreamSpec
 
 MESSAGE_BYTES = 65536
 CLOSE_S = 3.0
-PR_SET_PDEATHSIG = 1
 SINGLE_THREAD = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "LP_NUM_THREADS"), "1")
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -180,15 +179,6 @@ class WorkerPool:
         return f"worker {worker} (environments {first}..{first + self._num_envs - 1})"
 
 
-def _die_with(parent: int) -> None:
-    """SIGKILL when the collector dies; its signals are its own affair, EOF tells when to end."""
-    ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-    if os.getppid() != parent:
-        sys.exit(1)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-
-
 def _serve(link: socket.socket, plan: SuitePlan, indices: range) -> None:
     """The life of a worker, until EOF."""
     environments = [SuiteEnvironment(plan, index) for index in indices]
@@ -210,7 +200,10 @@ def _serve(link: socket.socket, plan: SuitePlan, indices: range) -> None:
 
 def main() -> NoReturn:
     job = json.loads(sys.argv[1])
-    _die_with(job["parent"])
+    die_with_parent(job["parent"])
+    # Only the collector handles these signals. It ends a worker by closing the socket.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     link = socket.socket(fileno=job["fd"])
     try:
         _serve(link, SuitePlan(**job["plan"]), range(*job["envs"]))
