@@ -1,7 +1,8 @@
-"""Drives one Isaac Lab simulator in a process of its own, where nothing may import torch before it is built.
+"""Run one Isaac Lab simulator in a process of its own, where torch must not be imported before the simulator is built.
 
-`isaac_driver.py JOB.json RESULT.pt`. Job: config, overrides, ticks. Result: what was thrown, the
-arrivals as they were and as they are after the last tick, the true observation before every reset, and facts.
+Call: `isaac_driver.py JOB.json RESULT.pt`. The job holds config, overrides and ticks. The result holds the exception,
+the arrivals as they were returned and as they are after the last tick, the true state before every reset, and facts
+about the process.
 """
 
 from __future__ import annotations
@@ -49,11 +50,14 @@ def main() -> int:
     if simulator is not None:
         with ending.closing_deadline(1.0, 3):
             simulator.close()
-    return 7  # the law: the process ends with the code that main returns, whatever Kit's exit hooks would make of it
+    return 7  # the process must end with this code, although Kit's exit hooks would change it
 
 
 def drive(simulator: Any, num_ticks: int, nan: list[int] | None) -> dict[str, Any]:
-    """nan: the tick before which, and the environment in which, the physics breaks."""
+    """Run `num_ticks` ticks.
+
+    `nan` is (tick, environment): before that tick, NaN is written into that environment's physics.
+    """
     import torch
 
     truth = record_truth(simulator)
@@ -69,19 +73,19 @@ def drive(simulator: Any, num_ticks: int, nan: list[int] | None) -> dict[str, An
         copies.append(copy(arrivals[-1]))
         truths.append(dict(truth))
     kept = [copy(arrival) for arrival in arrivals]
-    anew = copy(simulator.reset())
+    again = copy(simulator.reset())
     return {
         "spec": simulator.spec.to_dict(),
         "rows": stack(copies),
         "kept": stack(kept),
         "truth": truths,
-        "anew": anew,
+        "again": again,
         "num_diverged": simulator.num_diverged,
     }
 
 
 def record_truth(simulator: Any) -> dict[int, Any]:
-    """Environment -> its state just before it is reset inside a step, read behind the adapter's back."""
+    """Return a dict that maps each environment to its state just before a reset, read without the adapter."""
     env, truth = simulator._env, {}
     inner = simulator._terminal._reset_idx
 

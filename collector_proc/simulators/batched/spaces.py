@@ -1,7 +1,9 @@
-"""Observations and actions of IsaacLab-shaped simulators as the stream wants them. Imported after launch.
+"""Convert the observations and actions of batched simulators to the form that the stream records.
 
-{"policy": (E, 48) float, "camera": (E, 3, 100, 100) float}    as the simulator hands them out
+{"policy": (E, 48) float, "camera": (E, 3, 100, 100) float}    as the simulator returns them
 {"policy": (E, 48) float32, "pixels": (E, 64, 64, 3) uint8}    as they are streamed
+
+This file imports torch, so it is imported after the simulator has started.
 """
 
 from __future__ import annotations
@@ -24,36 +26,39 @@ if TYPE_CHECKING:
     from shared.config import EnvSettings
 
 IMAGE_SIZE = 64
-DEFAULT_GROUPS = ("policy", "actor")  # what IsaacLab and mjlab call the group an actor sees
-COLOURS = (1, 3, 4)  # 4: RGB and alpha
-TOLERANCE = 1e-3  # by which float images may leave their range
+DEFAULT_GROUPS = ("policy", "actor")  # names that Isaac Lab and mjlab use for the group that the actor observes
+COLOURS = (1, 3, 4)  # channels: grey, RGB, RGB with alpha
+TOLERANCE = 1e-3  # float images may leave their range by this much
 LUMINANCE = (0.299, 0.587, 0.114)  # ITU-R BT.601
 
 
 class ObservationMap:
-    """Chosen observation groups as named stream entries: flat float32 vectors and 64x64 uint8 images.
+    """Turns the chosen observation groups into named entries: flat float32 vectors and 64x64 uint8 images.
 
-    A group that holds terms gives one entry "group_term" for each. The only image is called "pixels", several are
-    "pixels_<name>". outside: () int64 on the device, 1 once a float image had left [env.image_low, env.image_high].
+    A group of several terms gives one entry "group_term" per term. A single image is named "pixels"; several images are
+    named "pixels_<name>". `outside` is a () int64 tensor on the device: 1 once a float image has left
+    [env.image_low, env.image_high].
     """
 
     def __init__(self, sample: Mapping[str, Any], env: EnvSettings) -> None:
-        """sample: what one reset returned.
+        """Read names, shapes and types from `sample`, the observation that one reset returned.
 
-        Raises: SettingError if the settings and what is there do not fit, SimulatorError on an image that shows nothing.
+        Raises: SettingError if the settings do not fit the sample; SimulatorError if an image shows nothing.
         """
         self._gray, self._low, self._high = env.grayscale, env.image_low, env.image_high
         groups = chosen_groups(sample, env.obs_groups)
         self._keys = entry_names(_leaves({name: sample[name] for name in groups}))
         flat = self._read(sample)
         self.outside = torch.zeros((), dtype=torch.int64, device=next(iter(flat.values())).device)
-        self._lowest = torch.full((), env.image_low, device=self.outside.device)  # of all values in float images so far
+        self._lowest = torch.full(
+            (), env.image_low, device=self.outside.device
+        )  # lowest and highest value of all float images so far
         self._highest = torch.full_like(self._lowest, env.image_high)
         images = [name for name, entry in flat.items() if entry.dim() == 4]
         if bool(images) != env.from_pixels:
             raise SettingError(
                 f"env.from_pixels={str(env.from_pixels).lower()} does not fit the observation groups "
-                f"{', '.join(groups)} of {env.name}: met images {images}; wanted "
+                f"{', '.join(groups)} of {env.name}, which hold the images {images}; expected "
                 f"{'at least one' if env.from_pixels else 'none'}; set env.from_pixels={str(bool(images)).lower()} or "
                 "choose other env.obs_groups"
             )
@@ -68,9 +73,9 @@ class ObservationMap:
         }
 
     def __call__(self, obs: Mapping[str, Any], rows: Tensor | slice | None = None) -> dict[str, Tensor]:
-        """Entries (E, *shape), or of some rows only; they may share memory with the simulator's tensors.
+        """Return the entries of the chosen groups, of all rows or only of `rows`.
 
-        Other groups than chosen are ignored.
+        They may share memory with the simulator's tensors. Shapes: (E, *shape).
         """
         flat = self._read(obs)
         if rows is not None:
@@ -81,11 +86,14 @@ class ObservationMap:
         }
 
     def refuse_range(self) -> NoReturn:
-        """Raises: SettingError with the values met. Waits for the device."""
+        """Report that an image left its range. Waits for the device.
+
+        Raises: SettingError with the values that were seen.
+        """
         raise SettingError(
-            f"env.image_low={self._low} env.image_high={self._high} do not hold the images any more: met values "
-            f"{float(self._lowest):.3g} .. {float(self._highest):.3g}; wanted their range, which becomes bytes 0 .. 255; "
-            "set both to hold every value"
+            f"env.image_low={self._low} env.image_high={self._high} do not cover the images, whose values lie in "
+            f"{float(self._lowest):.3g} .. {float(self._highest):.3g}; expected the range of all values, which "
+            "becomes the bytes 0 .. 255; set both settings so that they cover every value"
         )
 
     def _read(self, obs: Mapping[str, Any]) -> dict[str, Tensor]:
@@ -95,7 +103,10 @@ class ObservationMap:
         return entries
 
     def _image(self, image: Tensor) -> Tensor:
-        """(E, H, W, C) or (E, C, H, W) to (E, 64, 64, 1 or 3) uint8; shrunk by the mean over the area of each pixel."""
+        """Return images as bytes, reduced to 64x64 by averaging over areas.
+
+        Shapes: (E, H, W, C) or (E, C, H, W) to (E, 64, 64, 1 or 3) uint8.
+        """
         if _channels_first(image):
             image = image.permute(0, 2, 3, 1)
         image = image[..., :3]
@@ -113,27 +124,30 @@ class ObservationMap:
         return values.round().clamp(0, 255).to(torch.uint8)
 
     def _watch(self, values: Tensor) -> None:
-        """Remember on the device whether a value lay outside the range. NaN is for `ManagerStep` to find, in other entries."""
+        """Remember on the device whether a value lay outside the range. NaN is ignored: `ManagerStep` looks for it."""
         low, high = values.nan_to_num(self._low, self._high, self._low).aminmax()
         self._lowest, self._highest = torch.minimum(self._lowest, low), torch.maximum(self._highest, high)
         self.outside.copy_((self._lowest < self._low - TOLERANCE) | (self._highest > self._high + TOLERANCE))
 
 
 class ActionMap:
-    """Actions in [-1, 1] to the simulator's own, number by number.
+    """Maps actions in [-1, 1] to the simulator's own range, separately for each dimension.
 
     bounds    low, high          none               low only                   high only
     becomes   [low, high]        [-scale, scale]    [low, low + 2 * scale]     [high - 2 * scale, high]
     """
 
     def __init__(self, low: Any, high: Any, *, scale: float, device: torch.device) -> None:
-        """low, high: the bounds (A,), anything torch.as_tensor takes. Raises: SettingError on a scale that would do nothing."""
+        """Build the map from the bounds `low` and `high`, each (A,), infinite where there is no bound.
+
+        Raises: SettingError if `scale` is set although every dimension is bounded, so that it would do nothing.
+        """
         low, high = (torch.as_tensor(bound, dtype=torch.float32, device=device).flatten() for bound in (low, high))
         bounded = low.isfinite() & high.isfinite()
         if scale != 1 and bool(bounded.all()):
             raise SettingError(
-                f"env.action_scale={scale} has nothing to scale: the task bounds its actions to {low.tolist()} .. "
-                f"{high.tolist()}, which [-1, 1] is mapped to; wanted 1; set env.action_scale=1"
+                f"env.action_scale={scale} has no effect, because the task bounds all its actions: [-1, 1] is mapped "
+                f"to {low.tolist()} .. {high.tolist()}; expected 1; set env.action_scale=1"
             )
         self._factor = torch.where(bounded, (high - low) / 2, scale)
         lower, upper = torch.where(low.isfinite(), low + self._factor, 0.0), high - self._factor
@@ -141,12 +155,12 @@ class ActionMap:
         self.action_dim = len(self._factor)
 
     def __call__(self, action: Tensor) -> Tensor:
-        """action: (E, A) in [-1, 1]."""
+        """Return the simulator's action. Shapes: (E, A) in [-1, 1] to (E, A)."""
         return action * self._factor + self._offset
 
 
 def chosen_groups(sample: Mapping[str, Any], wanted: Sequence[str] | None) -> list[str]:
-    """The groups that env.obs_groups chooses among those in the sample. Raises: SettingError."""
+    """Return the groups that env.obs_groups chooses from the sample. Raises: SettingError if one does not exist."""
     there = list(sample)
     if wanted is None:
         return next(([name] for name in DEFAULT_GROUPS if name in sample), there)
@@ -154,28 +168,32 @@ def chosen_groups(sample: Mapping[str, Any], wanted: Sequence[str] | None) -> li
         if name not in sample:
             nearest = difflib.get_close_matches(name, there, n=1, cutoff=0.0)[0]
             raise SettingError(
-                f"env.obs_groups names {name!r}, which the task does not have; wanted some of {', '.join(there)}; "
+                f"env.obs_groups names {name!r}, which the task does not have; expected some of {', '.join(there)}; "
                 f"set env.obs_groups=[{nearest}]"
             )
     return list(wanted)
 
 
 def entry_names(keys: Iterable[tuple[str, ...]]) -> dict[str, tuple[str, ...]]:
-    """Where each entry of the stream lies: "group_term", for dots would nest in the replay. Raises: SettingError."""
+    """Return the stream's name of each entry and the key under which the simulator returns it.
+
+    A nested key ("group", "term") is named "group_term". Dots become underscores, because a dot would nest the entry in
+    the replay. Raises: SettingError if two keys get the same name.
+    """
     found: dict[str, tuple[str, ...]] = {}
     for key in keys:
         name = "_".join(map(str, key)).replace(".", "_")
         if name in found:
             raise SettingError(
-                f"observations {list(found[name])} and {list(key)} would both be streamed as {name!r}; wanted a name for each; "
-                "rename one of them in the task, or choose env.obs_groups without it"
+                f"observations {list(found[name])} and {list(key)} would both be streamed as {name!r}; expected "
+                "different names; rename one of them in the task, or choose env.obs_groups without it"
             )
         found[name] = key
     return found
 
 
 def _leaves(obs: Mapping[str, Any], above: tuple[str, ...] = ()) -> list[tuple[str, ...]]:
-    """Where the tensors of nested groups lie."""
+    """Return the keys of all tensors in nested groups."""
     found: list[tuple[str, ...]] = []
     for name, entry in obs.items():
         found += [(*above, name)] if isinstance(entry, Tensor) else _leaves(entry, (*above, name))
@@ -183,12 +201,12 @@ def _leaves(obs: Mapping[str, Any], above: tuple[str, ...] = ()) -> list[tuple[s
 
 
 def _check_distinct(names: Mapping[str, str]) -> None:
-    """Raises: SettingError if an image gets the name of another entry."""
+    """Check that no image gets the name of another entry. Raises: SettingError if one does."""
     for name, streamed in names.items():
         if streamed != name and names.get(streamed) == streamed:
             raise SettingError(
-                f"image {name!r} and observation {streamed!r} would both be streamed as {streamed!r}; wanted a name for each; "
-                "rename one of them in the task, or choose env.obs_groups without it"
+                f"image {name!r} and observation {streamed!r} would both be streamed as {streamed!r}; expected "
+                "different names; rename one of them in the task, or choose env.obs_groups without it"
             )
 
 
@@ -197,23 +215,27 @@ def _channels_first(image: Tensor) -> bool:
 
 
 def _check_image(name: str, image: Tensor, env: EnvSettings) -> None:
-    """Raises: SimulatorError on what is no image or shows nothing, SettingError on values outside the declared range."""
+    """Check the shape and the values of an image.
+
+    Raises: SimulatorError if it is no image or shows one colour only; SettingError if values lie outside the declared
+    range.
+    """
     if not _channels_first(image) and image.shape[3] not in COLOURS:
         raise SimulatorError(
-            f"observation {name!r} has shape {tuple(image.shape)}; wanted images (E, H, W, C) or (E, C, H, W) with 1, 3 "
-            "or 4 channels; choose other env.obs_groups"
+            f"observation {name!r} has shape {tuple(image.shape)}; expected images (E, H, W, C) or (E, C, H, W) with "
+            "1, 3 or 4 channels; choose other env.obs_groups"
         )
     if image.dtype == torch.uint8:
         return
     low, high = (float(value) for value in image.float().aminmax())
     if low == high:
         raise SimulatorError(
-            f"image {name!r} is {low:.3g} in every pixel of every environment; wanted a picture, to tell its range by; let "
-            "its camera see something at the reset, or choose other env.obs_groups"
+            f"image {name!r} is {low:.3g} in every pixel of every environment; expected different values, to check "
+            "their range; let its camera see something at the reset, or choose other env.obs_groups"
         )
     if not env.image_low - TOLERANCE <= low <= high <= env.image_high + TOLERANCE:
         raise SettingError(
-            f"env.image_low={env.image_low} env.image_high={env.image_high} do not hold image {name!r}: met values "
-            f"{low:.3g} .. {high:.3g}; wanted its range, which becomes bytes 0 .. 255; set them, -1 and 1 for images "
-            "whose mean was taken off"
+            f"env.image_low={env.image_low} env.image_high={env.image_high} do not cover image {name!r}, whose values "
+            f"lie in {low:.3g} .. {high:.3g}; expected the range of its values, which becomes the bytes 0 .. 255; set "
+            "both, for example to -1 and 1 for images whose mean was subtracted"
         )

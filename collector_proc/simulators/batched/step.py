@@ -1,16 +1,16 @@
-"""What IsaacLab-shaped simulators (isaaclab, mjlab) share: their step's tensors become an Arrival. Imported after launch.
+"""Turn the tensors of a batched simulator's step into an Arrival. The isaaclab, mjlab and torchrl backends use it.
 
-Such a simulator hands out the managers' own buffers, which the next step overwrites, and an episode ends and begins again
-within one tick. One tick, environment 2 falling at it, environment 3 diverging:
+Such a simulator returns views of buffers that its next step overwrites. An episode can end and the next one begin
+within one tick. This example shows one tick in which environment 2 falls and environment 3 diverges:
 
     env                  0      1      2      3
-    row.obs              o0     o1     end    0      the last observation of the old episode; zeros where not finite
-    acting_obs           o0     o1     fresh  fresh  what the policy answers
+    row.obs              o0     o1     end    0      the last observation of the old episode; zeros if it is not finite
+    acting_obs           o0     o1     fresh  fresh  the observation that the policy acts on
     is_last              0      0      1      1
     is_first             0      0      0      1      environment 2's next row is `is_first` and keeps its true reward
 
-Nothing here waits for the device, except where a function says so: counts travel to the host while the policy acts, and are
-looked at before the next step.
+Nothing here waits for the device unless its docstring says so. Counts are copied to the host while the policy acts, and
+the host reads them before the next step. This file imports torch, so it is imported after the simulator has started.
 """
 
 from __future__ import annotations
@@ -35,14 +35,19 @@ if TYPE_CHECKING:
     from collector_proc.simulators.batched.spaces import ObservationMap
     from shared.config import EnvSettings, Settings
 
-MAX_DUMPS = 4  # files of one incarnation
-MAX_DUMPED_ROWS = 8  # environments in one file
-MAX_STREAK = 100  # diverged rows of one environment, never two finite ones in between: resets mend nothing
-SHARE_TICKS, MAX_SHARE = 1000, 0.01  # of all rows of the last ticks: what is left is not worth learning from
+MAX_DUMPS = 4  # files per process
+MAX_DUMPED_ROWS = 8  # environments per file
+# The run ends if one environment has this many diverged rows without two finite rows in between: resets do not help it.
+MAX_STREAK = 100
+# The run ends if more than this share of all rows of the last ticks diverged: the rest is not worth learning from.
+SHARE_TICKS, MAX_SHARE = 1000, 0.01
 
 
 class HostCounts:
-    """Whole numbers of the device that the host reads later, having waited for their copy only and not for newer work."""
+    """Integers that are copied from the device now and read by the host later.
+
+    Reading waits for the copy alone, not for work that was queued after it.
+    """
 
     def __init__(self, size: int, device: torch.device) -> None:
         cuda = device.type == "cuda"
@@ -51,34 +56,34 @@ class HostCounts:
         self._event = torch.cuda.Event(blocking=True) if cuda else None  # sleeps instead of spinning
 
     def post(self, counts: Tensor) -> None:
-        """counts: (size,) int64."""
+        """Start the copy. Shapes: counts (size,) int64."""
         self._host.copy_(counts, non_blocking=True)
         if self._event is not None:
             self._event.record(torch.cuda.current_stream(self._device))
 
     def read(self) -> list[int]:
+        """Return the numbers that were posted last; waits until their copy has arrived."""
         if self._event is not None:
             self._event.synchronize()
         return self._host.tolist()
 
 
 class Divergence:
-    """How often each environment diverged of late, kept on the device. `counts` is what the host needs for its verdict."""
+    """Counts on the device how often each environment diverged. `counts` are the numbers that `check` needs."""
 
     def __init__(self, num_envs: int, device: torch.device) -> None:
         self._num_envs = num_envs
-        self._whole = torch.ones(num_envs, dtype=torch.bool, device=device)  # the last row was finite
+        self._whole = torch.ones(num_envs, dtype=torch.bool, device=device)  # whether the last row was finite
         self._streak = torch.zeros(num_envs, dtype=torch.int64, device=device)
-        self._ticks = torch.zeros(
-            SHARE_TICKS, dtype=torch.int64, device=device
-        )  # diverged rows of each of the last ticks
+        # the number of diverged rows in each of the last ticks
+        self._ticks = torch.zeros(SHARE_TICKS, dtype=torch.int64, device=device)
         self._total = torch.zeros((), dtype=torch.int64, device=device)
         self._tick = 0
 
     def add(self, diverged: Tensor) -> None:
-        """diverged: (E,) bool, of one tick."""
-        mended = self._whole & ~diverged
-        self._streak = torch.where(diverged, self._streak + 1, torch.where(mended, 0, self._streak))
+        """Count one tick. Shapes: diverged (E,) bool."""
+        recovered = self._whole & ~diverged
+        self._streak = torch.where(diverged, self._streak + 1, torch.where(recovered, 0, self._streak))
         self._whole = ~diverged
         number = diverged.sum()
         self._ticks[self._tick % SHARE_TICKS] = number
@@ -86,28 +91,32 @@ class Divergence:
         self._tick += 1
 
     def counts(self) -> Tensor:
-        """(3,) int64: diverged rows so far, in the last SHARE_TICKS ticks, and the longest streak of one environment."""
+        """Return the diverged rows so far, those of the last SHARE_TICKS ticks, and the longest streak.
+
+        Shapes: (3,) int64.
+        """
         return torch.stack([self._total, self._ticks.sum(), self._streak.amax()])
 
     def check(self, total: int, recent: int, streak: int) -> None:
-        """Raises: SimulatorError if an environment does not mend, or too many diverge."""
+        """Check what `counts` returned.
+
+        Raises: SimulatorError if an environment does not recover, or if too many environments diverge.
+        """
         if streak < MAX_STREAK and recent <= MAX_SHARE * SHARE_TICKS * self._num_envs:
             return
         raise SimulatorError(
-            f"{total} rows diverged, {recent} of them in the last {SHARE_TICKS} ticks of {self._num_envs} environments and "
-            f"{streak} of one environment without two finite rows in between; wanted at most {MAX_SHARE:.0%} of the rows, "
-            f"fewer than {MAX_STREAK} of one environment; look at crash/diverged-*.npz, lower env.action_scale or the "
-            "task's forces"
+            f"{total} rows diverged: {recent} of them in the last {SHARE_TICKS} ticks of {self._num_envs} "
+            f"environments, and {streak} in one environment without two finite rows in between; expected at most "
+            f"{MAX_SHARE:.0%} of the rows, and fewer than {MAX_STREAK} in one environment; look at "
+            "crash/diverged-*.npz, and lower env.action_scale or the task's forces"
         )
 
 
 class ManagerStep:
-    """Turns each tick of E environments into an Arrival that owns its memory, and keeps account of what diverged.
+    """Turns each tick of E environments into an Arrival that owns its memory, and counts the rows that diverged.
 
-    A tick is: `pending()` (which environments the backend must reset first), the simulator's step, `row()`, then
-    `arrival()` once ended environments are reset. reward_factor multiplies every reward. finite_horizon: a time-out ends the
-    task itself. crash_dir: where the first non-finite states are written. images: what every tick's observations went through, asked whether its images stayed in
-    their range.
+    The backend calls, in every tick: `pending()`, which returns the environments to reset first; the simulator's step;
+    `row()`; and `arrival()`, after the ended environments have been reset.
     """
 
     def __init__(
@@ -120,29 +129,38 @@ class ManagerStep:
         crash_dir: Path | None = None,
         images: ObservationMap | None = None,
     ) -> None:
+        """Start with every environment at the beginning of an episode.
+
+        reward_factor: multiplies every reward. finite_horizon: if true, a time-out is a true end of the task.
+        crash_dir: the folder for files of the first non-finite states; None writes none. images: the ObservationMap
+        used for this stream; it is asked once per tick whether an image left its range.
+        """
         self._reward_factor, self._finite_horizon = reward_factor, finite_horizon
         self._crash_dir, self._images = crash_dir, images
-        self._first = torch.ones(num_envs, dtype=torch.bool, device=device)  # the next row begins an episode
-        self._diverged = torch.zeros_like(self._first)  # in the newest row
+        self._first = torch.ones(num_envs, dtype=torch.bool, device=device)  # whether the next row begins an episode
+        self._diverged = torch.zeros_like(self._first)  # whether the newest row diverged
         self._pending = torch.zeros_like(self._first)
         self._divergence = Divergence(num_envs, device)
         self._counts = HostCounts(4, device)
         self._raw: dict[str, Tensor] = {}
         self._num_dumps = 0
-        self.num_diverged = 0  # rows that were not finite, as of the last `pending()`; reading it never waits
+        self.num_diverged = 0  # diverged rows so far, as of the last `pending()`
 
     def begin(self, obs: dict[str, Tensor]) -> Arrival:
-        """The arrival at reset(): every environment begins. obs: entries (E, *shape)."""
+        """Return the arrival of a reset of all environments. Shapes: entries of obs (E, *shape)."""
         self._first = torch.ones_like(self._first)
         none, reward = torch.zeros_like(self._first), torch.zeros_like(self._first, dtype=torch.float32)
         row = self.row(obs, reward, none, none)
         return self.arrival(row, obs, was_reset=none)
 
     def row(self, obs: dict[str, Tensor], reward: Tensor, terminated: Tensor, time_out: Tensor) -> Arrival:
-        """What is recorded of a tick, in memory of its own; `acting_obs` is still missing.
+        """Return the part of a tick that is recorded, in memory of its own; `acting_obs` is not set yet.
 
-        obs: entries (E, *shape) on arrival, of ended episodes their last. Where both ends are set, the episode terminated.
-        Non-finite rows become zeros with is_first = is_last; where `is_last` is set, the environment must be reset.
+        An episode that terminated and timed out in the same tick counts as terminated. Rows that are not finite become
+        zeros with is_first and is_last both set. The backend must reset every environment whose `is_last` is set.
+
+        Shapes: obs has entries (E, *shape); for an ended episode it is the last observation. reward, terminated and
+        time_out are (E,).
         """
         diverged = ~(_finite(obs) & reward.isfinite())
         self._raw = {**{f"obs.{name}": entry for name, entry in obs.items()}, "reward": reward}
@@ -159,10 +177,12 @@ class ManagerStep:
         )
 
     def arrival(self, row: Arrival, fresh: dict[str, Tensor], *, was_reset: Tensor) -> Arrival:
-        """The row with what the policy acts on: `fresh` where environments were reset in this tick, else the row's own.
+        """Return the row with the observation to act on: `fresh` where an environment was reset, else the row's.
 
-        fresh: entries (E, *shape). was_reset: (E,) bool, the environments reset since the simulator's step. What diverged
-        and was not reset acts on zeros and is named by the next `pending()`.
+        An environment that diverged and was not reset acts on zeros, and the next `pending()` returns it.
+
+        Shapes: fresh has entries (E, *shape); was_reset is (E,) bool, set for environments reset since the simulator's
+        step.
         """
         acting = {name: _where(was_reset, fresh[name], entry) for name, entry in row.obs.items()}
         bad = ~_finite(acting)
@@ -174,11 +194,12 @@ class ManagerStep:
         return dataclasses.replace(row, acting_obs=_blank(acting, bad))
 
     def pending(self) -> Tensor | None:
-        """Indices of environments to reset before the next step, None in the ordinary tick. Call it once per tick.
+        """Return the indices of environments to reset before the next step, or None if there are none.
 
-        Waits for a copy made at the end of the last tick, and for the device only if something diverged, which it then
-        writes down. Raises: SimulatorError if environments do not mend or too many diverge, SettingError if an image left
-        its range.
+        Call it once per tick. It waits for a small copy that the last tick started. It waits for the device only if
+        something diverged, and then writes the diverged rows to `crash_dir`.
+        Raises: SimulatorError if environments do not recover or too many diverge; SettingError if an image left its
+        range.
         """
         total, recent, streak, outside = self._counts.read()
         if outside and self._images is not None:
@@ -192,7 +213,7 @@ class ManagerStep:
         return indices if len(indices) else None
 
     def _dump(self) -> None:
-        """The raw rows of what diverged, as `crash/diverged-<pid>-<n>.npz`; a full disk ends no run."""
+        """Write the raw rows that diverged to `crash/diverged-<pid>-<n>.npz`. A full disk does not end the run."""
         if self._crash_dir is None or self._num_dumps >= MAX_DUMPS:
             return
         indices = self._diverged.nonzero().squeeze(-1)[:MAX_DUMPED_ROWS]
@@ -206,28 +227,33 @@ class ManagerStep:
 
 
 def episode_length_s(horizon: int, step_s: float) -> float:
-    """The cfg.episode_length_s that makes `ceil(episode_length_s / step_dt)` exactly `horizon` agent steps."""
+    """Return the cfg.episode_length_s for which `ceil(episode_length_s / step_dt)` is exactly `horizon` agent steps."""
     return (horizon - 0.5) * step_s
 
 
 def finite_horizon(cfg: Any, env: EnvSettings) -> bool:
-    """Whether the task says that its time-out is its end, so that nothing comes after it; a cut of ours never is."""
+    """Return whether the task declares its time-out as a true end of the task.
+
+    A time-out that env.horizon sets is never one.
+    """
     return bool(getattr(cfg, "is_finite_horizon", False)) and env.horizon is None
 
 
 def whole_columns(settings: Settings, num_envs: int) -> list[int]:
-    """The environments whose first episodes begin at age 0: those that evaluate, or all without env.randomize_start."""
+    """Return the environments whose first episode begins at age 0.
+
+    These are the evaluation environments, or all environments if env.randomize_start is false.
+    """
     num_whole = settings.collector.eval_envs if settings.env.randomize_start else num_envs
     return evaluation_columns(num_envs, num_whole)
 
 
 def randomize_episode_lengths(env: Any, *, whole: list[int]) -> None:
-    """Let the first episodes end at different times: after one reset of all, time-outs would otherwise coincide for good.
+    """Give the first episodes random ages, so that they end at different times.
 
-    Some tasks draw such ages themselves: those are replaced.
-
-    env: has `episode_length_buf` (E,) and `max_episode_length`; otherwise nothing happens. The environments in `whole`
-    keep whole episodes.
+    Without it, all environments would reach their time limit in the same tick, again and again. Some tasks draw such
+    ages themselves; those are replaced. Environments in `whole` start at age 0. Nothing happens if `env` has no
+    `episode_length_buf` (E,).
     """
     lengths = getattr(env, "episode_length_buf", None)
     if lengths is None:
@@ -238,7 +264,7 @@ def randomize_episode_lengths(env: Any, *, whole: list[int]) -> None:
 
 
 def _finite(obs: dict[str, Tensor]) -> Tensor:
-    """(E,) bool: every value of the environment's entries is finite."""
+    """Return, for each environment, whether every float value of its entries is finite. Shapes: (E,) bool."""
     whole = [
         entry.reshape(len(entry), -1).isfinite().all(-1) for entry in obs.values() if entry.dtype.is_floating_point
     ]
@@ -253,5 +279,8 @@ def _where(mask: Tensor, chosen: Tensor, other: Tensor) -> Tensor:
 
 
 def _blank(obs: dict[str, Tensor], mask: Tensor) -> dict[str, Tensor]:
-    """Zeros where the mask is set: 0 * NaN is NaN, so by choice and not by product. The result owns its memory."""
+    """Return the entries with zeros where the mask is set, in memory of their own.
+
+    It selects instead of multiplying, because 0 * NaN is NaN.
+    """
     return {name: _where(mask, torch.zeros_like(entry), entry) for name, entry in obs.items()}

@@ -1,10 +1,10 @@
-"""Backend `isaaclab`: every task Isaac Lab registers, manager-based or direct, E environments in one batch on one device.
+"""Backend `isaaclab`: every task that Isaac Lab registers, manager-based or direct, as one batch on one device.
 
-Its step resets ended environments before it observes and hands out none of their last observations. They are taken here,
-from a hook that runs just before those resets; a tick without an ended episode pays nothing for it. What is not read:
-`extras["log"]`, which between resets still holds what was written at the last one.
+Isaac Lab's step resets ended environments before it observes, so it does not return their last observations. A hook in
+this file takes them just before those resets. A tick in which no episode ends has no extra cost. `extras["log"]` is not
+read, because it keeps old values until the next reset.
 
-Importing this file needs neither torch nor Isaac; building the simulator starts Isaac first and imports torch after it.
+Importing this file needs neither torch nor Isaac. Building the simulator starts Isaac first and imports torch after it.
 """
 
 from __future__ import annotations
@@ -30,16 +30,20 @@ if TYPE_CHECKING:
 
 
 class TerminalObservations:
-    """The last observations of episodes that end inside a step, caught between the rewards and the resets.
+    """Takes the last observations of episodes that end inside a step, after the rewards and before the resets.
 
-    Limits: what observing draws or counts by itself (sensor noise, modifiers with a memory) is drawn once more in such a tick.
+    Side effect: when an episode ends, observations are computed twice, so sensor noise and stateful modifiers advance
+    one extra step.
     """
 
     def __init__(self, env: Any, entries: Any) -> None:
-        """env: unwrapped; entries: observation groups to stream entries. Raises: SimulatorError without anything to hook."""
+        """Install the hook in the unwrapped environment. `entries` maps observation groups to stream entries.
+
+        Raises: SimulatorError if the environment has no method to hook into.
+        """
         if not hasattr(env, "_reset_idx"):
             raise SimulatorError(
-                f"{type(env).__name__} has no _reset_idx, the place where last observations are taken; wanted a "
+                f"{type(env).__name__} has no method _reset_idx, where the last observations are taken; expected a "
                 "ManagerBasedRLEnv or DirectRLEnv; choose another env.name"
             )
         self._env, self._entries, self._reset_idx = env, entries, env._reset_idx
@@ -50,7 +54,7 @@ class TerminalObservations:
             env._reset_idx = self._hook
 
     def step(self, action: Tensor) -> tuple[Any, ...]:
-        """The environment's own step, with the hook in place."""
+        """Make one step of the environment and collect the last observations of the episodes that end in it."""
         self._caught, self._stepping = [], True
         try:
             return self._env.step(action)
@@ -58,22 +62,24 @@ class TerminalObservations:
             self._stepping = False
 
     def reset(self, indices: Tensor) -> None:
-        """Begin these environments anew, outside a step."""
+        """Reset these environments outside a step."""
         self._reset_idx(indices)
         self._env.scene.write_data_to_sim()
         self._env.sim.forward()
 
     def put_into(self, obs: dict[str, Tensor], extras: dict[str, Any], done: Tensor) -> dict[str, Tensor]:
-        """The entries on arrival: those of the observation after the step, of ended episodes their last.
+        """Return the observation after the step, in which ended episodes have their last observation.
 
-        Waits for the device only where Isaac Lab itself reports final observations.
+        Waits for the device only if Isaac Lab itself reports final observations.
         """
         if self._native:
             return self._put_native(obs, extras, done)
         if not self._caught:
             return obs
         arrived = {name: entry.clone() for name, entry in obs.items()}
-        for indices, rows in reversed(self._caught):  # of an environment reset twice in a step the first counts
+        for indices, rows in reversed(
+            self._caught
+        ):  # if an environment was reset twice in one step, the first observation counts
             for name, entry in rows.items():
                 arrived[name][indices] = entry
         return arrived
@@ -81,7 +87,7 @@ class TerminalObservations:
     def _hook(self, env_ids: Any) -> Any:
         if self._stepping:
             indices = slice(None) if env_ids is None else env_ids
-            # cloned: what is observed may be a view of the state that the reset is about to overwrite
+            # Cloned, because an observation may be a view of the state, which the reset overwrites.
             rows = {name: entry.clone() for name, entry in self._entries(self._observe(), indices).items()}
             self._caught.append((indices, rows))
         return self._reset_idx(env_ids)
@@ -98,11 +104,11 @@ class TerminalObservations:
     def _put_native(self, obs: dict[str, Tensor], extras: dict[str, Any], done: Tensor) -> dict[str, Tensor]:
         indices = done.nonzero().squeeze(-1)
         if not len(indices):
-            return obs  # extras may still hold those of an earlier step
+            return obs  # extras may still hold the final observations of an earlier step
         if "final_obs" not in extras:
             raise SimulatorError(
-                f"cfg.compute_final_obs=True brought no extras['final_obs'], only {', '.join(extras)}; wanted the last "
-                "observations of ended episodes; this Isaac Lab is newer than what this backend knows"
+                f"cfg.compute_final_obs=True returned no extras['final_obs'] but {', '.join(extras)}; expected the "
+                "last observations of ended episodes; install a version of Isaac Lab that this backend supports"
             )
         final = self._entries(extras["final_obs"])
         arrived = {name: entry.clone() for name, entry in obs.items()}
@@ -112,12 +118,15 @@ class TerminalObservations:
 
 
 class IsaacLabSimulator:
-    """env.num_envs environments of one registered task. One per process: Isaac allows no second."""
+    """Steps env.num_envs environments of one registered task. Isaac allows one simulator per process."""
 
-    frames_per_step = 1  # the task's own decimation is part of its step
+    frames_per_step = 1  # the task repeats actions itself (decimation)
 
     def __init__(self, settings: Settings, *, seed: int, device: str, crash_dir: Path | None = None) -> None:
-        """Takes minutes with a real Isaac Sim. Raises: SettingError, SimulatorError."""
+        """Start Isaac and build the task. With a real Isaac Sim this takes minutes.
+
+        Raises: SettingError if a setting does not fit the task; SimulatorError if Isaac does not start.
+        """
         cameras = settings.env.from_pixels
         self.device = simulator_device(device, cameras=cameras)
         assert "torch" not in sys.modules, "torch was imported before the simulator started"
@@ -129,8 +138,8 @@ class IsaacLabSimulator:
         except (Exception, SystemExit) as error:
             traceback.print_exc()
             raise SimulatorError(
-                f"Isaac Lab did not start {settings.env.name}: {error!r}; wanted Isaac Lab 2.3 with Isaac Sim 5.1; "
-                "run python -m launcher.probe --config isaaclab, which reports step by step"
+                f"Isaac Lab did not start {settings.env.name}: {error!r}; expected Isaac Lab 2.3 with Isaac Sim 5.1; "
+                "run python -m launcher.probe --config isaaclab, which reports every step of the start"
             ) from error
 
     def _build(self, settings: Settings, *, seed: int, crash_dir: Path | None) -> None:
@@ -145,10 +154,11 @@ class IsaacLabSimulator:
         task = _registered_task(env.name, gymnasium.registry)
         cfg = self._task_cfg(settings, task, seed=seed)
         with torch.no_grad():
-            # unwrapped: gymnasium's wrappers hide the attributes that are used here
+            # Unwrapped, because gymnasium's wrappers hide the attributes that are used here.
             self._env: Any = gymnasium.make(task, cfg=cfg).unwrapped
             sample, _ = self._env.reset()
-            if env.from_pixels:  # the first reset observes before it waits for textures: its images may be blank
+            if env.from_pixels:
+                # The first reset observes before the textures are loaded, so its images may be blank.
                 sample, _ = self._env.reset()
         self._whole = whole_columns(settings, self._env.num_envs)
         self._first_obs: Any = sample
@@ -169,28 +179,29 @@ class IsaacLabSimulator:
 
     @property
     def num_diverged(self) -> int:
-        """Rows that were not finite, as of the last tick looked at. Never waits."""
+        """The number of rows that were not finite, as of the last tick that was checked. Never waits."""
         return self._steps.num_diverged
 
     def reset(self) -> Arrival:
-        """Start every environment anew; the first training episodes at random ages."""
+        """Reset every environment. The first training episodes start at random ages if env.randomize_start is true."""
         import torch
 
         from collector_proc.simulators.batched.step import randomize_episode_lengths
 
         with torch.no_grad():
-            # building has reset it, to see what there is to observe
+            # __init__ has already reset the environment, to see which observations there are.
             obs = self._first_obs if self._first_obs is not None else self._env.reset()[0]
             self._first_obs = None
             randomize_episode_lengths(self._env, whole=self._whole)
             return self._steps.begin(self._entries(obs))
 
     def step(self, action: Tensor) -> Arrival:
-        """One agent step of every environment. action: (E, A) in [-1, 1]. Raises: SimulatorError."""
+        """Make one agent step of every environment. Shapes: action (E, A) in [-1, 1]. Raises: SimulatorError."""
         import torch
 
         assert action.shape == (self.spec.num_envs, self.spec.action_dim), action.shape
-        with torch.no_grad():  # not inference_mode: the environment's buffers are written in place for ever after
+        # Not inference_mode: later steps write into the environment's buffers, which would then be inference tensors.
+        with torch.no_grad():
             diverged = self._steps.pending()
             if diverged is not None:
                 self._terminal.reset(diverged)
@@ -200,28 +211,31 @@ class IsaacLabSimulator:
             return self._steps.arrival(row, fresh, was_reset=done)
 
     def close(self) -> None:
-        """Free the environment. Kit itself is left to the end of the process; see `kit.start_kit`."""
+        """Close the environment. Kit itself ends together with the process; see `kit.start_kit`."""
         try:
             self._env.close()
         except Exception:
-            traceback.print_exc()  # the run is over: how it went is not for the teardown to say
+            traceback.print_exc()  # the run is over, so a failure here must not change its result
 
     def _task_cfg(self, settings: Settings, task: str, *, seed: int) -> Any:
-        """The task's configuration with this run's values. Raises: SettingError where they do not fit."""
+        """Return the task's configuration with the values of this run.
+
+        Raises: SettingError if they do not fit the task.
+        """
         from isaaclab_tasks.utils import parse_env_cfg  # pyright: ignore[reportMissingImports]
 
         env = settings.env
         cfg = parse_env_cfg(task, device=self.device, num_envs=env.num_envs)
         if hasattr(cfg, "possible_agents"):
             raise SettingError(
-                f"env.name={env.name} is a task of several agents, {cfg.possible_agents}; wanted one of one agent; choose "
-                "another env.name"
+                f"env.name={env.name} is a task of several agents, {cfg.possible_agents}; expected a task of one "
+                "agent; choose another env.name"
             )
         direct = not hasattr(cfg, "terminations")
         if env.reward_per_second and direct:
             raise SettingError(
-                f"env.reward_per_second=true with the direct task {env.name}, whose rewards nobody multiplies by seconds; "
-                "wanted false; set env.reward_per_second=false and optimization.reward_scale instead"
+                f"env.reward_per_second=true with the direct task {env.name}, whose rewards are not multiplied by "
+                "seconds; expected false; set env.reward_per_second=false and optimization.reward_scale instead"
             )
         cfg.seed = seed
         if env.horizon is not None:
@@ -233,7 +247,10 @@ class IsaacLabSimulator:
         return cfg
 
     def _action_map(self, scale: float) -> ActionMap:
-        """Raises: SettingError on anything but one continuous action vector."""
+        """Return the map from [-1, 1] to the task's actions.
+
+        Raises: SettingError unless they are one continuous vector.
+        """
         import torch
 
         from collector_proc.simulators.batched.spaces import ActionMap
@@ -241,16 +258,17 @@ class IsaacLabSimulator:
         space: Any = getattr(self._env, "single_action_space", None)
         if not hasattr(space, "low"):
             raise SettingError(
-                f"the task's action space is {space}; wanted one box of continuous actions for one agent; choose another "
-                "env.name"
+                f"the task's action space is {space}; expected one box of continuous actions for one agent; choose "
+                "another env.name"
             )
         return ActionMap(space.low, space.high, scale=scale, device=torch.device(self.device))
 
 
 def _registered_task(name: str, registry: Any) -> str:
-    """The id of a task of Isaac Lab, or of the package that is named before it: "my_package.tasks:Isaac-Foo-v0".
+    """Return the registered id that env.name means.
 
-    Raises: SettingError if there is none.
+    A name such as "my_package.tasks:Isaac-Foo-v0" first imports the module before the colon, which registers the task.
+    Raises: SettingError if the module cannot be imported or the task is not registered.
     """
     package, _, task = name.rpartition(":")
     if package:
@@ -258,34 +276,40 @@ def _registered_task(name: str, registry: Any) -> str:
             importlib.import_module(package)
         except ModuleNotFoundError as error:
             raise SettingError(
-                f"env.name={name} names the module {package}, which does not import: {error}; wanted the one that registers "
-                f"{task}; put its folder on PYTHONPATH, or install it"
+                f"env.name={name} names the module {package}, which cannot be imported: {error}; expected the module "
+                f"that registers {task}; put its folder on PYTHONPATH, or install it"
             ) from error
     known = [id for id, spec in registry.items() if "env_cfg_entry_point" in spec.kwargs]
     if task not in known:
         nearest = difflib.get_close_matches(task, known, n=4, cutoff=0.0)
         raise SettingError(
-            f"env.name={name} is no task of this Isaac Lab; wanted one of its {len(known)} registered ids, such as "
-            f"{', '.join(nearest)}, or my_package.tasks:Id; set env.name to it"
+            f"env.name={name} is not a task of this Isaac Lab; expected one of its {len(known)} registered ids, such "
+            f"as {', '.join(nearest)}, or my_package.tasks:Id; set env.name to it"
         )
     return task
 
 
 def _cut_episodes(cfg: Any, horizon: int, *, direct: bool) -> None:
-    """Let the task's own time-out cut after `horizon` agent steps. Raises: SettingError if it has none."""
+    """Let the task's own time-out end episodes after `horizon` agent steps.
+
+    Raises: SettingError if it has no time-out.
+    """
     from collector_proc.simulators.batched.step import episode_length_s
 
     if not direct and not any(getattr(term, "time_out", False) for term in vars(cfg.terminations).values()):
         raise SettingError(
-            f"env.horizon={horizon} has no time-out to move: the task's terminations are {list(vars(cfg.terminations))}; "
-            "wanted one with time_out=True; set env.horizon=null"
+            f"env.horizon={horizon} has no effect, because the task has no time-out: its terminations are "
+            f"{list(vars(cfg.terminations))}; expected one with time_out=True; set env.horizon=null"
         )
-    # direct tasks compare their age with max_episode_length - 1
+    # Direct tasks compare the age of an episode with max_episode_length - 1.
     cfg.episode_length_s = episode_length_s(horizon + direct, cfg.sim.dt * cfg.decimation)
 
 
 def _compute_with_history(manager: Any) -> dict[str, Any]:
-    """The groups as the step itself would observe them, with the newest frame in their histories; these stay as they are."""
+    """Return the observation groups as the step itself would compute them, with the newest frame in their histories.
+
+    The history buffers are restored afterwards.
+    """
     histories = getattr(manager, "_group_obs_term_history_buffer", {})
     buffers = [buffer for group in histories.values() for buffer in group.values()]
     if not buffers:
@@ -300,7 +324,10 @@ def _compute_with_history(manager: Any) -> dict[str, Any]:
 
 
 def _prepare_cameras(cfg: Any) -> None:
-    """Frames of this episode, and bytes: by default a reset shows the old frame and images come with their mean taken off."""
+    """Configure cameras so that a reset shows a frame of the new episode and images stay bytes.
+
+    By default the first frame after a reset is of the old episode, and the mean is subtracted from images.
+    """
     if hasattr(cfg, "num_rerenders_on_reset"):
         cfg.num_rerenders_on_reset = max(1, cfg.num_rerenders_on_reset)
     groups = getattr(cfg, "observations", None)  # direct tasks have none

@@ -1,7 +1,7 @@
-"""Backend `mjlab`: any registered task of mjlab, thousands of environments on one device, the CPU included.
+"""Backend `mjlab`: any registered task of mjlab, thousands of environments on one device, which may be the CPU.
 
-The task runs with `auto_reset=False`: `step` returns the true last observation of ended episodes, which are then reset by
-index, and what they begin with is acted on in the same tick. Imports torch.
+The task runs with `auto_reset=False`, so `step` returns the true last observation of ended episodes. Those environments
+are then reset by index, and the policy acts on their first observation in the same tick. This file imports torch.
 """
 
 from __future__ import annotations
@@ -33,13 +33,13 @@ if TYPE_CHECKING:
 
 
 class MjlabSimulator:
-    """env.num_envs environments of the task env.name on `device`."""
+    """Steps env.num_envs environments of the task env.name on `device`."""
 
     frames_per_step = 1  # the task repeats actions itself (decimation)
 
     def __init__(self, settings: Settings, *, seed: int, device: str, crash_dir: Path | None = None) -> None:
         env = settings.env
-        assert env.num_envs is not None, "check_env demands env.num_envs"
+        assert env.num_envs is not None, "check_env refuses settings without env.num_envs"
         self._env = _make(env, num_envs=env.num_envs, seed=seed, device=device)
         self._torch_device = torch.device(self._env.device)
         self.device = str(self._torch_device)
@@ -62,20 +62,23 @@ class MjlabSimulator:
 
     @property
     def num_diverged(self) -> int:
-        """Rows that were not finite: recorded as zeros, their environments reset. As of the last tick looked at; never waits."""
+        """The number of rows that were not finite, as of the last tick that was checked. Never waits.
+
+        Such rows are recorded as zeros and their environments are reset.
+        """
         return self._tick.num_diverged
 
     def reset(self) -> Arrival:
-        """Start every environment anew; training ones at random ages, unless env.randomize_start is off."""
+        """Reset every environment. The first training episodes start at random ages if env.randomize_start is true."""
         with torch.no_grad(), _warp_order(self._torch_device):
             obs, _ = self._env.reset()
             randomize_episode_lengths(self._env, whole=self._whole)
             return self._tick.begin(self._observe(obs))
 
     def step(self, action: Tensor) -> Arrival:
-        """One agent step of every environment. action: (E, A) in [-1, 1]. Raises: SimulatorError.
+        """Make one agent step of every environment. Shapes: action (E, A) in [-1, 1]. Raises: SimulatorError.
 
-        Waits for the device to learn whether an episode ended, as mjlab itself does in every step.
+        Waits for the device to see whether an episode ended, as mjlab itself does in every step.
         """
         assert action.shape == (self.spec.num_envs, self.spec.action_dim), action.shape
         with torch.no_grad(), _warp_order(self._torch_device):
@@ -93,14 +96,18 @@ class MjlabSimulator:
 
 
 def _make(env: EnvSettings, *, num_envs: int, seed: int, device: str) -> Any:
-    """The task's environment. Raises: SettingError, SimulatorError."""
-    import mjlab.tasks  # noqa: F401  registers every task
+    """Build the task.
+
+    Raises: SettingError if the task does not exist or does not fit the settings; SimulatorError if it does not start.
+    """
+    import mjlab.tasks  # noqa: F401  # importing it registers every task
     from mjlab.envs import ManagerBasedRlEnv
     from mjlab.tasks.registry import list_tasks, load_env_cfg
 
     if env.name not in list_tasks():
         raise SettingError(
-            f"env.name={env.name} is no task of mjlab; wanted one of {nearest(env.name, list_tasks())}; set env.name to it"
+            f"env.name={env.name} is no task of mjlab; wanted one of {nearest(env.name, list_tasks())}; set env.name "
+            "to it"
         )
     cfg = load_env_cfg(env.name)
     cfg.scene.num_envs, cfg.seed, cfg.auto_reset = num_envs, seed, False
@@ -111,26 +118,29 @@ def _make(env: EnvSettings, *, num_envs: int, seed: int, device: str) -> Any:
             return ManagerBasedRlEnv(cfg, device=device)
     except Exception as error:
         raise SimulatorError(
-            f"mjlab task {env.name} does not start on {device}: {type(error).__name__}: {error}; wanted "
+            f"mjlab task {env.name} does not start on {device}: {type(error).__name__}: {error}; expected "
             f"{num_envs} environments; lower env.num_envs if memory ran out"
         ) from error
 
 
 def _cut_episodes(cfg: Any, horizon: int) -> None:
-    """Let the task's own time-out cut after `horizon` agent steps. Raises: SettingError if it has none."""
+    """Let the task's own time-out end episodes after `horizon` agent steps.
+
+    Raises: SettingError if it has no time-out.
+    """
     if not any(term is not None and term.time_out for term in cfg.terminations.values()):
         raise SettingError(
-            f"env.horizon={horizon} has no time-out to move: the task's terminations are {list(cfg.terminations)}; wanted "
-            "one with time_out=True; set env.horizon=null"
+            f"env.horizon={horizon} has no effect, because the task has no time-out: its terminations are "
+            f"{list(cfg.terminations)}; expected one with time_out=True; set env.horizon=null"
         )
     cfg.episode_length_s = episode_length_s(horizon, cfg.sim.mujoco.timestep * cfg.decimation)
 
 
 @contextlib.contextmanager
 def _warp_order(device: torch.device) -> Iterator[None]:
-    """Run on torch's default stream: Warp orders its own stream against that one only, and against no other of torch's.
+    """Run the code inside on torch's default stream, because Warp synchronises its own stream with that one only.
 
-    Whatever stream was current waits for the result, and its work so far is waited for.
+    The default stream first waits for the stream that was current, and that stream afterwards waits for the result.
     """
     if device.type != "cuda":
         yield

@@ -1,8 +1,10 @@
-"""What a torchrl environment is built of: wrappers, transforms, and which of them begin episodes by themselves. Imports torch.
+"""Look into a torchrl environment: its wrappers, its transforms, and whether it resets itself. Imports torch.
 
-EnvBase(auto_reset=True), AutoResetTransform     the last observation becomes NaN, or the next episode's first
-native_autoreset=True                            the last observation is the next episode's first
-gymnasium vector, NEXT_STEP (GymEnv's own)       the last observation is zeros, the first that of the old episode
+An environment that resets itself can lose the last observation of an episode. This table shows what each kind returns:
+
+EnvBase(auto_reset=True), AutoResetTransform     the last observation is NaN, or the first one of the next episode
+native_autoreset=True                            the last observation is the first one of the next episode
+gymnasium vector, NEXT_STEP (GymEnv's default)   the last observation is zeros; the first one is of the old episode
 gymnasium vector, SAME_STEP                      true observations; only rows that are done can be reset
 gymnasium vector, DISABLED                       true observations; any row can be reset
 """
@@ -35,7 +37,8 @@ if TYPE_CHECKING:
 
     from torchrl.envs import EnvBase, Transform
 
-ACCOUNTS = (InitTracker, RewardSum, StepCounter, TargetReturn, Timer, TrajCounter)  # what these add is no observation
+# These transforms add entries that describe the run, such as a step count. They are not observations.
+ACCOUNTS = (InitTracker, RewardSum, StepCounter, TargetReturn, Timer, TrajCounter)
 MAKE_VECTOR = (
     "make it as torchrl.envs.GymWrapper(gymnasium.make_vec(ID, num_envs=N, "
     "vector_kwargs={'autoreset_mode': gymnasium.vector.AutoresetMode.DISABLED}))"
@@ -43,7 +46,7 @@ MAKE_VECTOR = (
 
 
 def layers_of(env: EnvBase) -> Iterator[EnvBase]:
-    """The environment and every one it transforms, outermost first."""
+    """Yield the environment and every environment inside it, the outermost first."""
     yield env
     while isinstance(env, TransformedEnv):
         env = env.base_env
@@ -51,26 +54,31 @@ def layers_of(env: EnvBase) -> Iterator[EnvBase]:
 
 
 def transforms_of(env: EnvBase) -> list[Transform]:
-    """Its transforms, in the order in which a step goes through them."""
+    """Return the transforms in the order in which a step passes through them."""
     inner_first = reversed([layer for layer in layers_of(env) if isinstance(layer, TransformedEnv)])
     return [transform for layer in inner_first for transform in _single(layer.transform)]
 
 
 def refuse_own_resets(env: EnvBase) -> None:
-    """Raises: SettingError if the environment resets itself in a way that loses how its episodes ended."""
+    """Check that no observation is lost at the end of an episode.
+
+    Raises: SettingError if the environment resets itself in a way that overwrites the last observation.
+    """
     found = _own_reset(env)
     if found is not None:
-        what, mend = found
+        what, fix = found
         raise SettingError(
-            f"the environment resets itself ({what}), which overwrites the last observation of every episode; wanted one "
-            f"that waits for reset(); {mend}"
+            f"the environment resets itself ({what}), which overwrites the last observation of every episode; "
+            f"expected one that waits for reset(); {fix}"
         )
 
 
 def bookkeeping(env: EnvBase) -> set[tuple[str, ...]]:
-    """Where entries of its observation spec lie that keep account of the run: infos that a reader copies, what the
-    transforms of ACCOUNTS add, and what torchrl's others add that read nothing but such entries, rewards and ends. Of a
-    batch, what its workers keep too, if one can be looked at.
+    """Return the keys in the observation spec that describe the run and are not observations.
+
+    These are infos that a reader copies, entries that the transforms in ACCOUNTS add, and entries that other transforms
+    of torchrl compute only from such entries, rewards and ends. For a batch of workers, the keys of one worker are
+    included if a worker environment can be created.
     """
     *_, base = layers_of(env)
     found = {key for reader in vars(base).get("_info_dict_reader", ()) for key in _keys(reader.info_spec)}
@@ -81,10 +89,10 @@ def bookkeeping(env: EnvBase) -> set[tuple[str, ...]]:
     for transform in transforms_of(env):
         before, spec = spec, transform.transform_output_spec(spec.clone())
         after = _keys(spec["full_observation_spec"])
-        # one may write what has been there, as a RewardSum around workers that sum too
+        # A transform may overwrite an existing entry, for example a RewardSum around workers that sum rewards too.
         added = after - _keys(before["full_observation_spec"]) | after & _keys(transform.out_keys)
         read = _keys(transform.in_keys)
-        # a user's own may mean as an observation what it makes of a reward
+        # A user's own transform may compute a real observation from a reward, so only torchrl's are considered.
         of_torchrl = type(transform).__module__.startswith("torchrl.")
         if isinstance(transform, ACCOUNTS) or (of_torchrl and read and read <= known):
             found, known = found | added, known | added
@@ -93,17 +101,18 @@ def bookkeeping(env: EnvBase) -> set[tuple[str, ...]]:
 
 @contextmanager
 def _worker(batch: EnvBase) -> Iterator[EnvBase | None]:
-    """An environment as this batch's workers have it: a SerialEnv's own, or one more, closed in the end. None where there
-    is none to be had: it cannot be made here, or is not to be, or the environment has no workers.
+    """Yield one worker environment: the first of a SerialEnv, else a temporary one that is closed on exit.
+
+    Yield None if the environment has no workers, or if none can or may be created in this process.
     """
-    own = vars(batch).get("_envs")  # once it has started
-    elsewhere = vars(batch).get("_metadata_from_workers", False)  # a user's wish: none is made in this process
+    own = vars(batch).get("_envs")  # set after the batch has started
+    elsewhere = vars(batch).get("_metadata_from_workers", False)  # the user asked to create none in this process
     if not isinstance(batch, BatchedEnvBase) or own or elsewhere:
         yield own[0] if isinstance(batch, SerialEnv) and own else None
         return
     try:
         made = batch.create_env_fn[0](**batch.create_env_kwargs[0])
-    except Exception:  # each user's own function fails in its own ways; what is streamed then, is warned of
+    except Exception:  # a user's function can raise anything; the caller logs what is streamed then
         yield None
         return
     try:
@@ -119,7 +128,7 @@ def _keys(spec: Any) -> set[tuple[str, ...]]:
 
 
 def resets_any_row(env: EnvBase) -> bool:
-    """Whether rows can be reset that are not done. gymnasium's vectors in SAME_STEP mode have their own idea of who is."""
+    """Return whether rows can be reset that are not done. gymnasium's vectors in SAME_STEP mode cannot do it."""
     return not any(isinstance(transform, VecGymEnvTransform) for transform in transforms_of(env))
 
 
@@ -130,7 +139,7 @@ def _single(transform: Any) -> list[Transform]:
 
 
 def _own_reset(env: EnvBase) -> tuple[str, str] | None:
-    """What resets by itself and the mend, or None."""
+    """Return which part resets itself and how to fix it, or None if no part does."""
     for part in (*layers_of(env), *transforms_of(env)):
         own = vars(part)
         if isinstance(part, AutoResetEnv | AutoResetTransform) or own.get("auto_reset"):
@@ -138,18 +147,22 @@ def _own_reset(env: EnvBase) -> tuple[str, str] | None:
         if own.get("_torchrl_native_autoreset"):
             return "native_autoreset=True", "make it with native_autoreset=False"
         for wrapped in _wrapped(own.get("_env")):
-            if "AutoReset" in type(wrapped).__name__:  # of gym, brax, jumanji: their reset replaces the observation
+            if (
+                "AutoReset" in type(wrapped).__name__
+            ):  # wrappers of gym, brax and jumanji, whose reset replaces the observation
                 return type(wrapped).__name__, "make it without that wrapper"
             if getattr(getattr(wrapped, "autoreset_mode", None), "name", "") == "NEXT_STEP":
                 return f"{type(wrapped).__name__} with AutoresetMode.NEXT_STEP", MAKE_VECTOR
         for word in (AutoResetTransform.__name__, VecGymEnvTransform.__name__):
-            if word in str(own.get("_dummy_env_str")):  # a batch of workers knows its environments by their description
+            if word in str(
+                own.get("_dummy_env_str")
+            ):  # a batch of workers holds a text description of its environments
                 return f"{word} in {type(part).__name__}", f"make its environments without {word}"
     return None
 
 
 def _wrapped(env: Any) -> Iterator[Any]:
-    """An environment of another library and all that it wraps."""
+    """Yield an environment of another library and all environments inside it."""
     while env is not None:
         yield env
         env = getattr(env, "__dict__", {}).get("env")

@@ -1,11 +1,12 @@
-"""Backend `torchrl`: any torchrl EnvBase, by its wrapper's name or by the import path of a function that makes it.
+"""Backend `torchrl`: any torchrl EnvBase, chosen by its wrapper's name or by the path of a function that creates it.
 
     env.name=gym:HalfCheetah-v5            E copies of torchrl's GymEnv, stepped one after the other in this process
     env.name=brax:ant                      one environment of batch size [E]
-    env.name=my_package.my_module:make     whatever `make` returns: batch size [E], or anything else E times
+    env.name=my_package.my_module:make     the environment that `make` returns: one of batch size [E], or E single ones
 
-Every environment that ended is reset within the tick (torchrl's `reset`, with a "_reset" mask where the environment is
-batched), so `obs` holds the true last observation and `acting_obs` the first of the fresh episode. Imports torch.
+Every environment whose episode ended is reset within the tick, with a "_reset" mask if the environment is batched. So
+`obs` holds the true last observation and `acting_obs` the first observation of the new episode. This file imports
+torch.
 """
 
 from __future__ import annotations
@@ -50,7 +51,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Outcome:
-    """One agent step of some rows: obs entries as the environment has them, (n, ...); reward, terminated, done (n,)."""
+    """The result of one agent step of n rows.
+
+    Shapes: entries of obs (n, ...), as the environment returns them; reward, terminated and done (n,).
+    """
 
     obs: dict[str, Tensor]
     reward: Tensor
@@ -59,13 +63,13 @@ class Outcome:
 
 
 class EnvRows:
-    """The rows of the vector that one EnvBase steps: batch size [n], or none, which is one row."""
+    """The rows that one EnvBase steps: n rows for batch size [n], one row without a batch size."""
 
     def __init__(self, env: EnvBase, keys: dict[str, Key]) -> None:
-        """keys: where the streamed observations lie.
+        """Check and reset the environment. `keys` are the keys of the streamed observations.
 
-        Raises: SettingError if the environment resets itself, its actions are not one continuous entry, or its rewards
-        or ends not one per row.
+        Raises: SettingError if the environment resets itself, if its action is not one continuous entry, or if it does
+        not have one reward and one end per row.
         """
         self.env, self.num_rows = env, env.batch_size.numel()
         refuse_own_resets(env)
@@ -74,10 +78,10 @@ class EnvRows:
         check_row_entries(env, self.num_rows)
         self.resets_any = resets_any_row(env)
         self._next = env.reset()
-        self._ended = self._next.get("done").reshape(self.num_rows)  # in the last tick
+        self._ended = self._next.get("done").reshape(self.num_rows)  # whether the row ended in the last tick
 
     def bounds(self) -> tuple[Tensor, Tensor]:
-        """Lowest and highest action of one row, (A,) each; infinite where there is no limit."""
+        """Return the lowest and the highest action of one row, infinite where there is no limit. Shapes: (A,) each."""
         _, spec = self._action
         low, high = (bound.reshape(self.num_rows, -1)[0].double() for bound in (spec.space.low, spec.space.high))
         return (
@@ -86,13 +90,14 @@ class EnvRows:
         )
 
     def observe(self) -> dict[str, Tensor]:
-        """What the next action answers."""
+        """Return the observation that the next action answers to."""
         return self._entries(self._next)
 
     def reset(self, mask: Tensor) -> Tensor:
-        """Start new episodes where the mask (n,) is set, as far as that can be done; returns where one has begun.
+        """Start new episodes where the mask is set, if possible, and return where one has started. Shapes: (n,) bool.
 
-        Where only ended rows can be reset, one that ended in the middle of a repeat stands some frames in its new episode.
+        If only ended rows can be reset, a row that ended in the middle of an action repeat is already some frames into
+        its new episode.
         """
         if bool(mask.all()):
             self._next = self.env.reset()
@@ -105,15 +110,17 @@ class EnvRows:
         return begun
 
     def step(self, action: Tensor, *, repeat: int) -> Outcome:
-        """`repeat` frames, or fewer where an episode ends: rewards are summed up to there. action: (n, A), native."""
+        """Repeat an action for `repeat` frames, or until the episode ends, and sum the rewards.
+
+        Shapes: action (n, A), in the environment's own range.
+        """
         result = frame = self._frame(action)
         for _ in range(repeat - 1):
             if bool(result.done.all()):
                 break
-            result = _copy(result)  # the environment may overwrite what it handed out
-            self.reset(
-                frame.done.clone()
-            )  # nothing is stepped past its end; what is stepped on is reset after the tick
+            result = _copy(result)  # the environment may overwrite the tensors that it returned
+            # A row must not be stepped past its end. Rows that are stepped on are reset after the tick.
+            self.reset(frame.done.clone())
             frame = self._frame(action)
             result = _add(result, frame)
         self._ended = result.done
@@ -145,15 +152,15 @@ class EnvRows:
 
 
 class TorchrlSimulator:
-    """env.num_envs environments. Environment e of a vector of copies draws from its own stream of `seed`.
+    """Steps env.num_envs environments; single environments are copied, each with its own random seed from `seed`.
 
-    Copies cost what torchrl's `step` costs, once per environment; a batched environment pays it once per tick.
+    Copies call torchrl's `step` once per environment; a batched environment calls it once per tick.
     """
 
     def __init__(self, settings: Settings, *, seed: int, device: str, crash_dir: Path | None = None) -> None:
         env = settings.env
-        assert env.num_envs is not None, "check_env demands env.num_envs"
-        with _told(env):
+        assert env.num_envs is not None, "check_env refuses settings without env.num_envs"
+        with _explained(env):
             made = _make_all(env, num_envs=env.num_envs, seed=seed, device=device)
             keys = chosen_observations(made[0], env.obs_groups)
             self._rows = [EnvRows(one, keys) for one in made]
@@ -166,21 +173,26 @@ class TorchrlSimulator:
         self._observe = ObservationMap(sample, env)
         self._act = ActionMap(*self._rows[0].bounds(), scale=env.action_scale, device=first.device)
         self._tick = ManagerStep(env.num_envs, device=first.device, crash_dir=crash_dir, images=self._observe)
-        self._steps = torch.zeros(env.num_envs, dtype=torch.int64, device=first.device)  # of the running episodes
+        self._steps = torch.zeros(
+            env.num_envs, dtype=torch.int64, device=first.device
+        )  # agent steps of the running episodes
         self.spec = StreamSpec(env.num_envs, self._observe.spec, self._act.action_dim)
 
     @property
     def num_diverged(self) -> int:
-        """Rows that were not finite: recorded as zeros, their environments reset. As of the last tick looked at."""
+        """The number of rows that were not finite, as of the last tick that was checked.
+
+        Such rows are recorded as zeros and their environments are reset.
+        """
         return self._tick.num_diverged
 
     def reset(self) -> Arrival:
-        """Start every environment anew."""
+        """Reset every environment."""
         self._reset(torch.ones_like(self._steps, dtype=torch.bool))
         return self._tick.begin(self._observed())
 
     def step(self, action: Tensor) -> Arrival:
-        """One agent step of every environment. action: (E, A) in [-1, 1]. Raises: SimulatorError."""
+        """Make one agent step of every environment. Shapes: action (E, A) in [-1, 1]. Raises: SimulatorError."""
         assert action.shape == (self.spec.num_envs, self.spec.action_dim), action.shape
         with torch.no_grad():
             if (stuck := self._tick.pending()) is not None:
@@ -220,8 +232,8 @@ class TorchrlSimulator:
 def _check_horizon(env: EnvSettings, vector: list[EnvRows]) -> None:
     if env.horizon is not None and not all(rows.resets_any or rows.num_rows == 1 for rows in vector):
         raise SettingError(
-            f"env.horizon={env.horizon} ends episodes of a gymnasium vector that resets only what ended by itself (SAME_STEP "
-            f"mode); wanted null; set env.horizon=null and give its environments a time limit, or {MAKE_VECTOR}"
+            f"env.horizon={env.horizon} would end episodes of a gymnasium vector in SAME_STEP mode, which cannot "
+            f"reset them; expected null; set env.horizon=null and give its environments a time limit, or {MAKE_VECTOR}"
         )
 
 
@@ -231,7 +243,7 @@ def _copy(outcome: Outcome) -> Outcome:
 
 
 def _add(before: Outcome, after: Outcome) -> Outcome:
-    """Two frames as one; rows that were done before keep what they had."""
+    """Combine two frames into one. Rows that were done before the second frame keep their values."""
     over = before.done
     obs = {
         name: torch.where(over.view(-1, *[1] * (entry.dim() - 1)), before.obs[name], entry)
@@ -246,30 +258,33 @@ def _add(before: Outcome, after: Outcome) -> Outcome:
 
 
 def _make_all(env: EnvSettings, *, num_envs: int, seed: int, device: str) -> list[EnvBase]:
-    """One batched environment or num_envs copies, seeded. Raises: SettingError, SimulatorError."""
+    """Create and seed one batched environment, or num_envs copies of a single one.
+
+    Raises: SettingError if the batch size does not fit env.num_envs.
+    """
     make = _maker(env, num_envs=num_envs, device=device)
     first = make(environment_seed(seed, 0) >> 1)
     size = first.batch_size.numel()
     made = [first] if first.batch_size else []
     if first.batch_size and size != num_envs:
         raise SettingError(
-            f"env.num_envs={num_envs} does not fit {env.name}, whose batch size is {list(first.batch_size)}; wanted "
+            f"env.num_envs={num_envs} does not fit {env.name}, whose batch size is {list(first.batch_size)}; expected "
             f"{size} or an environment that takes num_envs; set env.num_envs={size}"
         )
     made = made or [first, *(make(environment_seed(seed, index) >> 1) for index in range(1, num_envs))]
     for index, one in enumerate(made):
-        one.set_seed(environment_seed(seed, index) >> 1)  # some wrappers take 31 bits only
+        one.set_seed(environment_seed(seed, index) >> 1)  # some wrappers accept 31 bits only
     return made
 
 
 def _maker(env: EnvSettings, *, num_envs: int, device: str) -> Callable[[int], EnvBase]:
-    """A function of a seed that makes one environment."""
+    """Return a function that creates one environment from a seed."""
     prefix, _, name = env.name.partition(":")
     wrapper = TORCHRL_WRAPPERS.get(prefix)
     _leave_isaaclab_alone()
     if wrapper is None:
         return _imported_maker(prefix, name, num_envs=num_envs, device=device)
-    os.environ.update(renderer_variables(env.from_pixels))  # read once, when mujoco is first imported
+    os.environ.update(renderer_variables(env.from_pixels))  # mujoco reads them once, when it is imported
     made_by = getattr(importlib.import_module("torchrl.envs"), wrapper.cls)
     options: dict[str, Any] = {"batch_size": [num_envs], "device": device} if wrapper.batched else {}
     if env.from_pixels:
@@ -285,20 +300,20 @@ def _imported_maker(module: str, name: str, *, num_envs: int, device: str) -> Ca
         target = getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError) as error:
         raise SettingError(
-            f"env.name={module}:{name} does not import: {error}; wanted module:callable; set env.name to a callable or "
-            "EnvBase class that this Python finds (PYTHONPATH)"
+            f"env.name={module}:{name} cannot be imported: {error}; expected module:callable; set env.name to a "
+            "function or an EnvBase class that Python can find, and check PYTHONPATH"
         ) from error
     except Exception as error:
         raise SettingError(
-            f"env.name={module}:{name} does not import: {type(error).__name__}: {error} ({_place(error)}); wanted a module "
-            "that can be imported; mend it there"
+            f"env.name={module}:{name} cannot be imported: {type(error).__name__}: {error} ({_place(error)}); "
+            "expected a module that can be imported; fix the code at that line"
         ) from error
     if not callable(target):
         raise SettingError(
-            f"env.name={module}:{name} is a {type(target).__name__}; wanted a function that makes an environment, or a class; "
-            "set env.name to one"
+            f"env.name={module}:{name} is a {type(target).__name__}; expected a function or a class that creates an "
+            "environment; set env.name to one"
         )
-    # a class of torchrl has a metaclass whose own signature hides that of __init__
+    # Classes of torchrl have a metaclass whose signature hides that of __init__.
     taken = inspect.signature(target.__init__ if inspect.isclass(target) else target).parameters
 
     def make(seed: int) -> EnvBase:
@@ -306,8 +321,8 @@ def _imported_maker(module: str, name: str, *, num_envs: int, device: str) -> Ca
         made = target(**{key: value for key, value in offered.items() if key in taken})
         if not isinstance(made, EnvBase):
             raise SettingError(
-                f"env.name={module}:{name} makes {type(made).__name__}; wanted a torchrl EnvBase; wrap it, for instance "
-                "in torchrl.envs.GymWrapper"
+                f"env.name={module}:{name} returns a {type(made).__name__}; expected a torchrl EnvBase; wrap it, for "
+                "example in torchrl.envs.GymWrapper"
             )
         return made
 
@@ -315,21 +330,21 @@ def _imported_maker(module: str, name: str, *, num_envs: int, device: str) -> Ca
 
 
 @contextmanager
-def _told(env: EnvSettings) -> Iterator[None]:
-    """Whatever fails inside is a SimulatorError that says where."""
+def _explained(env: EnvSettings) -> Iterator[None]:
+    """Turn any exception of the code inside into a SimulatorError that names the line where it was raised."""
     try:
         yield
     except (SettingError, SimulatorError):
         raise
-    except Exception as error:  # each library, and each user's own function, fails in its own ways
+    except Exception as error:  # libraries and users' functions can raise anything
         raise SimulatorError(
-            f"{env.name} cannot be made and reset: {type(error).__name__}: {error} ({_place(error)}); wanted an environment "
-            "that torchrl can reset; see that library's own message, or mend the function there"
+            f"{env.name} cannot be created and reset: {type(error).__name__}: {error} ({_place(error)}); expected an "
+            "environment that torchrl can reset; read that library's message, or fix the function at that line"
         ) from error
 
 
 def _place(error: BaseException) -> str:
-    """The innermost line of code that is no installed library's, or the innermost of all."""
+    """Return the innermost line that does not belong to an installed library, or the innermost line of all."""
     frames = traceback.extract_tb(error.__traceback__)
     own = [frame for frame in frames if "site-packages" not in frame.filename and frame.filename != __file__]
     frame = (own or frames)[-1]
@@ -337,7 +352,7 @@ def _place(error: BaseException) -> str:
 
 
 def _leave_isaaclab_alone() -> None:
-    """Keep torchrl's GymEnv from importing an installed isaaclab, which dies without a running Omniverse."""
+    """Keep torchrl's GymEnv from importing an installed isaaclab, which fails without a running Omniverse."""
     wrapping = importlib.import_module("torchrl.envs.libs.gym")
     if getattr(wrapping, "_has_isaaclab", False) and "isaaclab" not in sys.modules:
         wrapping._has_isaaclab = False  # pyright: ignore[reportAttributeAccessIssue]

@@ -1,7 +1,7 @@
-"""Which entries of a torchrl environment are streamed, acted on and read as rewards and ends. Imports torch.
+"""Choose which entries of a torchrl environment are streamed, and find its action, rewards and ends. Imports torch.
 
 {"where": (n, 2), "extra": {"push": (n, 1)}, "step_count": (n, 1)}    an observation spec under a StepCounter
-{"where": ("where",), "extra_push": ("extra", "push")}                what is streamed, and where it lies
+{"where": ("where",), "extra_push": ("extra", "push")}                streamed names and their keys
 """
 
 from __future__ import annotations
@@ -22,13 +22,14 @@ if TYPE_CHECKING:
     from torchrl.envs import EnvBase
 
 Key = tuple[str, ...]
-ACCOUNT_NAMES = ("episode_reward", "is_init", "step_count", "traj_count")  # what torchrl's transforms call them
+ACCOUNT_NAMES = ("episode_reward", "is_init", "step_count", "traj_count")  # names that torchrl's transforms use
 
 
 def chosen_observations(env: EnvBase, wanted: Sequence[str] | None) -> dict[str, Key]:
-    """Where the streamed observations lie, by their names. The log names them and all others. wanted: env.obs_groups.
+    """Return the name and the key of each observation to stream, and log them.
 
-    With None, what transforms and readers of infos keep account of is left out, with a warning. Raises: SettingError.
+    `wanted` is env.obs_groups. If it is None, entries that only describe the run (see `bookkeeping`) are left out with
+    a warning. Raises: SettingError if nothing is left, or if an entry is not a tensor.
     """
     called: dict[str, list[Key]] = {}
     for key in leaf_keys(env.observation_spec):
@@ -37,8 +38,8 @@ def chosen_observations(env: EnvBase, wanted: Sequence[str] | None) -> dict[str,
     offered = {name: keys for name, keys in called.items() if not kept.issuperset(keys)}
     if not offered:
         raise SettingError(
-            f"the environment observes {', '.join(called) or 'nothing'}, which is bookkeeping; wanted something to act on; "
-            "set env.obs_groups to what is"
+            f"the environment observes {', '.join(called) or 'nothing'}, which only describes the run; expected an "
+            "observation to act on; set env.obs_groups to the entries to act on"
         )
     chosen = entry_names(key for name in chosen_groups(offered, wanted) for key in offered[name])
     for name, key in chosen.items():
@@ -47,23 +48,23 @@ def chosen_observations(env: EnvBase, wanted: Sequence[str] | None) -> dict[str,
                 other for other, keys in offered.items() if not isinstance(env.observation_spec[keys[0]], NonTensor)
             ]
             raise SettingError(
-                f"observation {name!r} is no tensor but {type(env.observation_spec[key]).__name__}; wanted numbers; set "
-                f"env.obs_groups=[{','.join(others)}]"
+                f"observation {name!r} is not a tensor but a {type(env.observation_spec[key]).__name__}; expected "
+                f"numbers; set env.obs_groups=[{','.join(others)}]"
             )
     left_out = [name for name in called if name not in chosen]
     log = structlog.get_logger()
     doubtful = [name for name, key in chosen.items() if key[-1] in ACCOUNT_NAMES]
     if wanted is None and doubtful:
         log.warning(
-            "observations that are called like torchrl's bookkeeping are streamed, for nothing shows what adds them; if that is "
-            "what they are, set env.obs_groups to the others",
+            "some streamed observations have names that torchrl uses for step counts and returns; if they only "
+            "describe the run, set env.obs_groups to the others",
             streamed=doubtful,
             others=[name for name in chosen if name not in doubtful],
         )
     if wanted is None and left_out:
         log.warning(
-            "what only keeps account of the run (infos, step counts, returns) is left out of the observations; to stream it "
-            "too, name it and the others in env.obs_groups",
+            "entries that only describe the run (infos, step counts, returns) are left out of the observations; to "
+            "stream them too, list them together with the others in env.obs_groups",
             streamed=list(chosen),
             left_out=left_out,
         )
@@ -73,43 +74,44 @@ def chosen_observations(env: EnvBase, wanted: Sequence[str] | None) -> dict[str,
 
 
 def leaf_keys(spec: Any) -> list[Key]:
-    """Keys of a Composite's tensors, as tuples."""
+    """Return the keys of a Composite's tensors as sorted tuples."""
     keys = spec.keys(include_nested=True, leaves_only=True)
     return sorted(key if isinstance(key, tuple) else (key,) for key in keys)
 
 
 def action_leaf(env: EnvBase) -> tuple[Key, Any]:
-    """Where the action lies and its spec. Raises: SettingError unless it is one entry of continuous numbers."""
+    """Return the key and the spec of the action. Raises: SettingError unless it is one entry of continuous numbers."""
     leaves = leaf_keys(env.full_action_spec)
     spec = env.full_action_spec[leaves[0]]
     if len(leaves) != 1 or not spec.dtype.is_floating_point or not hasattr(spec.space, "low"):
         kinds = {"_".join(key): type(env.full_action_spec[key]).__name__ for key in leaves}
         raise SettingError(
-            f"the environment's actions are {kinds}; wanted one entry of continuous numbers; choose another env.name, or "
-            "wrap it so that its action is one bounded vector"
+            f"the environment's actions are {kinds}; expected one entry of continuous numbers; choose another "
+            "env.name, or wrap it so that its action is one bounded vector"
         )
     return leaves[0], spec
 
 
 def check_row_entries(env: EnvBase, num_rows: int) -> None:
-    """Raises: SettingError unless each row has one "reward", one "done" and one "terminated"."""
-    met = {"_".join(key): tuple(env.full_reward_spec[key].shape) for key in leaf_keys(env.full_reward_spec)}
-    met |= {"_".join(key): tuple(env.full_done_spec[key].shape) for key in leaf_keys(env.full_done_spec)}
-    wanted = ("reward", "done", "terminated")
-    if any(math.prod(met.get(name, (0,))) != num_rows for name in wanted):
+    """Check that each row has one "reward", one "done" and one "terminated". Raises: SettingError if not."""
+    found = {"_".join(key): tuple(env.full_reward_spec[key].shape) for key in leaf_keys(env.full_reward_spec)}
+    found |= {"_".join(key): tuple(env.full_done_spec[key].shape) for key in leaf_keys(env.full_done_spec)}
+    expected = ("reward", "done", "terminated")
+    if any(math.prod(found.get(name, (0,))) != num_rows for name in expected):
         raise SettingError(
-            f"the environment's rewards and ends are {met}; wanted one of each of {', '.join(wanted)} per environment; "
-            "environments of several agents or objectives need a transform that joins them"
+            f"the environment's rewards and ends are {found}; expected one of each of {', '.join(expected)} per "
+            "environment; for several agents or objectives, add a transform that joins them"
         )
 
 
 def refuse_missing_ends(error: RuntimeError) -> None:
-    """Raises: SettingError if a step failed because the environment never says whether it terminated.
+    """Explain a step that failed because the environment returns no "terminated".
 
-    No spec tells: torchrl adds "terminated" to one that has "done" and "truncated", and misses it in the first step.
+    The spec does not show this: torchrl adds "terminated" to a spec that has "done" and "truncated", and fails only in
+    the first step. Raises: SettingError if this is the cause of `error`.
     """
     if "Cannot infer the value of terminated" in str(error):
         raise SettingError(
-            "the environment's step returns 'done' and 'truncated' without 'terminated'; wanted all that its done_spec says, "
-            "for only a terminated episode ends its returns; let its done_spec and its step have 'terminated'"
+            "the environment's step returns 'done' and 'truncated' without 'terminated'; expected 'terminated' too, "
+            "because returns end only where an episode terminated; add 'terminated' to its done_spec and to its step"
         ) from error

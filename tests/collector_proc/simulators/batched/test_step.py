@@ -1,4 +1,4 @@
-"""Laws of what IsaacLab-shaped simulators share: rows from a step's tensors, observation groups, actions."""
+"""Batched simulators: rows from a step's tensors, observation groups, and actions."""
 
 from __future__ import annotations
 
@@ -40,14 +40,14 @@ def settings(**changes: object) -> EnvSettings:
     return dataclasses.replace(EnvSettings(from_pixels=False), **changes)
 
 
-def test_a_time_out_is_an_end_but_not_terminal_and_both_at_once_are_terminal() -> None:
+def test_a_time_out_is_not_terminal_but_a_time_out_with_termination_is() -> None:
     steps = ManagerStep(3, device=CPU)
     steps.begin(obs(0))
     row = steps.row(obs(1), torch.ones(3), terminated=mask(1, 2), time_out=mask(0, 1))
     assert row.is_last.all() and torch.equal(row.is_terminal, mask(1, 2)) and not row.is_first.any()
 
 
-def test_what_was_reset_begins_in_the_next_row_and_keeps_its_reward() -> None:
+def test_the_row_after_a_reset_is_first_and_keeps_its_reward() -> None:
     steps = ManagerStep(3, device=CPU, reward_factor=50.0)
     assert steps.begin(obs(0)).is_first.all()
     row = steps.row(obs(1), torch.full((3,), 0.02), terminated=mask(1), time_out=NO)
@@ -80,14 +80,14 @@ def test_rows_share_no_memory_with_the_simulators_buffers() -> None:
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
-def test_a_row_that_is_not_finite_becomes_zeros_and_its_environment_is_named(bad: float, tmp_path: Path) -> None:
+def test_a_row_that_is_not_finite_becomes_zeros_and_its_environment_is_pending(bad: float, tmp_path: Path) -> None:
     steps = ManagerStep(3, device=CPU, crash_dir=tmp_path)
     steps.begin(obs(0))
     assert steps.pending() is None
     broken, reward = obs(1), torch.tensor([1.0, bad, 3.0])
     broken["policy"][2, 1] = bad
     row = steps.row(broken, reward, terminated=mask(2), time_out=NO)
-    arrival = steps.arrival(row, obs(7), was_reset=mask(2))  # the simulator reset 2 by itself
+    arrival = steps.arrival(row, obs(7), was_reset=mask(2))  # the simulator itself has reset environment 2
     assert row.obs["policy"].tolist() == [[1, 1], [0, 0], [0, 0]] and row.reward.tolist() == [1, 0, 0]
     assert torch.equal(row.is_first, mask(1, 2)) and torch.equal(row.is_last, mask(1, 2)) and not row.is_terminal.any()
     assert arrival.acting_obs is not None
@@ -106,13 +106,13 @@ def test_a_reset_that_is_not_finite_is_blanked_and_repeated() -> None:
     row = steps.row(obs(1), torch.ones(3), terminated=mask(0), time_out=NO)
     arrival = steps.arrival(row, fresh, was_reset=mask(0))
     assert arrival.acting_obs is not None and arrival.acting_obs["policy"][0].tolist() == [0, 0]
-    assert arrival.obs["policy"][0].tolist() == [1, 1] and arrival.is_terminal[0], "the row itself was whole"
+    assert arrival.obs["policy"][0].tolist() == [1, 1] and arrival.is_terminal[0], "the row itself was finite"
     pending = steps.pending()
     assert pending is not None and pending.tolist() == [0] and steps.num_diverged == 1
 
 
 def stream(steps: ManagerStep, num_envs: int, ticks: list[list[int]]) -> None:
-    """One tick for each list of environments whose reward is not a number."""
+    """Make one tick per list; each list names the environments whose reward is NaN."""
     entries, none = {"policy": torch.zeros(num_envs, 1)}, torch.zeros(num_envs, dtype=torch.bool)
     steps.begin(entries)
     for bad in ticks:
@@ -123,63 +123,64 @@ def stream(steps: ManagerStep, num_envs: int, ticks: list[list[int]]) -> None:
         steps.pending()
 
 
-def test_few_states_are_written_and_an_environment_that_does_not_mend_ends_with_a_name(tmp_path: Path) -> None:
+def test_an_environment_that_keeps_diverging_raises_and_only_a_few_states_are_written(tmp_path: Path) -> None:
     steps = ManagerStep(100, device=CPU, crash_dir=tmp_path)
-    with pytest.raises(SimulatorError, match=f"{MAX_STREAK} rows diverged.* and {MAX_STREAK} of one environment"):
+    with pytest.raises(SimulatorError, match=f"{MAX_STREAK} rows diverged.* and {MAX_STREAK} in one environment"):
         stream(steps, 100, [[7]] * (MAX_STREAK + 1))
     assert steps.num_diverged == MAX_STREAK and len(list(tmp_path.iterdir())) == 4
 
 
-def test_a_row_that_is_finite_only_because_it_was_just_reset_mends_nothing() -> None:
+def test_a_single_finite_row_right_after_a_reset_does_not_end_the_streak() -> None:
     steps = ManagerStep(100, device=CPU)
-    with pytest.raises(SimulatorError, match=f"{MAX_STREAK} of one environment without two finite rows"):
+    with pytest.raises(SimulatorError, match=f"{MAX_STREAK} in one environment without two finite rows"):
         stream(steps, 100, [[7], []] * MAX_STREAK)
 
 
-def test_divergence_in_every_tick_is_forgiven_where_environments_mend_and_they_are_few() -> None:
-    steps = ManagerStep(400, device=CPU)  # another environment in each of 1200 ticks: 0.25 % of the rows
+def test_rare_divergence_of_environments_that_recover_does_not_raise() -> None:
+    steps = ManagerStep(400, device=CPU)  # a different environment in each of 1200 ticks: 0.25 % of the rows
     stream(steps, 400, [[tick % 400] for tick in range(1200)])
     assert steps.num_diverged == 1200
 
 
-def test_more_diverged_rows_than_one_in_a_hundred_end_with_a_name_though_each_environment_mends() -> None:
-    steps = ManagerStep(
-        60, device=CPU
-    )  # two others in each tick: 3.3 %, the allowed 600 of 60,000 rows after 300 ticks
-    with pytest.raises(SimulatorError, match=r"602 rows diverged, 602 of them in the last 1000 ticks.*at most 1%"):
+def test_too_many_diverged_rows_raise_although_every_environment_recovers() -> None:
+    # Two different environments in each tick: 3.3 % of the rows. The allowed 600 of 60,000 rows are reached after 300 ticks.
+    steps = ManagerStep(60, device=CPU)
+    with pytest.raises(SimulatorError, match=r"602 rows diverged: 602 of them in the last 1000 ticks.*at most 1%"):
         stream(steps, 60, [[tick % 30, 30 + tick % 30] for tick in range(400)])
 
 
-def test_old_divergence_is_forgotten() -> None:
+def test_only_recent_divergence_counts() -> None:
     steps = ManagerStep(60, device=CPU)
-    waves = [[tick % 30, 30 + tick % 30] for tick in range(290)] + [[]] * 1000  # 580 rows, then peace
+    waves = [[tick % 30, 30 + tick % 30] for tick in range(290)] + [[]] * 1000  # 580 diverged rows, then none
     stream(steps, 60, waves + waves[:290])
     assert steps.num_diverged == 1160
 
 
-def test_a_full_disk_ends_no_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_state_that_cannot_be_written_does_not_end_the_run(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     steps = ManagerStep(100, device=CPU, crash_dir=tmp_path / "gone")
     stream(steps, 100, [[7], []])
     assert steps.num_diverged == 1 and "FileNotFoundError" in capsys.readouterr().err
 
 
-def test_diverged_rows_are_told_from_episodes_that_ended() -> None:
+def test_diverged_rows_are_marked_apart_from_ended_episodes() -> None:
     steps = ManagerStep(3, device=CPU)
     steps.begin(obs(0))
     row = steps.row(obs(1), torch.tensor([1.0, float("nan"), 1.0]), terminated=mask(2), time_out=NO)
     assert row.diverged is not None and torch.equal(row.diverged, mask(1)) and torch.equal(row.is_last, mask(1, 2))
 
 
-def test_an_image_that_leaves_its_range_ends_with_the_values_met() -> None:
+def test_an_image_that_leaves_its_range_raises_with_the_values_seen() -> None:
     picture = torch.linspace(0, 1, 3 * 64 * 64).view(3, 64, 64, 1)
     entries = ObservationMap({"camera": picture}, settings(from_pixels=True))
     steps = ManagerStep(3, device=CPU, images=entries)
     steps.begin(entries({"camera": picture}))
     assert steps.pending() is None
-    for factor in (1.0, 1.5, 1.0):  # once outside is enough, whatever follows
+    for factor in (1.0, 1.5, 1.0):  # one image outside is enough, also if later ones are inside
         row = steps.row(entries({"camera": factor * picture}), torch.ones(3), NO, NO)
         steps.arrival(row, row.obs, was_reset=NO)
-    with pytest.raises(SettingError, match=r"env.image_high=1.0 do not hold .* met values 0 \.\. 1.5; wanted"):
+    with pytest.raises(SettingError, match=r"env.image_high=1.0 do not cover .* lie in 0 \.\. 1.5; expected"):
         steps.pending()
 
 
@@ -200,7 +201,7 @@ def test_no_ordinary_tick_waits_for_the_gpu() -> None:
     torch.cuda.set_sync_debug_mode("error")
     try:
         for _ in range(5):
-            assert steps.pending() is None  # an event's wait, which this mode lets through: documented
+            assert steps.pending() is None  # it waits for an event only, which this mode permits
             row = steps.row(fresh, reward, none, none)
             steps.arrival(row, fresh, was_reset=none)
             assert steps.num_diverged == 0
@@ -209,13 +210,13 @@ def test_no_ordinary_tick_waits_for_the_gpu() -> None:
 
 
 @pytest.mark.parametrize(("horizon", "step_s"), [(1000, 0.02), (300, 1 / 60), (2, 0.005), (7, 4 * 0.005)])
-def test_the_horizon_survives_the_simulators_rounding_up(horizon: int, step_s: float) -> None:
+def test_the_horizon_is_exact_although_the_simulator_rounds_up(horizon: int, step_s: float) -> None:
     import math
 
     assert math.ceil(episode_length_s(horizon, step_s) / step_s) == horizon
 
 
-def test_random_ages_stay_below_the_limit_and_spare_evaluation() -> None:
+def test_random_ages_stay_below_the_limit_and_evaluation_starts_at_age_0() -> None:
     env = SimpleNamespace(episode_length_buf=torch.zeros(1000, dtype=torch.long), max_episode_length=50)
     whole = evaluation_columns(1000, 10)
     randomize_episode_lengths(env, whole=whole)
@@ -223,7 +224,7 @@ def test_random_ages_stay_below_the_limit_and_spare_evaluation() -> None:
     drawn[whole] = False
     assert not ages[whole].any() and ages.min() >= 0 and 45 <= ages[drawn].max() < 50
     assert ages[drawn].unique().numel() > 40
-    randomize_episode_lengths(SimpleNamespace(), whole=[])  # nothing to set: nothing happens
+    randomize_episode_lengths(SimpleNamespace(), whole=[])  # an environment without such a buffer is left alone
 
 
 @pytest.mark.parametrize(
@@ -235,7 +236,7 @@ def test_random_ages_stay_below_the_limit_and_spare_evaluation() -> None:
         (("policy", "critic"), ["critic"], ["critic"]),
     ],
 )
-def test_the_actors_group_is_streamed_unless_others_are_named(groups, chosen, names) -> None:
+def test_the_actors_group_is_streamed_unless_env_obs_groups_is_set(groups, chosen, names) -> None:
     sample = {group: torch.zeros(3, 2) for group in groups}
     assert list(ObservationMap(sample, settings(obs_groups=chosen)).spec) == names
 
@@ -248,8 +249,8 @@ def test_vectors_are_flattened_to_float32() -> None:
 
 
 @pytest.mark.parametrize("first", [True, False])
-def test_images_become_64x64_bytes_wherever_their_channels_stand(first: bool) -> None:
-    # Four 64x64 quarters of one colour each: shrunk by half, every quarter is 32x32 of its colour.
+def test_images_become_64x64_bytes_with_channels_first_or_last(first: bool) -> None:
+    # Four 64x64 quarters of one colour each. Halving the size makes every quarter 32x32 pixels of its colour.
     image = torch.zeros(1, 128, 128, 3)
     image[0, :64, :64, 0], image[0, :64, 64:, 1], image[0, 64:, :64, 2], image[0, 64:, 64:] = 1.0, 0.5, 0.25, 1.0
     given = image.permute(0, 3, 1, 2) if first else image
@@ -280,11 +281,11 @@ def test_grey_images_and_alpha_and_ranges() -> None:
     centred[0, 0, 0], centred[0, 0, 1] = 0.0, 1.0
     shifted = ObservationMap({"c": centred}, settings(from_pixels=True, image_low=-1.0))({"c": centred})["pixels"]
     assert shifted[0, 0, :3, 0].tolist() == [128, 255, 0]
-    with pytest.raises(SettingError, match=r"met values -1 \.\. 1.*-1 and 1"):
+    with pytest.raises(SettingError, match=r"lie in -1 \.\. 1.*-1 and 1"):
         ObservationMap({"c": centred}, settings(from_pixels=True))
 
 
-def test_several_images_keep_their_names_and_a_strange_shape_is_refused() -> None:
+def test_several_images_keep_their_names_and_other_shapes_are_refused() -> None:
     blank = torch.zeros(1, 64, 64, 3)
     sample = {"left": blank.byte(), "right": blank.byte(), "state": torch.zeros(1, 2)}
     assert set(ObservationMap(sample, settings(from_pixels=True)).spec) == {"pixels_left", "pixels_right", "state"}
@@ -294,7 +295,7 @@ def test_several_images_keep_their_names_and_a_strange_shape_is_refused() -> Non
         ObservationMap({"left": blank}, settings(from_pixels=True))
 
 
-def test_actions_are_scaled_where_unbounded_and_mapped_to_bounds_where_there_are_some() -> None:
+def test_unbounded_actions_are_scaled_and_bounded_ones_are_mapped_to_their_bounds() -> None:
     inf = float("inf")
     actions = ActionMap([-inf, 0.0, -1.0], [inf, 4.0, 1.0], scale=2.5, device=CPU)
     given = torch.tensor([[-1.0, -1.0, -1.0], [0.0, 0.0, 0.0], [1.0, 1.0, 1.0]])
@@ -321,6 +322,6 @@ def test_actions_with_one_bound_reach_twice_the_scale_from_it() -> None:
         ),
     ],
 )
-def test_two_observations_of_one_name_are_refused(sample: dict, message: str) -> None:
+def test_two_observations_with_the_same_stream_name_are_refused(sample: dict, message: str) -> None:
     with pytest.raises(SettingError, match=message):
         ObservationMap(sample, settings(from_pixels="camera" in sample))

@@ -1,6 +1,8 @@
-"""One contract over two tiers: A, a fake isaaclab; B, the real Python layer of the installed wheel over a stub of Kit and toy
-physics. Tier B is skipped where isaaclab 2.3.2.post1 is not installed (tests/requirements-isaaclab.txt says how). Neither
-tier runs Isaac Sim, PhysX, USD or a renderer, and no speed seen here is Isaac Lab's.
+"""The same tests for two tiers: A, a fake isaaclab; B, the real Python layer of the installed wheel with toy physics.
+
+Tier B replaces Kit by a stub. It is skipped if isaaclab 2.3.2.post1 is not installed; tests/requirements-isaaclab.txt
+explains how to install it. Neither tier runs Isaac Sim, PhysX, USD or a renderer, so no speed seen here is that of
+Isaac Lab.
 """
 
 from __future__ import annotations
@@ -33,14 +35,14 @@ Seen = Callable[[tuple[str, str]], dict[str, Any]]
 
 @pytest.fixture(scope="module")
 def seen(tmp_path_factory: pytest.TempPathFactory) -> Seen:
-    """120 ticks of 32 environments of a world, driven once."""
+    """Return 120 ticks of 32 environments of a world. Each world runs only once."""
     return functools.cache(
         lambda world: drive(tmp_path_factory.mktemp("world"), *world, "env.horizon=100", num_envs=32, ticks=120)
     )
 
 
 def observed(task: str, state: torch.Tensor) -> tuple[torch.Tensor, slice, torch.Tensor]:
-    """What the policy group shows of a raw state: values, where they stand, and the noise the task puts on them."""
+    """Return the observed values of a raw state, their place in the observation, and the task's noise."""
     if task == DIRECT:  # pole angle and speed, cart position and speed; the state has the cart first
         return state[..., [1, 3, 0, 2]], slice(0, 4), torch.zeros(4)
     if task == ANYMAL:  # 12 joint angles relative to how it stands, 12 speeds; +-0.01 and +-1.5 of noise
@@ -58,18 +60,18 @@ def test_every_ended_episode_leaves_its_true_last_observation_and_acts_on_the_ne
     num_ends = 0
     for tick, env in last.nonzero().tolist():
         state = run["truth"][tick].pop(env)
-        wanted, where, noise = observed(world[1], state)
-        assert ((policy[tick, env, where] - wanted).abs() <= noise + 1e-5).all(), (tick, env)
+        expected, where, noise = observed(world[1], state)
+        assert ((policy[tick, env, where] - expected).abs() <= noise + 1e-5).all(), (tick, env)
         assert not torch.equal(acting[tick, env], policy[tick, env])
         num_ends += 1
     assert num_ends > 32 and num_ends == int(last.sum())
     left = [tick for tick, truth in enumerate(run["truth"]) if truth and tick > 1]
-    assert not left, "environments were reset in ticks that do not say so"
+    assert not left, "environments were reset in ticks without is_last"
     torch.testing.assert_close(policy[~last], acting[~last], rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("world", WORLDS)
-def test_episodes_begin_where_others_ended_and_time_outs_are_not_terminal(world, seen: Seen) -> None:
+def test_an_episode_begins_after_each_end_and_time_outs_are_not_terminal(world, seen: Seen) -> None:
     rows = seen(world)["rows"]
     first, last, terminal = rows["is_first"], rows["is_last"], rows["is_terminal"]
     assert first[0].all() and torch.equal(first[1:], last[:-1])
@@ -87,7 +89,7 @@ def test_no_arrival_shares_memory_with_the_simulator(world, seen: Seen) -> None:
 
 
 @pytest.mark.parametrize("world", WORLDS)
-def test_environments_differ_and_a_seed_fixes_them_in_a_fresh_process(world, seen: Seen, tmp_path: Path) -> None:
+def test_environments_differ_and_a_seed_reproduces_them_in_a_new_process(world, seen: Seen, tmp_path: Path) -> None:
     run, again = seen(world), drive(tmp_path, *world, "env.horizon=100", num_envs=32, ticks=120)
     assert all(torch.equal(run["rows"][name], again["rows"][name]) for name in run["rows"])
     policy = run["rows"]["obs.policy"][1:20]
@@ -95,21 +97,28 @@ def test_environments_differ_and_a_seed_fixes_them_in_a_fresh_process(world, see
 
 
 @pytest.mark.parametrize("world", WORLDS)
-def test_the_process_is_given_back(world, seen: Seen) -> None:
-    wanted = {"argv": True, "stdout": True, "handler": True, "fatal": [True, True], "gc": True, "launcher lives": True}
-    assert seen(world)["facts"] == wanted
+def test_changes_to_the_process_are_undone(world, seen: Seen) -> None:
+    expected = {
+        "argv": True,
+        "stdout": True,
+        "handler": True,
+        "fatal": [True, True],
+        "gc": True,
+        "launcher lives": True,
+    }
+    assert seen(world)["facts"] == expected
 
 
 @pytest.mark.parametrize("world", WORLDS)
-def test_an_environment_whose_physics_breaks_is_blanked_and_begins_anew(world, tmp_path: Path) -> None:
+def test_an_environment_with_broken_physics_becomes_zeros_and_is_reset(world, tmp_path: Path) -> None:
     run = drive(tmp_path, *world, "env.randomize_start=false", num_envs=4, ticks=8, nan=(4, 1))
     rows = run["rows"]
-    assert all(entry.isfinite().all() for entry in rows.values()), "nothing that is not finite gets out"
+    assert all(entry.isfinite().all() for entry in rows.values()), "every streamed value is finite"
     assert not rows["obs.policy"][4, 1].any() and rows["reward"][4, 1] == 0
     assert rows["is_first"][4, 1] and rows["is_last"][4, 1] and not rows["is_terminal"][4, 1]
     assert rows["is_first"][5, 1] and rows["obs.policy"][5, 1].any()
     assert not rows["is_first"][6:, 1].any() and run["num_diverged"] == 1
-    assert not rows["is_first"][1:6, [0, 2, 3]].any(), "the others go on"
+    assert not rows["is_first"][1:6, [0, 2, 3]].any(), "the other environments are unchanged"
     (dump,) = tmp_path.glob("diverged-*.npz")
     assert np.load(dump)["env"].tolist() == [1] and np.isnan(np.load(dump)["obs.policy"]).any()
 
@@ -126,18 +135,18 @@ def facts(tier: str, *arguments: str) -> dict[str, Any]:
 
 @NEEDS_WHEEL
 @pytest.mark.parametrize("kind", ["Manager", "Direct"])
-def test_the_fake_has_not_drifted_from_the_real_classes(kind: str) -> None:
+def test_the_fake_behaves_as_the_real_classes(kind: str) -> None:
     fake = facts("A", f"Fake-{kind}-v0")
     real = facts("B", {"Manager": CARTPOLE, "Direct": DIRECT}[kind])
     assert fake == real
-    assert fake["handlers are taken"] == [True, True, True] and fake["stdout is replaced"], "the facts say something"
+    assert fake["handlers are taken"] == [True, True, True] and fake["stdout is replaced"], "the facts are not empty"
     assert fake["ages of ended episodes when step returns"] == [0]
     assert fake["steps before the limit at which episodes time out"] == (kind == "Direct")
     assert fake["flags keep their memory"] and fake["unbounded"] and fake["attributes"]["episode_length_buf"]
 
 
 @NEEDS_WHEEL
-def test_histories_move_on_by_one_frame_a_tick_through_ends_and_beginnings(tmp_path: Path) -> None:
+def test_histories_advance_one_frame_per_tick_across_episode_ends(tmp_path: Path) -> None:
     task = "tests.fakes.history_task:History-Cartpole-v0"
     run = drive(tmp_path, "B", task, "env.horizon=20", num_envs=16, ticks=60)
     assert not run["error"]
@@ -166,7 +175,7 @@ assert [len(argv) for argv in isaacsim.SEEN_ARGV] == [1], isaacsim.SEEN_ARGV
 
 @NEEDS_WHEEL
 @pytest.mark.parametrize(("device", "index"), [("cuda:0", 0), ("cuda:2", 2)])
-def test_the_real_launcher_keeps_kit_to_one_gpu_and_away_from_our_arguments(device: str, index: int) -> None:
+def test_the_real_launcher_limits_kit_to_one_gpu_and_hides_our_arguments(device: str, index: int) -> None:
     script = LAUNCH_FACTS.format(device=device, index=index)
     command = [sys.executable, "-c", script, "--run-dir", "somewhere"]
     done = subprocess.run(command, cwd=REPO, env=environment("B"), capture_output=True, text=True, timeout=DEADLINE_S)
@@ -189,7 +198,7 @@ assert (before, after) == ((0, None), (1, False)), (before, after)
 
 
 @NEEDS_WHEEL
-def test_the_real_camera_task_is_told_to_give_bytes_of_this_episode() -> None:
+def test_the_real_camera_task_is_configured_for_bytes_of_the_new_episode() -> None:
     command = [sys.executable, "-c", CAMERA_CFG]
     done = subprocess.run(command, cwd=REPO, env=environment("B"), capture_output=True, text=True, timeout=DEADLINE_S)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]

@@ -1,7 +1,7 @@
-"""The isaaclab backend over tier A: a fake package that mistreats the process as Kit does. No real Isaac Sim runs here.
+"""The isaaclab backend with tier A: a fake Isaac Lab that changes the process as Kit does. No real Isaac Sim runs here.
 
-policy (E, 4) of the fake: environment, episode, age in steps, last action; the reward of a step is 0.02 times its age.
-Even environments terminate at age 5 + env; odd ones, and even ones of high age, are cut after 10 steps.
+The fake's observation "policy" (E, 4) holds the environment, the episode, the age in steps and the last action. The
+reward of a step is 0.02 times the age. Even environments terminate at age 5 + env; all others time out after 10 steps.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ TASKS = ["Fake-Manager-v0", "Fake-Direct-v0", "Fake-Final-v0", "Fake-Bounded-v0"
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], dict[str, Any]]:
-    """30 ticks of 4 environments of a task, whole first episodes; driven once for each task."""
+    """Return 30 ticks of 4 environments that start at age 0. Each task runs only once."""
     return functools.cache(lambda task: drive(tmp_path_factory.mktemp("whole"), "A", task, WHOLE, num_envs=4))
 
 
@@ -48,7 +48,7 @@ def test_a_row_that_ends_an_episode_holds_its_true_last_observation(whole: Calla
         length = ticks[0]
         for number, tick in enumerate(ticks, 1):
             assert policy[tick, env, :3].tolist() == [env, number, length]
-            assert acting[tick, env].tolist() == [env, number + 1, 0, 0], "acted on: the fresh episode"
+            assert acting[tick, env].tolist() == [env, number + 1, 0, 0], "the policy acts on the new episode"
             torch.testing.assert_close(seen["truth"][tick][env], policy[tick, env], rtol=0, atol=0)
     torch.testing.assert_close(policy[~last], acting[~last], rtol=0, atol=0)
 
@@ -57,11 +57,11 @@ def test_flags_and_rewards_of_a_simulator_that_resets_inside_its_step(whole: Cal
     rows = whole("Fake-Manager-v0")["rows"]
     first, last = rows["is_first"], rows["is_last"]
     assert first[0].all() and not rows["reward"][0].any()
-    assert torch.equal(first[1:], last[:-1]), "what follows an end is a beginning, and nothing else is"
+    assert torch.equal(first[1:], last[:-1]), "a row is first if and only if the row before it was last"
     ends = last.nonzero()
     even = ends[:, 1] % 2 == 0
     terminal = rows["is_terminal"][ends[:, 0], ends[:, 1]]
-    assert torch.equal(terminal, even), "odd environments only time out; where both ends meet, it terminated"
+    assert torch.equal(terminal, even), "odd environments only time out; both ends at once count as terminated"
     assert not rows["is_terminal"][~last].any()
     torch.testing.assert_close(rows["reward"][1:], 0.02 * rows["obs.policy"][1:, :, 2], rtol=1e-6, atol=0)
     assert (rows["reward"][1:][first[1:]] > 0).all(), "the first row of an episode keeps its true reward"
@@ -76,7 +76,7 @@ def test_arrivals_own_their_memory(whole: Callable, task: str) -> None:
         )
 
 
-def test_the_process_gets_back_what_the_launcher_takes(tmp_path: Path) -> None:
+def test_what_the_launcher_changes_in_the_process_is_restored(tmp_path: Path) -> None:
     record = tmp_path / "record"
     seen = drive(tmp_path, "A", "Fake-Manager-v0", ticks=1, FAKE_RECORD=str(record))
     assert seen["facts"] == {
@@ -87,26 +87,26 @@ def test_the_process_gets_back_what_the_launcher_takes(tmp_path: Path) -> None:
         "gc": True,
         "launcher lives": True,
     }
-    (met,) = [json.loads(line) for line in record.read_text().splitlines()]
-    assert not met["torch"], "torch was imported before AppLauncher"
-    assert len(met["argv"]) == 1, "Kit would have read our arguments"
-    assert met["kwargs"] == {"headless": True, "device": "cpu", "enable_cameras": False, "multi_gpu": False}
-    assert met["environ"]["OMNI_KIT_ACCEPT_EULA"] == "YES"
+    (call,) = [json.loads(line) for line in record.read_text().splitlines()]
+    assert not call["torch"], "torch was imported before AppLauncher"
+    assert len(call["argv"]) == 1, "Kit would have parsed our arguments"
+    assert call["kwargs"] == {"headless": True, "device": "cpu", "enable_cameras": False, "multi_gpu": False}
+    assert call["environ"]["OMNI_KIT_ACCEPT_EULA"] == "YES"
 
 
-def test_the_launcher_outlives_a_simulator_that_could_not_be_built(tmp_path: Path) -> None:
+def test_the_launcher_stays_alive_if_the_simulator_cannot_be_built(tmp_path: Path) -> None:
     seen = drive(tmp_path, "A", "Fake-Discrete-v0", ticks=1)
     assert seen["error"] and seen["facts"]["launcher lives"], (
-        "Kit closes with its last reference, and the process with it"
+        "without a reference to the launcher, Kit closes and ends the process"
     )
 
 
-def test_a_launch_that_wants_to_end_the_process_is_an_error_that_names_the_licence(tmp_path: Path) -> None:
+def test_a_launcher_that_exits_raises_an_error_that_names_the_licence(tmp_path: Path) -> None:
     error = drive(tmp_path, "A", "Fake-Manager-v0", ticks=1, FAKE_EXIT="55")["error"]
     assert error.startswith("SimulatorError: ") and "code 55" in error and "OMNI_KIT_ACCEPT_EULA=YES" in error
 
 
-def test_what_the_user_set_for_the_licence_stays(tmp_path: Path) -> None:
+def test_the_users_own_licence_setting_is_kept(tmp_path: Path) -> None:
     record = tmp_path / "record"
     drive(tmp_path, "A", "Fake-Manager-v0", ticks=1, FAKE_RECORD=str(record), OMNI_KIT_ACCEPT_EULA="NO")
     assert json.loads(record.read_text())["environ"]["OMNI_KIT_ACCEPT_EULA"] == "NO"
@@ -119,7 +119,7 @@ def test_a_close_that_hangs_ends_the_process_with_the_right_code_and_all_stacks(
 
 
 @pytest.mark.parametrize("task", ["Fake-Manager-v0", "Fake-Direct-v0"])
-def test_an_environment_that_diverges_is_blanked_reset_counted_and_written_down(tmp_path: Path, task: str) -> None:
+def test_an_environment_that_diverges_is_zeroed_reset_counted_and_written_to_disk(tmp_path: Path, task: str) -> None:
     seen = drive(tmp_path, "A", task, WHOLE, num_envs=4, ticks=12, FAKE_NAN="4:1")
     rows = seen["rows"]
     assert all(entry.isfinite().all() for entry in rows.values())
@@ -128,17 +128,17 @@ def test_an_environment_that_diverges_is_blanked_reset_counted_and_written_down(
     assert rows["is_first"][4, 1] and rows["is_last"][4, 1] and not rows["is_terminal"][4, 1]
     assert rows["is_first"][5, 1] and not rows["is_last"][5, 1]
     assert rows["obs.policy"][5, 1, :3].tolist() == [1, 2, 1], "it was reset: a new episode at its first step"
-    assert rows["obs.policy"][4, 0, :3].tolist() == [0, 1, 4], "the others go on"
+    assert rows["obs.policy"][4, 0, :3].tolist() == [0, 1, 4], "the other environments are unchanged"
     assert seen["num_diverged"] == 1
     (dump,) = tmp_path.glob("diverged-*.npz")
     written = np.load(dump)
     assert written["env"].tolist() == [1] and np.isnan(written["obs.policy"][0, 2])
 
 
-def test_first_episodes_end_apart_but_evaluation_keeps_whole_ones(tmp_path: Path) -> None:
+def test_first_training_episodes_end_at_different_times_but_evaluation_ones_are_whole(tmp_path: Path) -> None:
     overrides = ["collector.eval_envs=4"]
     rows = drive(tmp_path, "A", "Fake-Manager-v0", *overrides, num_envs=40, ticks=10)["rows"]
-    odd = torch.arange(1, 40, 2)  # they end by time-out only
+    odd = torch.arange(1, 40, 2)  # they only time out
     first_end = rows["is_last"][:, odd].int().argmax(0)
     evaluating = torch.isin(odd, torch.tensor([9, 19, 29, 39]))
     assert (first_end[evaluating] == 10).all()
@@ -146,33 +146,33 @@ def test_first_episodes_end_apart_but_evaluation_keeps_whole_ones(tmp_path: Path
 
 
 @pytest.mark.parametrize(("overrides", "ends_the_task"), [((), True), (("env.horizon=7",), False)])
-def test_a_time_out_of_a_task_with_a_finite_horizon_is_its_end(
+def test_a_time_out_of_a_task_with_a_finite_horizon_is_terminal(
     tmp_path: Path, overrides: tuple[str, ...], ends_the_task: bool
 ) -> None:
     rows = drive(tmp_path, "A", "Fake-Finite-v0", WHOLE, *overrides, num_envs=4, ticks=11)["rows"]
-    timed_out = rows["is_last"][:, 1::2]  # odd ones never fall
+    timed_out = rows["is_last"][:, 1::2]  # odd environments never terminate
     assert timed_out.any() and bool(rows["is_terminal"][:, 1::2][timed_out].all()) is ends_the_task
     assert not rows["is_terminal"][~rows["is_last"]].any()
 
 
-def test_a_task_that_draws_ages_by_itself_begins_at_age_0_where_ages_are_not_to_be_drawn(tmp_path: Path) -> None:
+def test_a_task_that_draws_ages_itself_starts_at_age_0_without_randomize_start(tmp_path: Path) -> None:
     rows = drive(tmp_path, "A", "Fake-Spread-v0", WHOLE, num_envs=8, ticks=10)["rows"]
     assert rows["is_last"][:, 1::2].int().argmax(0).tolist() == [10] * 4
 
 
-def test_a_second_reset_begins_every_episode_anew(whole: Callable) -> None:
-    anew = whole("Fake-Manager-v0")["anew"]
-    assert anew["is_first"].all() and not anew["is_last"].any() and not anew["reward"].any()
-    assert anew["obs.policy"][:, 2].tolist() == [0, 0, 0, 0]
-    assert torch.equal(anew["obs.policy"], anew["acting.policy"])
+def test_a_second_reset_starts_every_episode_again(whole: Callable) -> None:
+    again = whole("Fake-Manager-v0")["again"]
+    assert again["is_first"].all() and not again["is_last"].any() and not again["reward"].any()
+    assert again["obs.policy"][:, 2].tolist() == [0, 0, 0, 0]
+    assert torch.equal(again["obs.policy"], again["acting.policy"])
 
 
-def test_tasks_of_another_package_are_named_with_it(tmp_path: Path) -> None:
+def test_a_task_of_another_package_is_found_by_module_and_id(tmp_path: Path) -> None:
     seen = drive(tmp_path, "A", "foreign_tasks:Foreign-Manager-v0", WHOLE, ticks=3)
     assert not seen["error"] and seen["rows"]["obs.policy"][3, 1, :3].tolist() == [1, 1, 3]
 
 
-def test_images_of_floats_are_looked_at_after_the_first_blank_one(tmp_path: Path) -> None:
+def test_float_images_are_checked_after_the_first_blank_frame(tmp_path: Path) -> None:
     seen = drive(tmp_path, "A", "Fake-Float-v0", "env.from_pixels=true", "env.image_low=-1", WHOLE, ticks=3)
     assert not seen["error"] and seen["rows"]["obs.pixels"][0, 0].unique().numel() > 1
 
@@ -183,7 +183,7 @@ def test_rewards_per_second_are_divided_by_the_agent_step(tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("task", ["Fake-Manager-v0", "Fake-Direct-v0"])
-def test_a_horizon_cuts_episodes_as_time_outs(tmp_path: Path, task: str) -> None:
+def test_a_horizon_ends_episodes_as_time_outs(tmp_path: Path, task: str) -> None:
     rows = drive(tmp_path, "A", task, WHOLE, "env.horizon=4", ticks=12)["rows"]
     assert rows["is_last"].nonzero()[:, 0].unique().tolist() == [4, 8, 12]
     assert not rows["is_terminal"].any()
@@ -196,7 +196,7 @@ def test_a_horizon_cuts_episodes_as_time_outs(tmp_path: Path, task: str) -> None
         ("Fake-Bounded-v0", [], 4.0),
     ],
 )
-def test_actions_reach_the_simulator_in_its_own_units(
+def test_actions_reach_the_simulator_in_its_own_range(
     tmp_path: Path, task: str, overrides: list[str], largest: float
 ) -> None:
     action = drive(tmp_path, "A", task, *overrides, num_envs=64)["rows"]["obs.policy"][1:, :, 3]
@@ -228,9 +228,9 @@ def test_cameras_stream_small_images_of_this_episode(tmp_path: Path) -> None:
     assert json.loads(record.read_text())["kwargs"]["enable_cameras"] is True
     assert seen["spec"]["obs"] == {"pixels": {"shape": [64, 64, 3], "dtype": "uint8"}}
     pixels = seen["rows"]["obs.pixels"]
-    assert pixels[:6, 1, 30, 30, 0].tolist() == [0, 20, 40, 60, 80, 100], "bytes, 20 for each step of age"
+    assert pixels[:6, 1, 30, 30, 0].tolist() == [0, 20, 40, 60, 80, 100], "bytes; each step of age adds 20"
     assert pixels[10, 1, 30, 30, 0] == 200, "the last image of the episode"
-    assert seen["rows"]["acting.pixels"][10, 1, 30, 30, 0] == 0, "the first of the next"
+    assert seen["rows"]["acting.pixels"][10, 1, 30, 30, 0] == 0, "the first image of the next episode"
 
 
 @pytest.mark.parametrize(
@@ -246,11 +246,11 @@ def test_cameras_stream_small_images_of_this_episode(tmp_path: Path) -> None:
         ("Fake-Agents-v0", [], ["env.name=Fake-Agents-v0", "several agents", "left", "right"]),
         ("Fake-Direct-v0", ["env.reward_per_second=true"], ["direct task", "set env.reward_per_second=false"]),
         ("Fake-Float-v0", ["env.from_pixels=true"], ["env.image_low=0.0", "-1 and 1"]),
-        ("CartPole-v1", [], ["env.name=CartPole-v1 is no task of this Isaac Lab"]),
+        ("CartPole-v1", [], ["env.name=CartPole-v1 is not a task of this Isaac Lab"]),
         ("no_such_package:Foreign-v0", [], ["module no_such_package", "PYTHONPATH"]),
     ],
 )
-def test_what_the_task_does_not_have_is_refused_with_the_mend(
+def test_settings_that_do_not_fit_the_task_are_refused_with_the_fix(
     tmp_path: Path, task: str, overrides: list[str], words: list[str]
 ) -> None:
     error = drive(tmp_path, "A", task, *overrides, ticks=1)["error"]
@@ -258,7 +258,7 @@ def test_what_the_task_does_not_have_is_refused_with_the_mend(
 
 
 @pytest.mark.parametrize(
-    ("override", "mend"),
+    ("override", "fix"),
     [
         ("env.frame_skip=2", "set env.frame_skip=1"),
         ("env.task=run", "set env.task=''"),
@@ -270,16 +270,16 @@ def test_what_the_task_does_not_have_is_refused_with_the_mend(
     ],
 )
 def test_settings_that_do_not_apply_are_refused_before_anything_starts(
-    monkeypatch: pytest.MonkeyPatch, override: str, mend: str
+    monkeypatch: pytest.MonkeyPatch, override: str, fix: str
 ) -> None:
     monkeypatch.syspath_prepend(str(TIER_A))
     check_env(compose("isaaclab"))
     with pytest.raises(SettingError) as caught:
         check_env(compose("isaaclab", [override]))
-    assert override.split("=")[0] in str(caught.value) and mend in str(caught.value)
+    assert override.split("=")[0] in str(caught.value) and fix in str(caught.value)
 
 
-def test_an_installation_that_is_not_there_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_installation_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(SettingError, match=r"needs the module isaaclab.*Python 3\.11.*Isaac Sim 5\.1"):
         check_env(compose("isaaclab"))
@@ -294,7 +294,7 @@ def test_an_installation_that_is_not_there_is_named(monkeypatch: pytest.MonkeyPa
         (True, "cpu", "1", "cpu", "GPU-b,GPU-a"),
     ],
 )
-def test_only_cameras_on_a_later_gpu_take_the_mask_off(
+def test_only_cameras_on_a_gpu_other_than_the_first_remove_the_gpu_mask(
     monkeypatch: pytest.MonkeyPatch, cameras: bool, device: str, index: str, named: str, mask: str | None
 ) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "GPU-b,GPU-a")

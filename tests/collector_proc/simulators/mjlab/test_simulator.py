@@ -1,4 +1,7 @@
-"""Laws of the mjlab backend on the real simulator: cart-poles on the CPU. A first run compiles Warp's kernels, about 40 s."""
+"""The mjlab backend on the real simulator: cart-poles on the CPU.
+
+The first run compiles Warp's kernels (about 40 s).
+"""
 
 from __future__ import annotations
 
@@ -18,7 +21,7 @@ from shared.config import Settings
 from shared.errors import SettingError
 
 NUM_ENVS = 64
-CART, COS, SIN = 0, 1, 2  # of the five observed numbers; then the speeds of cart and pole
+CART, COS, SIN = 0, 1, 2  # indices of the five observed numbers; the last two are the speeds of cart and pole
 
 
 def settings_for(**env: object) -> Settings:
@@ -67,7 +70,7 @@ def long() -> list[Arrival]:
     return play(simulator_of(), 12)
 
 
-def test_the_task_streams_its_actor_group_and_as_many_actions_as_joints_are_driven(long: list[Arrival]) -> None:
+def test_the_task_streams_its_actor_group_and_one_action_per_driven_joint(long: list[Arrival]) -> None:
     assert long[0].obs["actor"].shape == (NUM_ENVS, 5)
     assert long[0].is_first.all()
     assert not flags(long[1:], "is_first").any()
@@ -79,16 +82,17 @@ def test_the_row_of_an_ended_episode_holds_its_true_last_observation(long: list[
     cut = play(simulator_of(horizon=6), 8)
     assert torch.equal(flags(cut, "is_last").all(1), torch.tensor([0, 0, 0, 0, 0, 0, 1, 0, 0], dtype=torch.bool))
     assert not flags(cut, "is_terminal").any()  # a time-out
-    # with the same seed and actions, an episode that goes on passes through the same state
+    # With the same seed and actions, an episode that continues passes through the same state.
     assert torch.equal(vectors(cut)[:7], vectors(long)[:7])
     assert torch.equal(flags(cut, "reward")[:7], flags(long, "reward")[:7])
-    start = acting(cut[6])  # within the task's start ranges, where a cart-pole of six ticks' random play is not
+    # The start lies within the task's start range; a cart-pole after six ticks of random actions does not.
+    start = acting(cut[6])
     assert float(start[:, CART].abs().max()) <= 0.1 + 1e-6
     assert float(start[:, 3:].abs().max()) <= 0.01 + 1e-6
     assert float(vectors(cut)[6][:, 3:].abs().max()) > 0.5
 
 
-def test_the_row_after_an_ended_episode_begins_one_and_keeps_its_reward() -> None:
+def test_the_row_after_an_ended_episode_is_first_and_keeps_its_reward() -> None:
     arrivals = play(simulator_of(horizon=6), 8)
     following = arrivals[7]
     assert following.is_first.all()
@@ -98,7 +102,7 @@ def test_the_row_after_an_ended_episode_begins_one_and_keeps_its_reward() -> Non
     assert not arrivals[8].is_first.any()
 
 
-def test_what_arrived_stays_as_it_was(long: list[Arrival]) -> None:
+def test_an_arrival_does_not_change_later(long: list[Arrival]) -> None:
     simulator = simulator_of(horizon=4)
     arrivals, copies = [], []
     for action in [None, *actions(6)]:
@@ -115,7 +119,7 @@ def _entries(arrival: Arrival) -> list[Tensor]:
     return [*rows, arrival.is_first, arrival.is_last, arrival.is_terminal]
 
 
-def test_a_seed_fixes_the_stream_and_columns_differ() -> None:
+def test_a_seed_reproduces_the_stream_and_environments_differ() -> None:
     one, same, other = (play(simulator_of(seed=seed, horizon=5), 12) for seed in (3, 3, 4))
     assert torch.equal(vectors(one), vectors(same))
     assert torch.equal(flags(one, "reward"), flags(same, "reward"))
@@ -124,7 +128,7 @@ def test_a_seed_fixes_the_stream_and_columns_differ() -> None:
     assert len(set(starts.tolist())) == NUM_ENVS
 
 
-def test_first_training_episodes_end_at_different_ticks_and_evaluation_plays_whole_ones() -> None:
+def test_first_training_episodes_end_at_different_ticks_and_evaluation_ones_are_whole() -> None:
     simulator = simulator_of(horizon=20, randomize_start=True)  # collector.eval_envs is 1
     last = flags(play(simulator, 20), "is_last")
     assert last[:, -1].nonzero().flatten().tolist() == [20]
@@ -133,7 +137,7 @@ def test_first_training_episodes_end_at_different_ticks_and_evaluation_plays_who
     assert int(first_ends.min()) >= 1
 
 
-def test_an_environment_that_diverges_is_recorded_as_zeros_and_begins_anew() -> None:
+def test_an_environment_that_diverges_is_recorded_as_zeros_and_reset() -> None:
     simulator = simulator_of()
     simulator.reset()
     env: Any = simulator._env
@@ -143,7 +147,7 @@ def test_an_environment_that_diverges_is_recorded_as_zeros_and_begins_anew() -> 
     assert arrival.is_first[3]
     assert not arrival.is_terminal.any()
     assert arrival.obs["actor"][3].abs().sum() + arrival.reward[3].abs() == 0
-    assert 0.9 < float(acting(arrival)[3, COS]) <= 1  # the fresh episode
+    assert 0.9 < float(acting(arrival)[3, COS]) <= 1  # the new episode
     assert following.obs["actor"].isfinite().all()
     assert torch.equal(following.is_first, torch.arange(NUM_ENVS) == 3)
     assert not following.is_last.any()
@@ -159,16 +163,14 @@ def test_actions_reach_the_task_times_the_scale() -> None:
     assert torch.allclose(env.action_manager.action, 3 * action, rtol=0, atol=1e-6)
 
 
-def test_rewards_per_second_are_rewards_over_the_tick_of_a_twentieth(long: list[Arrival]) -> None:
+def test_rewards_per_second_are_divided_by_the_length_of_a_tick(long: list[Arrival]) -> None:
     arrivals = play(simulator_of(reward_per_second=True), 3)
     assert torch.allclose(flags(arrivals, "reward"), 20 * flags(long, "reward")[:4], rtol=1e-5, atol=0)
 
 
-def test_a_horizon_needs_a_time_out_to_move() -> None:
+def test_a_horizon_without_a_time_out_is_refused() -> None:
     cfg = SimpleNamespace(terminations={"fell": SimpleNamespace(time_out=False)})
-    with pytest.raises(
-        SettingError, match=r"env.horizon=9 has no time-out to move: .*\['fell'\].*set env.horizon=null"
-    ):
+    with pytest.raises(SettingError, match=r"env.horizon=9 has no effect, .*\['fell'\].*set env.horizon=null"):
         _cut_episodes(cfg, 9)
 
 
@@ -188,13 +190,13 @@ def test_settings_that_cannot_work_are_refused_before_anything_starts(settings: 
 
 def test_groups_the_task_does_not_have_are_refused() -> None:
     with pytest.raises(
-        SettingError, match=r"names 'aktor', .*wanted some of actor, critic; set env.obs_groups=\[actor\]"
+        SettingError, match=r"names 'aktor', .*expected some of actor, critic; set env.obs_groups=\[actor\]"
     ):
         simulator_of(obs_groups=["aktor"])
 
 
 @pytest.mark.gpu
-def test_another_stream_than_the_default_one_changes_nothing() -> None:
+def test_a_stream_other_than_the_default_one_gives_the_same_rows() -> None:
     device = torch.device("cuda", 0)
 
     def streamed(stream: torch.cuda.Stream) -> Tensor:

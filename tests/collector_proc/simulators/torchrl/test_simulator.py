@@ -1,4 +1,4 @@
-"""Laws of the adapter to torchrl environments: batched, copied, and torchrl's own wrappers of gymnasium and dm_control."""
+"""The torchrl backend: batched environments, copies, and torchrl's own wrappers of gymnasium and dm_control."""
 
 from __future__ import annotations
 
@@ -46,13 +46,13 @@ def simulator_of(name: str, num_envs: int, *, seed: int = 0, **env: object) -> T
 
 
 def play(simulator: TorchrlSimulator, num_ticks: int) -> list[Arrival]:
-    """The reset and num_ticks steps, acting with the tick's number / 100."""
+    """Return the reset and num_ticks steps; the action of a tick is its number / 100."""
     shape = (simulator.spec.num_envs, simulator.spec.action_dim)
     return [simulator.reset(), *(simulator.step(torch.full(shape, tick / 100)) for tick in range(1, num_ticks + 1))]
 
 
 def column(arrivals: list[Arrival], entry: str, env: int) -> list[float]:
-    """One environment's (where) or flag over all ticks."""
+    """Return one environment's flag, reward, or number in "where", over all ticks."""
     if entry in ("is_first", "is_last", "is_terminal", "reward"):
         return [getattr(arrival, entry)[env].item() for arrival in arrivals]
     source, number = ("obs" if entry.startswith("obs") else "acting_obs"), int(entry[-1])
@@ -60,19 +60,19 @@ def column(arrivals: list[Arrival], entry: str, env: int) -> list[float]:
 
 
 @BOTH
-def test_the_row_of_an_ended_episode_holds_its_last_observation_and_the_next_row_begins_one(make: str) -> None:
+def test_the_row_of_an_ended_episode_holds_its_last_observation_and_the_next_row_is_first(make: str) -> None:
     simulator = simulator_of(f"counting_env:{make}", 2)
     arrivals = play(simulator, 7)
-    begun = column(arrivals, "obs1", 0)[0]
-    # row 0 terminates at frame 5: the observation is still the old episode's, what is acted on is the fresh one's
+    episode = column(arrivals, "obs1", 0)[0]
+    # Row 0 terminates at frame 5. Its observation is of the old episode; the policy acts on the new one.
     assert column(arrivals, "obs0", 0) == [0, 1, 2, 3, 4, 5, 6, 7]
-    assert column(arrivals, "obs1", 0) == [begun] * 6 + [begun + 1] * 2
-    assert column(arrivals, "acting1", 0) == [begun] * 5 + [begun + 1] * 3
+    assert column(arrivals, "obs1", 0) == [episode] * 6 + [episode + 1] * 2
+    assert column(arrivals, "acting1", 0) == [episode] * 5 + [episode + 1] * 3
     assert column(arrivals, "is_last", 0) == [0, 0, 0, 0, 0, 1, 0, 0]
     assert column(arrivals, "is_terminal", 0) == [0, 0, 0, 0, 0, 1, 0, 0]
     assert column(arrivals, "is_first", 0) == [1, 0, 0, 0, 0, 0, 1, 0]
     assert column(arrivals, "reward", 0) == [0, 1, 2, 3, 4, 5, 6, 7]
-    # row 1 times out at frame 6
+    # Row 1 times out at frame 6.
     assert column(arrivals, "obs0", 1) == [1000, 1001, 1002, 1003, 1004, 1005, 1006, 1007]
     assert column(arrivals, "is_last", 1) == [0, 0, 0, 0, 0, 0, 1, 0]
     assert not any(column(arrivals, "is_terminal", 1))
@@ -93,11 +93,11 @@ def test_a_batch_and_copies_of_the_same_rows_give_the_same_stream() -> None:
 
 
 @BOTH
-def test_an_action_repeat_sums_rewards_and_stops_where_the_episode_ends(make: str) -> None:
+def test_an_action_repeat_sums_rewards_and_stops_at_the_end_of_the_episode(make: str) -> None:
     simulator = simulator_of(f"counting_env:{make}", 2, frame_skip=2)
     assert simulator.frames_per_step == 2
     arrivals = play(simulator, 3)
-    assert column(arrivals, "reward", 0) == [0, 1 + 2, 3 + 4, 5]  # five frames, so one alone at the end
+    assert column(arrivals, "reward", 0) == [0, 1 + 2, 3 + 4, 5]  # five frames: the last repeat has one frame
     assert column(arrivals, "obs0", 0)[-1] == 5
     assert column(arrivals, "is_last", 0) == [0, 0, 0, 1]
     assert column(arrivals, "reward", 1) == [0, 1 + 2, 3 + 4, 5 + 6]
@@ -105,7 +105,7 @@ def test_an_action_repeat_sums_rewards_and_stops_where_the_episode_ends(make: st
 
 
 @BOTH
-def test_a_horizon_cuts_episodes_as_time_outs(make: str) -> None:
+def test_a_horizon_ends_episodes_as_time_outs(make: str) -> None:
     arrivals = play(simulator_of(f"counting_env:{make}", 2, horizon=3), 7)
     assert column(arrivals, "is_last", 0) == [0, 0, 0, 1, 0, 0, 1, 0]
     assert not any(column(arrivals, "is_terminal", 0))
@@ -124,7 +124,7 @@ def test_a_row_that_is_not_finite_becomes_an_empty_episode_and_is_counted() -> N
 
 
 @BOTH
-def test_what_arrived_stays_as_it_was_while_the_environment_overwrites_its_buffers(make: str) -> None:
+def test_an_arrival_does_not_change_when_the_environment_overwrites_its_buffers(make: str) -> None:
     simulator = simulator_of(f"counting_env:{make}", 2)
     first = simulator.reset()
     kept = first.obs["where"].clone()
@@ -159,14 +159,14 @@ def test_infos_are_left_out_with_a_warning_unless_obs_groups_names_them() -> Non
     assert set(chosen.reset().obs) == {"observation", "speed"}
 
 
-def test_accounts_are_streamed_where_obs_groups_names_them() -> None:
+def test_step_counts_are_streamed_if_obs_groups_names_them() -> None:
     simulator = simulator_of("counting_env:make_accounts", 2, obs_groups=["where", "step_count"])
     assert set(simulator.spec.obs) == {"step_count", "where"}
     assert [arrival.obs["step_count"][0].item() for arrival in play(simulator, 3)] == [0, 1, 2, 3]
 
 
 @pytest.mark.parametrize("name", ["make_wordy", "make_colliding"])
-def test_observations_that_cannot_be_streamed_stand_aside_when_others_are_chosen(name: str) -> None:
+def test_observations_that_cannot_be_streamed_are_ignored_if_others_are_chosen(name: str) -> None:
     simulator = simulator_of(f"counting_env:{name}", 2, obs_groups=["where"])
     assert column(play(simulator, 3), "obs0", 1) == [1000, 1001, 1002, 1003]
 
@@ -174,22 +174,31 @@ def test_observations_that_cannot_be_streamed_stand_aside_when_others_are_chosen
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("counting_env:make_three", r"env.num_envs=2 does not fit.*batch size is \[3\]; wanted 3.*set env.num_envs=3"),
-        ("counting_env:make_discrete", r"actions are \{'action': 'OneHot'\}; wanted one entry of continuous numbers"),
-        ("counting_env:make_nothing", r"makes dict; wanted a torchrl EnvBase; wrap it"),
-        ("counting_env:absent", r"does not import: .*absent.*; wanted module:callable; set env.name"),
-        ("counting_env:make_wordy", r"'word' is no tensor but NonTensor; wanted.*env.obs_groups=\[extra_push,where\]"),
+        (
+            "counting_env:make_three",
+            r"env.num_envs=2 does not fit.*batch size is \[3\]; expected 3.*set env.num_envs=3",
+        ),
+        ("counting_env:make_discrete", r"actions are \{'action': 'OneHot'\}; expected one entry of continuous numbers"),
+        ("counting_env:make_nothing", r"returns a dict; expected a torchrl EnvBase; wrap it"),
+        ("counting_env:absent", r"cannot be imported: .*absent.*; expected module:callable; set env.name"),
+        (
+            "counting_env:make_wordy",
+            r"'word' is not a tensor but a NonTensor; expected.*env.obs_groups=\[extra_push,where\]",
+        ),
         (
             "counting_env:make_colliding",
             r"\['extra', 'push'\] and \['extra_push'\] would both be streamed as 'extra_push'; .*rename",
         ),
-        ("counting_env:make_only_accounts", r"observes step_count, which is bookkeeping; .*set env.obs_groups"),
-        ("counting_env:IMAGE", r"env.name=counting_env:IMAGE is a tuple; wanted a function .*set env.name"),
-        ("broken_env:make", r"does not import: NameError: .*undefined.* \(broken_env.py:5\); wanted .*; mend it there"),
-        ("gym:CartPole-v1", r"actions are \{'action': 'OneHot'\}; wanted one entry of continuous"),
+        ("counting_env:make_only_accounts", r"observes step_count, which only describes the run; .*set env.obs_groups"),
+        ("counting_env:IMAGE", r"env.name=counting_env:IMAGE is a tuple; expected a function .*set env.name"),
+        (
+            "broken_env:make",
+            r"cannot be imported: NameError: .*undefined.* \(broken_env.py:5\); expected .*; fix the code",
+        ),
+        ("gym:CartPole-v1", r"actions are \{'action': 'OneHot'\}; expected one entry of continuous"),
     ],
 )
-def test_environments_that_do_not_fit_are_refused_with_the_mend(name: str, message: str) -> None:
+def test_environments_that_do_not_fit_are_refused_with_the_fix(name: str, message: str) -> None:
     with pytest.raises(SettingError, match=message):
         simulator_of(name, 2)
 
@@ -197,20 +206,22 @@ def test_environments_that_do_not_fit_are_refused_with_the_mend(name: str, messa
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        ("make_mistaken", r"KeyError: 'no such robot' \(counting_env.py:\d+\); wanted .*; .*mend the function there"),
+        ("make_mistaken", r"KeyError: 'no such robot' \(counting_env.py:\d+\); expected .*; .*fix the function"),
         ("make_demanding", r"TypeError: make_demanding\(\) missing .*'robot'"),
         ("make_stuck", r"ZeroDivisionError: no floor \(counting_env.py:\d+\)"),
     ],
 )
-def test_a_mistake_in_a_function_of_ones_own_is_told_with_its_line(make: str, message: str) -> None:
-    with pytest.raises(SimulatorError, match=f"counting_env:{make} cannot be made and reset: {message}"):
+def test_an_exception_in_a_users_function_is_reported_with_its_line(make: str, message: str) -> None:
+    with pytest.raises(SimulatorError, match=f"counting_env:{make} cannot be created and reset: {message}"):
         simulator_of(f"counting_env:{make}", 2)
 
 
-def test_an_environment_that_never_says_whether_it_terminated_is_refused() -> None:
+def test_an_environment_that_never_returns_terminated_is_refused() -> None:
     simulator = simulator_of("counting_env:make_unfinished", 2)
     simulator.reset()
-    with pytest.raises(SettingError, match=r"'done' and 'truncated' without 'terminated'; wanted .*let its done_spec"):
+    with pytest.raises(
+        SettingError, match=r"'done' and 'truncated' without 'terminated'; expected .*add 'terminated' to its done_spec"
+    ):
         simulator.step(torch.zeros(2, 1))
 
 
@@ -232,16 +243,16 @@ def test_environments_that_reset_themselves_and_lose_their_last_observation_are_
 
 @pytest.mark.parametrize("frame_skip", [1, 2, 3])
 @pytest.mark.parametrize("make", ["make_same_step", "make_disabled"])
-def test_a_gymnasium_vector_hands_over_true_last_observations(make: str, frame_skip: int) -> None:
+def test_a_gymnasium_vector_returns_true_last_observations(make: str, frame_skip: int) -> None:
     simulator = simulator_of(f"counting_env:{make}", 2, frame_skip=frame_skip)
     arrivals = [simulator.reset(), *(simulator.step(torch.tensor([[0.2], [1.0]])) for _ in range(60))]
     simulator.close()
     uneven = [arrival for arrival in arrivals if arrival.is_last.sum() == 1]
-    assert len(uneven) > 3  # one row ends, maybe in the middle of a repeat, and the other goes on
+    assert len(uneven) > 3  # one row ends, perhaps in the middle of a repeat, and the other continues
     for arrival in arrivals:
         assert arrival.acting_obs is not None
         last, fresh = (obs["observation"][arrival.is_terminal, 1].abs() for obs in (arrival.obs, arrival.acting_obs))
-        assert (last > 0.2).all()  # where the task ends; it begins within 0.01, and SAME_STEP goes on from there
+        assert (last > 0.2).all()  # the task ends beyond 0.2 and starts within 0.01; SAME_STEP continues from there
         assert (fresh <= (0.01 if make == "make_disabled" or frame_skip == 1 else 0.19)).all()
         assert torch.equal(
             arrival.acting_obs["observation"][~arrival.is_last], arrival.obs["observation"][~arrival.is_last]
@@ -251,16 +262,18 @@ def test_a_gymnasium_vector_hands_over_true_last_observations(make: str, frame_s
         assert (after.reward <= frame_skip).all() and (after.reward >= 0).all()
 
 
-def test_a_vector_whose_rows_can_be_reset_at_any_time_takes_a_horizon() -> None:
+def test_a_vector_whose_rows_can_be_reset_at_any_time_accepts_a_horizon() -> None:
     simulator = simulator_of("counting_env:make_disabled", 2, horizon=2)
     arrivals = play(simulator, 4)
     simulator.close()
     assert column(arrivals, "is_last", 0) == column(arrivals, "is_last", 1) == [0, 0, 1, 0, 1]
-    with pytest.raises(SettingError, match=r"env.horizon=2 .*resets only what ended.*AutoresetMode.DISABLED"):
+    with pytest.raises(
+        SettingError, match=r"env.horizon=2 .*SAME_STEP mode, which cannot reset.*AutoresetMode.DISABLED"
+    ):
         simulator_of("counting_env:make_same_step", 2, horizon=2)
 
 
-def test_a_diverged_row_that_cannot_be_reset_is_empty_and_its_episode_goes_on() -> None:
+def test_a_diverged_row_that_cannot_be_reset_becomes_zeros_and_its_episode_continues() -> None:
     simulator = simulator_of("counting_env:make_spoiled", 2)
     arrivals = play(simulator, 4)
     simulator.close()
@@ -296,7 +309,7 @@ def test_gymnasium_through_torchrl_is_gymnasium() -> None:
     bare = [gymnasium.make("Pendulum-v1") for _ in range(2)]
     for index, env in enumerate(bare):
         env.reset(seed=environment_seed(3, index) >> 1)
-        env.reset()  # the adapter looks at a first observation before reset() is called
+        env.reset()  # the adapter reads a first observation before reset() is called
     expected = torch.stack([torch.as_tensor(env.reset()[0]) for env in bare])
     arrival = simulator.reset()
     assert torch.equal(arrival.obs["observation"], expected)
@@ -328,7 +341,7 @@ def test_the_end_of_a_suite_task_is_a_time_out() -> None:
     assert 0 < arrivals[5].reward[0].item() <= 50
 
 
-def test_a_seed_fixes_the_stream_and_columns_differ() -> None:
+def test_a_seed_reproduces_the_stream_and_environments_differ() -> None:
     streams = [play(simulator_of("gym:Pendulum-v1", 2, seed=seed), 3)[-1].obs["observation"] for seed in (5, 5, 6)]
     assert torch.equal(streams[0], streams[1])
     assert not torch.equal(streams[0], streams[2])

@@ -1,4 +1,4 @@
-"""Laws of what is streamed of a torchrl environment: its observations, without what only keeps account of the run."""
+"""The observations of a torchrl environment that are streamed: all but entries that only describe the run."""
 
 from __future__ import annotations
 
@@ -23,40 +23,40 @@ def fakes(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 
 
 def chosen(env: Any, wanted: list[str] | None = None) -> tuple[set[str], list[Any]]:
-    """The names of what is streamed, and the log."""
+    """Return the names of the streamed observations and the log."""
     with capture_logs() as logs:
         keys = chosen_observations(env, wanted)
     return set(keys), logs
 
 
-def test_what_keeps_account_of_the_run_is_left_out_with_a_warning(fakes: ModuleType) -> None:
-    streamed, (said,) = chosen(fakes.make_accounts(2))
-    assert streamed == set(said["streamed"]) == {"extra_push", "joined", "timed", "where"}
-    assert set(said["left_out"]) == {"step_count", "episode_reward", "is_init", "traj_count", "return_so_far"}
-    assert said["log_level"] == "warning" and "env.obs_groups" in said["event"]
+def test_entries_that_only_describe_the_run_are_left_out_with_a_warning(fakes: ModuleType) -> None:
+    streamed, (logged,) = chosen(fakes.make_accounts(2))
+    assert streamed == set(logged["streamed"]) == {"extra_push", "joined", "timed", "where"}
+    assert set(logged["left_out"]) == {"step_count", "episode_reward", "is_init", "traj_count", "return_so_far"}
+    assert logged["log_level"] == "warning" and "env.obs_groups" in logged["event"]
 
 
-def test_what_obs_groups_leaves_out_needs_no_warning(fakes: ModuleType) -> None:
-    streamed, (said,) = chosen(fakes.make_batched(2), ["where"])
-    assert streamed == {"where"} and said["left_out"] == ["extra_push"] and said["log_level"] == "info"
+def test_entries_that_obs_groups_leaves_out_cause_no_warning(fakes: ModuleType) -> None:
+    streamed, (logged,) = chosen(fakes.make_batched(2), ["where"])
+    assert streamed == {"where"} and logged["left_out"] == ["extra_push"] and logged["log_level"] == "info"
 
 
-def test_an_observation_that_a_users_own_transform_makes_of_the_reward_is_streamed(fakes: ModuleType) -> None:
-    streamed, (said,) = chosen(fakes.make_last_reward(2))
+def test_an_observation_that_a_users_transform_computes_from_the_reward_is_streamed(fakes: ModuleType) -> None:
+    streamed, (logged,) = chosen(fakes.make_last_reward(2))
     assert streamed == {"extra_push", "last_reward", "where"}
-    assert said["left_out"] == [] and said["log_level"] == "info"
+    assert logged["left_out"] == [] and logged["log_level"] == "info"
 
 
 @pytest.mark.parametrize("outer", [False, True])
 @pytest.mark.parametrize("batch", ["SerialEnv", "ParallelEnv"])
-def test_accounts_that_workers_keep_are_left_out_too(fakes: ModuleType, batch: str, outer: bool) -> None:
+def test_step_counts_of_worker_environments_are_left_out_too(fakes: ModuleType, batch: str, outer: bool) -> None:
     workers = fakes.make_workers(batch, 2)
-    streamed, (said,) = chosen(fakes.transformed(workers, fakes.RewardSum()) if outer else workers)
+    streamed, (logged,) = chosen(fakes.transformed(workers, fakes.RewardSum()) if outer else workers)
     assert streamed == {"extra_push", "where"}
-    assert set(said["left_out"]) == TALLIES
+    assert set(logged["left_out"]) == TALLIES
 
 
-def test_a_worker_environment_made_to_be_looked_at_is_closed_and_one_that_runs_is_not(fakes: ModuleType) -> None:
+def test_a_temporary_worker_environment_is_closed_and_a_running_one_is_not(fakes: ModuleType) -> None:
     made: list[Any] = []
 
     def make() -> Any:
@@ -64,7 +64,7 @@ def test_a_worker_environment_made_to_be_looked_at_is_closed_and_one_that_runs_i
         return made[-1]
 
     parallel = fakes.ParallelEnv(2, make)
-    made.clear()  # torchrl looks at one itself
+    made.clear()  # torchrl itself creates one
     chosen(parallel)
     assert [env.is_closed for env in made] == [True]
     serial = fakes.SerialEnv(2, make)
@@ -75,16 +75,17 @@ def test_a_worker_environment_made_to_be_looked_at_is_closed_and_one_that_runs_i
     serial.close()
 
 
-def test_where_no_worker_can_be_looked_at_what_is_called_like_bookkeeping_is_warned_of(fakes: ModuleType) -> None:
+def test_without_a_worker_environment_names_used_for_step_counts_cause_a_warning(fakes: ModuleType) -> None:
     workers = fakes.make_workers("ParallelEnv", 2)
 
     def fail() -> Any:
         raise OSError("no second one in this process")
 
     workers.create_env_fn = [fail, fail]
-    streamed, (doubtful, said) = chosen(workers)
-    assert streamed == {"extra_push", "where", *TALLIES} and said["log_level"] == "info"
+    streamed, (doubtful, logged) = chosen(workers)
+    assert streamed == {"extra_push", "where", *TALLIES} and logged["log_level"] == "info"
     assert doubtful["log_level"] == "warning" and set(doubtful["streamed"]) == TALLIES
     assert "set env.obs_groups" in doubtful["event"]
-    streamed, _ = chosen(fakes.transformed(workers, fakes.RewardSum()))  # an outer one of the same name tells
+    # the outer transform reveals the entry of the same name
+    streamed, _ = chosen(fakes.transformed(workers, fakes.RewardSum()))
     assert streamed == {"extra_push", "where", "is_init", "step_count"}
