@@ -212,7 +212,7 @@ def _send_to_ring(shape: ChunkShape, sockets: str, device: str) -> None:
                 channel.wait(1.0)
             elif isinstance(received[0], Grant):
                 grant, sent = received[0], sent + 1
-                writer._stage["reward",].fill_(sent)
+                writer.rows["reward",].fill_(sent)
                 writer.num_rows = shape.ticks
                 writer.write(grant.row)
                 writer.wait()

@@ -21,7 +21,7 @@ import torch
 from benchmarks.pair import LearnerEnd, pair_settings, per_chunk
 from benchmarks.provenance import document, save
 from benchmarks.timing import row, show, spread
-from collector_proc.actor import Actor
+from collector_proc.acting_policy import ActingPolicy
 from collector_proc.simulators.base import Arrival, Simulator
 from collector_proc.simulators.registry import build_simulator
 from shared.config import Settings
@@ -72,7 +72,7 @@ class Loops:
     def __init__(self, settings: Settings, *, device: str) -> None:
         self.simulator: Simulator = build_simulator(settings, seed=settings.env.seed, device=device)
         self.device = torch.device(device)
-        self.actor = Actor(
+        self.acting = ActingPolicy(
             self.simulator.spec, settings.networks, settings.collector, device=self.device, seed=0, random_ticks=0
         )
         self.arrival: Arrival = self.simulator.reset()
@@ -87,7 +87,7 @@ class Loops:
         """One tick under the policy."""
         first = self.arrival.is_first.to(self.device)
         action = torch.where(first[:, None], 0.0, self.action)
-        self.action = self.actor.act(self.arrival, action, version=1)
+        self.action = self.acting.act(self.arrival, action, version=1)
         self.arrival = self.simulator.step(self.action.to(self.simulator.device))
 
     def pace(self, loop: str, seconds: float) -> dict[str, float]:

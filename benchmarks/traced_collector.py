@@ -52,7 +52,7 @@ class _TracedChannel(Channel):
 
 def _trace_adoption(trace: TextIO) -> None:
     """Write down every version just after it was adopted."""
-    from collector_proc.actor import WeightsReceiver
+    from collector_proc.weights_receiver import WeightsReceiver
 
     adopt = WeightsReceiver.adopt
 

@@ -11,10 +11,13 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from collector_proc.actor import Actor, WeightsReceiver
-from collector_proc.copies import Landing, copier_between
-from collector_proc.simulators.base import Arrival, Simulator
-from collector_proc.writer import ChunkWriter, EpisodeTracker
+from collector_proc.acting_policy import ActingPolicy
+from collector_proc.arrival_mover import ArrivalMover
+from collector_proc.copies import copier_between
+from collector_proc.episodes import EpisodeTracker
+from collector_proc.simulators.base import Simulator
+from collector_proc.weights_receiver import WeightsReceiver
+from collector_proc.writer import ChunkWriter
 from shared.config import Geometry, Settings
 from shared.errors import SettingError, SimulatorError, TransportError
 from shared.handover import Channel, Disconnected, import_cuda_slab, map_memfd_slab, pin_slab
@@ -32,7 +35,7 @@ POLL_S = 0.0005  # between two looks at copies that the loop has to wait for
 
 
 @dataclass(frozen=True)
-class Shipment:
+class UncommittedChunk:
     """A chunk on its way to granted rows. policy_version: of the policy that chose its last actions, 0 for random ones."""
 
     grant: Grant
@@ -63,7 +66,7 @@ class Collector:
         self._run_id, self._incarnation = run_id, incarnation
         self._grants: deque[Grant] = deque()
         self._turn: Grant | None = None  # lockstep: the grant of the chunk being gathered
-        self._shipment: Shipment | None = None  # written, and not yet committed
+        self._uncommitted: UncommittedChunk | None = None  # written, and not yet committed
         self._lockstep = settings.collector.mode == "lockstep"
         self._window = (time.monotonic(), 0)
         self._meter = MemoryMeter(str(device))
@@ -73,10 +76,10 @@ class Collector:
         welcome = self._hello()
         self.agent_steps = welcome.agent_steps
         random_ticks = -(-welcome.random_frames // geometry.num_envs)
-        self._actor = Actor(
+        self._acting = ActingPolicy(
             simulator.spec, settings.networks, settings.collector, device=device, seed=seed, random_ticks=random_ticks
         )
-        self._weights = WeightsReceiver(self._actor.policy, socket_dir=socket_dir, run_id=run_id)
+        self._weights = WeightsReceiver(self._acting.policy, socket_dir=socket_dir, run_id=run_id)
         self._self_test(welcome)
 
     def run(self) -> None:
@@ -97,15 +100,15 @@ class Collector:
     def _stream(self) -> None:
         """Act, tick, gather, ship, until asked to stop. On a GPU nothing in the loop waits for it, but a full chunk for the
         arrival of the last one."""
-        landing, arrival = Landing(self._device), self._simulator.reset()
-        tracker = self._tracker = self._make_tracker(arrival)
+        mover, arrival = ArrivalMover(self._device), self._simulator.reset()
+        tracker = self._tracker = self._make_tracker()
         action = torch.zeros(self._geometry.num_envs, self._simulator.spec.action_dim, device=self._device)
         version = 0
         # a restarted collector has no random actions left to take: it waits for the learner's weights
-        if not self._begin_chunk() or not self._await_version(0 if self._actor.random_ticks > 0 else 1):
+        if not self._begin_chunk() or not self._await_version(0 if self._acting.random_ticks > 0 else 1):
             return
         while not self._stop.requested:
-            arrival = landing(arrival)
+            arrival = mover.move(arrival)
             action = torch.where(arrival.is_first[:, None], 0.0, action)
             self._writer.add(arrival, action, version)
             tracker.add(arrival, random=version == 0)
@@ -114,17 +117,16 @@ class Collector:
             self._commit_arrived()
             if not self._lockstep:
                 self._weights.adopt()
-            version = 0 if self._actor.random_ticks > 0 else self._weights.version
-            action = self._actor.act(arrival, action, version=version)
+            version = 0 if self._acting.random_ticks > 0 else self._weights.version
+            action = self._acting.act(arrival, action, version=version)
             arrival = self._simulator.step(action.to(self._simulator.device))
             self._progress.advance()
 
-    def _make_tracker(self, arrival: Arrival) -> EpisodeTracker:
+    def _make_tracker(self) -> EpisodeTracker:
         return EpisodeTracker(
             self._simulator.spec,
             ticks=self._geometry.ticks_per_chunk,
-            evaluation=self._actor.evaluation,
-            resets_inside=arrival.acting_obs is not None,
+            evaluation=self._acting.evaluation,
             copier=self._copier,
         )
 
@@ -197,7 +199,7 @@ class Collector:
         self._turn = self._wait_for_grant()
         if self._turn is None:
             return False
-        return self._await_version(max(self._turn.version, 0 if self._actor.random_ticks > 0 else 1))
+        return self._await_version(max(self._turn.version, 0 if self._acting.random_ticks > 0 else 1))
 
     def _await_version(self, wanted: int) -> bool:
         """Adopt weights until they are at least of version `wanted`; False when asked to stop. Raises: TransportError."""
@@ -225,7 +227,7 @@ class Collector:
         chunk_sum = self._writer.checksum() if self._settings.replay_buffer.checksum else 0
         self._tracker.send()
         self._writer.write(grant.row)  # behind the numbers: what says that the rows are there says it of both
-        self._shipment = Shipment(grant, version, chunk_sum)
+        self._uncommitted = UncommittedChunk(grant, version, chunk_sum)
         if self._lockstep:
             self._settle()
         return True
@@ -257,31 +259,31 @@ class Collector:
         Raises: Disconnected if the learner is gone; TransportError when the copies take longer than a tick may.
         """
         began, deadlines = time.monotonic(), self._settings.deadlines
-        while self._shipment is not None and not self._commit_arrived():
+        while self._uncommitted is not None and not self._commit_arrived():
             self._progress.advance()
             self._read_grants()  # notices a learner that is gone
             limit = min(deadlines.step_s, deadlines.stop_s / 2) if self._stop.requested else deadlines.step_s
             if time.monotonic() - began > limit:
                 raise TransportError(
-                    f"a chunk has not arrived in the replay's row {self._shipment.grant.row} after {limit:.0f} s; wanted its "
+                    f"a chunk has not arrived in the replay's row {self._uncommitted.grant.row} after {limit:.0f} s; wanted its "
                     "copies to take milliseconds; look whether another process holds the GPU, or raise deadlines.step_s"
                 )
             time.sleep(POLL_S)
 
     def _commit_arrived(self) -> bool:
         """Tell the learner of the chunk on its way if it has arrived; True if so. Raises: Disconnected."""
-        if self._shipment is None or not self._writer.arrived():
+        if self._uncommitted is None or not self._writer.done():
             return False
-        shipment, self._shipment = self._shipment, None
+        chunk, self._uncommitted = self._uncommitted, None
         finished = self._tracker.take(MAX_EPISODES)
         count, memory = len(finished.returns), self._meter.read()
         commit = Commit(
-            seq=shipment.grant.seq,
-            row=shipment.grant.row,
+            seq=chunk.grant.seq,
+            row=chunk.grant.row,
             agent_steps=finished.steps,
             env_frames=finished.steps * self._simulator.frames_per_step,
-            policy_version=shipment.policy_version,
-            checksum=shipment.checksum,
+            policy_version=chunk.policy_version,
+            checksum=chunk.checksum,
             returns=struct.pack(f"<{count}f", *finished.returns),
             lengths=struct.pack(f"<{count}i", *finished.lengths),
             kinds=bytes(finished.kinds),

@@ -1,4 +1,4 @@
-"""The acting step as one launch: the host hands the GPU one CUDA graph instead of some hundred small kernels."""
+"""The acting step as one CUDA graph: the host launches one graph per tick instead of about a hundred small kernels."""
 
 from __future__ import annotations
 
@@ -38,10 +38,12 @@ def captured(step: Callable[[], None], device: torch.device) -> Callable[[], obj
 
 
 class GraphedPolicy:
-    """`Policy.act` between fixed addresses: inputs are copied in, the belief moves on in place, the action lies still.
+    """Runs `Policy.act` on fixed memory: it copies the inputs into buffers and updates `belief` in place.
 
-    Weights that are adopted in place are used from the next call on. Constructing it leaves belief and random states as
-    they were. capture: turns a step into its launch.
+    Weights that are adopted in place are used from the next call on. The constructor runs the step several times, and
+    leaves the belief and the random states as they were.
+
+    capture: turns a step into a function that runs it; the default captures a CUDA graph.
     """
 
     def __init__(
@@ -61,14 +63,17 @@ class GraphedPolicy:
         self._prev_action = torch.zeros(spec.num_envs, spec.action_dim, device=device)
         self._reset = torch.ones(spec.num_envs, dtype=torch.bool, device=device)
         self._action = torch.zeros_like(self._prev_action)
-        before = [part.clone() for part in belief]
+        initial = [part.clone() for part in belief]
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
             self._launch = capture(self._step, device)
-        for part, kept in zip(belief, before, strict=True):
-            part.copy_(kept)
+        for part, value in zip(belief, initial, strict=True):
+            part.copy_(value)
 
     def __call__(self, obs: dict[str, Tensor], prev_action: Tensor, reset: Tensor) -> Tensor:
-        """The actions to execute (E, A), valid until the next call. Shapes: as in `Policy.act`; nothing waits."""
+        """Return the actions to execute (E, A), valid until the next call. The host does not block.
+
+        Shapes: as in `Policy.act`.
+        """
         for name, entry in self._obs.items():
             entry.copy_(obs[name], non_blocking=True)
         self._prev_action.copy_(prev_action, non_blocking=True)

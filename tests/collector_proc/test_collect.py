@@ -106,7 +106,7 @@ class Scene:
             progress=cast(Progress, self.progress),
             stop=self.stop,
         )
-        self.copier.num_host_waits = self.copier.num_late_joins = 0  # the self-test waits, and may
+        self.copier.num_host_waits = self.copier.num_blocked_streams = 0  # the self-test waits, and may
         self._commits: list[Commit] = []
 
     def commits(self) -> list[Commit]:
@@ -140,7 +140,7 @@ def test_a_commit_is_sent_in_the_first_tick_after_its_rows_have_arrived_and_not_
     def before(tick: int) -> None:
         seen[tick] = len(scene.commits())
         if tick == 4:
-            scene.copier.land()
+            scene.copier.finish()
         scene.stop.requested = tick == 5
 
     scene = Scene(monkeypatch, tmp_path, before)
@@ -156,14 +156,14 @@ def test_a_commit_is_sent_in_the_first_tick_after_its_rows_have_arrived_and_not_
 def test_rows_gathered_while_a_chunk_is_under_way_do_not_get_into_it(monkeypatch, tmp_path):
     def before(tick: int) -> None:
         if tick == 5:  # ticks 3 and 4 are gathered by now
-            scene.copier.land()
+            scene.copier.finish()
         scene.stop.requested = tick == 7
 
     scene = Scene(monkeypatch, tmp_path, before)
-    scene.progress.within = lambda: scene.copier.land() if scene.stop.requested else None
+    scene.progress.within = lambda: scene.copier.finish() if scene.stop.requested else None
     scene.collector.run()
     assert scene.ticks_in(ROWS[0]) == [0.0, 1.0, 2.0] and scene.ticks_in(ROWS[1]) == [3.0, 4.0, 5.0]
-    assert scene.copier.num_late_joins == 0
+    assert scene.copier.num_blocked_streams == 0
 
 
 def test_a_full_chunk_waits_for_the_one_under_way_and_commits_keep_the_order_of_the_grants(monkeypatch, tmp_path):
@@ -175,9 +175,9 @@ def test_a_full_chunk_waits_for_the_one_under_way_and_commits_keep_the_order_of_
 
     def within() -> None:
         nonlocal most, idle
-        idle, most = idle + 1, max(most, scene.copier.under_way)
+        idle, most = idle + 1, max(most, scene.copier.num_pending)
         if idle == 4:  # no tick for a while: the collector waits
-            scene.copier.land()
+            scene.copier.finish()
 
     scene = Scene(monkeypatch, tmp_path, before)
     scene.progress.within = within
@@ -200,7 +200,7 @@ def test_a_stop_with_a_chunk_under_way_still_commits_it(monkeypatch, tmp_path):
         polls += scene.stop.requested
         if polls == 3:
             assert not scene.commits()
-            scene.copier.land()
+            scene.copier.finish()
 
     scene = Scene(monkeypatch, tmp_path, before)
     scene.progress.within = within
@@ -215,7 +215,7 @@ def test_a_learner_that_goes_with_a_chunk_under_way_ends_the_loop(monkeypatch, t
 
     scene = Scene(monkeypatch, tmp_path, before, step_s=10.0)
     scene.collector.run()
-    assert scene.copier.under_way == 2, "the copies of the chunk never arrived"
+    assert scene.copier.num_pending == 2, "the copies of the chunk never arrived"
 
 
 @pytest.mark.parametrize("stopped", [False, True])
@@ -233,11 +233,11 @@ def test_in_lockstep_no_tick_happens_while_a_chunk_is_under_way(monkeypatch, tmp
     seen = {}
 
     def before(tick: int) -> None:
-        seen[tick] = (len(scene.commits()), scene.copier.under_way)
+        seen[tick] = (len(scene.commits()), scene.copier.num_pending)
         scene.stop.requested = tick == 7
 
     scene = Scene(monkeypatch, tmp_path, before, mode="lockstep")
-    scene.progress.within = scene.copier.land
+    scene.progress.within = scene.copier.finish
     scene.collector.run()
     assert [seen[tick] for tick in (2, 3, 5, 6)] == [(0, 0), (1, 0), (1, 0), (2, 0)]
     assert [commit.row for commit in scene.commits()] == ROWS[:2]

@@ -1,4 +1,4 @@
-"""Copies beside the tick: done at once on a CPU; on a GPU behind the current stream, and nobody waits for them."""
+"""Copies that run beside the ticks: direct ones on a CPU, and on a GPU those of a side stream that nothing blocks for."""
 
 from __future__ import annotations
 
@@ -8,10 +8,12 @@ import time
 import pytest
 import torch
 
-from collector_proc.actor import Actor
-from collector_proc.copies import DirectCopier, Landing, Stages, StreamCopier, copier_between
+from collector_proc.acting_policy import ActingPolicy
+from collector_proc.arrival_mover import ArrivalMover
+from collector_proc.copies import DirectCopier, DoubleBuffer, StreamCopier, copier_between
+from collector_proc.episodes import EpisodeTracker
 from collector_proc.simulators.base import Arrival
-from collector_proc.writer import ChunkWriter, EpisodeTracker
+from collector_proc.writer import ChunkWriter
 from shared.config import CollectorSettings, NetworkSettings
 from shared.stream import ObsSpec, StreamSpec, plan_layout, ring_views
 from tests.fakes.late_copier import LateCopier
@@ -21,62 +23,57 @@ E, K = 64, 8
 SPEC = StreamSpec(E, {"policy": ObsSpec((32,), "float32")}, 4)
 
 
-def test_between_host_and_host_a_copy_is_there_when_start_returns():
+def test_a_copy_within_host_memory_is_done_when_start_returns():
     copier = copier_between(CPU, CPU)
     assert isinstance(copier, DirectCopier)
     target, source = torch.zeros(3), torch.arange(3.0)
-    flight = copier.start([(target, source)])
+    copy = copier.start([(target, source)])
     source.fill_(9.0)
-    assert flight.arrived() and target.tolist() == [0.0, 1.0, 2.0]
+    assert copy.done() and target.tolist() == [0.0, 1.0, 2.0]
 
 
-def test_stages_take_turns_and_a_stage_under_way_is_joined_before_it_is_current_again():
+def test_two_buffers_alternate_and_one_becomes_current_only_after_the_last_copy_out_of_it():
     copier, ring = LateCopier(), torch.zeros(3)
-    stages = Stages(copier, lambda: torch.zeros(1))
-    first = stages.current
+    buffers = DoubleBuffer(copier, lambda: torch.zeros(1))
+    first = buffers.current
     for turn in range(3):
-        stages.current.fill_(turn + 1.0)
-        stages.send([(ring[turn : turn + 1], stages.current)])
-        assert (stages.current is first) == (turn == 1)
-    assert ring.tolist() == [1.0, 2.0, 0.0] and copier.under_way == 1 and copier.num_late_joins == 2
+        buffers.current.fill_(turn + 1.0)
+        buffers.send([(ring[turn : turn + 1], buffers.current)])
+        assert (buffers.current is first) == (turn == 1)
+    assert ring.tolist() == [1.0, 2.0, 0.0] and copier.num_pending == 1 and copier.num_blocked_streams == 2
 
 
-def test_an_arrival_that_lies_on_the_acting_device_is_passed_on_as_it_is():
-    arrival = host_arrival(0)
-    assert Landing(CPU)(arrival) is arrival
-
-
-class Streams:
-    """Stands where torch.cuda stands and writes down, in order, what its streams and events were told."""
+class RecordedCuda:
+    """Replaces the streams and events of torch.cuda, and records in order what is called on them."""
 
     def __init__(self, monkeypatch) -> None:
         self.calls: list[tuple[str, ...]] = []
-        self.done: set[str] = set()  # streams whose events have passed
-        scene = self
+        self.finished: set[str] = set()  # names of the streams whose events have passed
+        recorded = self
 
         class Stream:
             def __init__(self, device, name: str = "side") -> None:
                 self.name = f"{name} {device}"
 
             def wait_stream(self, other) -> None:
-                scene.calls.append((self.name, "waits for", other.name))
+                recorded.calls.append((self.name, "waits for", other.name))
 
             def wait_event(self, event) -> None:
-                scene.calls.append((self.name, "waits for event of", event.behind))
+                recorded.calls.append((self.name, "waits for event of", event.stream_name))
 
         class Event:
             def record(self, stream) -> None:
-                self.behind = stream.name
-                scene.calls.append(("event", "behind", stream.name))
+                self.stream_name = stream.name
+                recorded.calls.append(("event", "recorded on", stream.name))
 
             def query(self) -> bool:
-                return self.behind in scene.done
+                return self.stream_name in recorded.finished
 
         @contextlib.contextmanager
         def within(stream):
-            scene.calls.append(("enter", stream.name))
+            recorded.calls.append(("enter", stream.name))
             yield
-            scene.calls.append(("leave", stream.name))
+            recorded.calls.append(("leave", stream.name))
 
         monkeypatch.setattr(torch.cuda, "Stream", Stream)
         monkeypatch.setattr(torch.cuda, "Event", Event)
@@ -84,50 +81,53 @@ class Streams:
         monkeypatch.setattr(torch.cuda, "current_stream", lambda device: Stream(device, "current"))
 
 
-def test_copies_lie_behind_the_current_stream_and_events_behind_them_on_both_gpus(monkeypatch):
-    streams = Streams(monkeypatch)
+def test_a_copy_between_gpus_follows_the_current_stream_and_an_event_on_each_gpu_follows_the_copy(monkeypatch):
+    cuda = RecordedCuda(monkeypatch)
     copier = copier_between(torch.device("cuda:0"), torch.device("cuda:1"))
     target = torch.zeros(2)
 
     def pairs():
-        streams.calls.append(("copy",))
+        cuda.calls.append(("copy",))
         yield target, torch.ones(2)
 
-    flight = copier.start(pairs())
-    assert streams.calls == [
+    copy = copier.start(pairs())
+    assert cuda.calls == [
         ("side cuda:0", "waits for", "current cuda:0"),
         ("enter", "side cuda:0"),
         ("copy",),
         ("leave", "side cuda:0"),
-        ("event", "behind", "side cuda:0"),
-        ("event", "behind", "current cuda:1"),
+        ("event", "recorded on", "side cuda:0"),
+        ("event", "recorded on", "current cuda:1"),
     ]
-    assert target.tolist() == [1.0, 1.0] and copier.num_stages == 2
-    arrived = []
+    assert target.tolist() == [1.0, 1.0] and copier.num_buffers == 2
+    done = []
     for name in ("side cuda:0", "current cuda:1"):
-        arrived.append(flight.arrived())
-        streams.done.add(name)
-    assert arrived == [False, False] and flight.arrived(), "both ends count"
-    streams.calls.clear()
-    flight.join()
-    assert streams.calls == [
+        done.append(copy.done())
+        cuda.finished.add(name)
+    assert done == [False, False] and copy.done(), "the copy is done only when both events have passed"
+    cuda.calls.clear()
+    copy.block_stream()
+    assert cuda.calls == [
         ("current cuda:0", "waits for event of", "side cuda:0"),
         ("current cuda:0", "waits for event of", "current cuda:1"),
     ]
 
 
 @pytest.mark.parametrize("target", ["cuda:0", "cpu"])
-def test_on_one_gpu_and_towards_the_host_one_event_says_that_copies_have_arrived(monkeypatch, target):
-    streams = Streams(monkeypatch)
-    flight = copier_between(torch.device("cuda:0"), torch.device(target)).start([])
-    assert [call for call in streams.calls if call[0] == "event"] == [("event", "behind", "side cuda:0")]
-    assert not flight.arrived()
-    streams.done.add("side cuda:0")
-    assert flight.arrived()
+def test_a_copy_on_one_gpu_or_to_the_host_is_done_when_one_event_has_passed(monkeypatch, target):
+    cuda = RecordedCuda(monkeypatch)
+    copy = copier_between(torch.device("cuda:0"), torch.device(target)).start([])
+    assert [call for call in cuda.calls if call[0] == "event"] == [("event", "recorded on", "side cuda:0")]
+    assert not copy.done()
+    cuda.finished.add("side cuda:0")
+    assert copy.done()
 
 
-def host_arrival(tick: int, device: torch.device = CPU) -> Arrival:
-    """Observation 1000 * environment + tick; environment 0 begins with every chunk, environment 1 ends with it."""
+def gpu_arrival(tick: int, device: torch.device) -> Arrival:
+    """Return an arrival with observation 1000 * environment + tick.
+
+    Environment 0 begins an episode with every chunk, and environment 1 ends one with every chunk.
+    """
     value = (1000.0 * torch.arange(E, device=device) + tick)[:, None].expand(E, 32).contiguous()
     first = torch.arange(E, device=device) == (0 if tick % K == 0 else -1)
     last = torch.arange(E, device=device) == (1 if tick % K == K - 1 else -1)
@@ -135,8 +135,8 @@ def host_arrival(tick: int, device: torch.device = CPU) -> Arrival:
     return Arrival({"policy": value}, reward, first, last, torch.zeros_like(last), acting_obs={"policy": value})
 
 
-def busy(device: torch.device) -> None:
-    """Some tenths of a second of work on the current stream."""
+def keep_busy(device: torch.device) -> None:
+    """Queue some tenths of a second of work on the current stream."""
     matrix = torch.randn(8192, 8192, device=device)
     for _ in range(16):
         matrix = matrix @ matrix
@@ -155,29 +155,29 @@ def gpu_writer(slab_device: str, capacity: int = 3 * K):
     return ChunkWriter(ring, layout, ticks=K, device=device, copier=copier), ring, copier
 
 
-def land(writer: ChunkWriter) -> None:
+def wait_until_done(writer: ChunkWriter) -> None:
     end = time.monotonic() + 60
-    while not writer.arrived():
+    while not writer.done():
         assert time.monotonic() < end
         time.sleep(0.001)
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("slab_device", ["cuda:0", "cuda:1", "cpu"])
-def test_on_a_gpu_a_chunk_comes_after_the_rows_behind_it_and_the_next_rows_leave_it_alone(slab_device):
+def test_on_a_gpu_a_chunk_is_copied_after_its_rows_are_computed_and_before_they_are_overwritten(slab_device):
     if slab_device == "cuda:1" and torch.cuda.device_count() < 2:
-        pytest.skip("one GPU")
+        pytest.skip("needs two GPUs")
     device = torch.device("cuda:0")
     writer, ring, _ = gpu_writer(slab_device)
-    busy(device)
+    keep_busy(device)
     torch.cuda.synchronize()
     for chunk in range(3):
-        busy(device)
+        keep_busy(device)
         for k in range(K):
-            writer.add(host_arrival(chunk * K + k, device), torch.zeros(E, 4, device=device), chunk)
+            writer.add(gpu_arrival(chunk * K + k, device), torch.zeros(E, 4, device=device), chunk)
         writer.write(chunk * K)
-        assert not writer.arrived(), "the rows are not even computed yet"
-    land(writer)
+        assert not writer.done(), "the rows are not computed yet"
+    wait_until_done(writer)
     found = ring["obs", "policy"][:, :, 0].cpu()
     assert torch.equal(found, 1000.0 * torch.arange(E) + torch.arange(3.0 * K)[:, None])
     assert ring["policy_version"].tolist() == [chunk for chunk in range(3) for _ in range(K)]
@@ -187,40 +187,28 @@ def test_on_a_gpu_a_chunk_comes_after_the_rows_behind_it_and_the_next_rows_leave
 def test_on_a_gpu_no_tick_waits_for_the_device():
     device = torch.device("cuda:0")
     writer, _, copier = gpu_writer("cpu")
-    actor = Actor(SPEC, NetworkSettings(), CollectorSettings(eval_envs=4), device=device, seed=0, random_ticks=2)
-    tracker = EpisodeTracker(SPEC, ticks=K, evaluation=actor.evaluation, resets_inside=True, copier=copier)
-    landing, action = Landing(device), torch.zeros(E, 4, device=device)
-    arrivals = [host_arrival(tick, device) for tick in range(2 * K)]
+    acting = ActingPolicy(
+        SPEC, NetworkSettings(), CollectorSettings(eval_envs=4), device=device, seed=0, random_ticks=2
+    )
+    tracker = EpisodeTracker(SPEC, ticks=K, evaluation=acting.evaluation, copier=copier)
+    mover, action = ArrivalMover(device), torch.zeros(E, 4, device=device)
+    arrivals = [gpu_arrival(tick, device) for tick in range(2 * K)]
     for chunk in range(2):
         torch.cuda.synchronize()
         torch.cuda.set_sync_debug_mode("error")
         try:
             for k in range(K):
-                arrival = landing(arrivals[chunk * K + k])
+                arrival = mover.move(arrivals[chunk * K + k])
                 action = torch.where(arrival.is_first[:, None], 0.0, action)
                 writer.add(arrival, action, chunk)
                 tracker.add(arrival, random=False)
-                action = actor.act(arrival, action, version=1)
+                action = acting.act(arrival, action, version=1)
             tracker.send()
             writer.write(chunk * K)
-            writer.arrived()
+            writer.done()
         finally:
             torch.cuda.set_sync_debug_mode("default")
-        land(writer)
+        wait_until_done(writer)
         finished = tracker.take(10)
         assert len(finished.returns) == len(finished.lengths) == finished.num_episodes == 1
-        assert finished.steps == K * E
-
-
-@pytest.mark.gpu
-def test_arrivals_of_a_host_simulator_reach_the_gpu_whole():
-    device = torch.device("cuda:0")
-    landing = Landing(device)
-    for tick in range(3):
-        sent = host_arrival(tick)
-        arrival = landing(sent)
-        assert arrival.obs["policy"].device == device and arrival.acting_obs is not None
-        for name in ("reward", "is_first", "is_last", "is_terminal"):
-            assert torch.equal(getattr(arrival, name).cpu(), getattr(sent, name))
-        assert torch.equal(arrival.obs["policy"].cpu(), sent.obs["policy"])
-        assert torch.equal(arrival.acting_obs["policy"].cpu(), sent.obs["policy"])
+        assert finished.steps == K * E - (chunk == 0), "environment 0's very first row is not an agent step"

@@ -1,4 +1,4 @@
-"""The acting step between fixed addresses: the same actions and beliefs as `Policy.act`, and no trace of its making."""
+"""The acting step as a CUDA graph gives the same actions and beliefs as `Policy.act`."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from collector_proc.actor import Actor
-from collector_proc.graphed_policy import WARM_UPS, GraphedPolicy
+from collector_proc.acting_policy import ActingPolicy
+from collector_proc.graphed_policy import GraphedPolicy
 from collector_proc.simulators.base import Arrival
 from shared.config import CollectorSettings, NetworkSettings
 from shared.model.policy import Policy
@@ -24,9 +24,9 @@ CPU = torch.device("cpu")
 RTOL, ATOL = 1e-5, 1e-6
 
 
-def rehearsed(step: Callable[[], None], device: torch.device) -> Callable[[], object]:
-    """Runs the step as often as a capture does, and then hands out the step itself."""
-    for _ in range(WARM_UPS + 1):
+def capture_nothing(step: Callable[[], None], device: torch.device) -> Callable[[], object]:
+    """Run the step several times, as a capture does, and return the step itself."""
+    for _ in range(4):
         step()
     return step
 
@@ -38,7 +38,7 @@ def make_policy() -> tuple[Policy, Callable]:
 
 
 def ticks() -> Iterator[tuple[dict[str, Tensor], Tensor]]:
-    """Observations, and reset flags that blank environment 1 in the middle."""
+    """Yield random observations and reset flags; environment 1 also resets at tick 3."""
     source = torch.Generator().manual_seed(7)
     for tick in range(TICKS):
         pixels = torch.randint(0, 256, (E, 64, 64, 1), dtype=torch.uint8, generator=source)
@@ -46,40 +46,40 @@ def ticks() -> Iterator[tuple[dict[str, Tensor], Tensor]]:
         yield {"policy": torch.randn(E, 3, generator=source), "pixels": pixels}, reset
 
 
-def test_actions_and_beliefs_are_those_of_the_plain_step_and_the_belief_moves_on_in_place():
+def test_actions_and_beliefs_equal_those_of_the_plain_step_and_the_belief_keeps_its_memory():
     policy, act = make_policy()
-    kept = policy.initial_belief(E)
-    graphed = GraphedPolicy(act, SPEC, kept, capture=rehearsed)
-    addresses = [part.data_ptr() for part in kept]
+    belief_in_place = policy.initial_belief(E)
+    graphed = GraphedPolicy(act, SPEC, belief_in_place, capture=capture_nothing)
+    addresses = [part.data_ptr() for part in belief_in_place]
     results = []
-    for _ in range(2):
+    for use_graph in (False, True):
         torch.manual_seed(5)
         belief, action, seen = policy.initial_belief(E), torch.zeros(E, A), []
         for obs, reset in ticks():
-            if results:
+            if use_graph:
                 action = graphed(obs, action.clone(), reset).clone()
-                belief = Belief(*(part.clone() for part in kept))
+                belief = Belief(*(part.clone() for part in belief_in_place))
             else:
                 action, belief = act(obs, belief, action, reset)
             seen.append((action, *belief))
         results.append(seen)
     for plain, ours in zip(*results, strict=True):
         assert all(torch.equal(a, b) for a, b in zip(plain, ours, strict=True))
-    assert [part.data_ptr() for part in kept] == addresses
+    assert [part.data_ptr() for part in belief_in_place] == addresses
 
 
-def test_making_it_leaves_belief_and_random_states_as_they_were():
+def test_the_constructor_leaves_belief_and_random_state_unchanged():
     policy, act = make_policy()
     belief = Belief(*(torch.full_like(part, 0.25) for part in policy.initial_belief(E)))
     before = torch.get_rng_state()
-    GraphedPolicy(act, SPEC, belief, capture=rehearsed)
+    GraphedPolicy(act, SPEC, belief, capture=capture_nothing)
     assert torch.equal(torch.get_rng_state(), before)
     assert all((part == 0.25).all() for part in belief)
 
 
-def test_weights_written_in_place_are_used_from_the_next_call_on():
+def test_weights_that_are_written_in_place_are_used_from_the_next_call_on():
     policy, act = make_policy()
-    graphed = GraphedPolicy(act, SPEC, policy.initial_belief(E), capture=rehearsed)
+    graphed = GraphedPolicy(act, SPEC, policy.initial_belief(E), capture=capture_nothing)
     obs, reset = next(ticks())
     before = graphed(obs, torch.zeros(E, A), reset).clone()
     for parameter in policy.actor.parameters():
@@ -87,36 +87,31 @@ def test_weights_written_in_place_are_used_from_the_next_call_on():
     assert before.abs().max() < 1 and graphed(obs, torch.zeros(E, A), reset)[3].abs().min() > 0.99
 
 
-def test_on_a_cpu_the_plain_step_acts():
-    actor = Actor(SPEC, NETWORKS, CollectorSettings(eval_envs=0), device=CPU, seed=0, random_ticks=0)
-    first = actor.belief
-    obs, reset = next(ticks())
-    none = torch.zeros(E, dtype=torch.bool)
-    actor.act(Arrival(obs, torch.zeros(E), reset, none, none), torch.zeros(E, A), version=1)
-    assert actor.belief is not first, "a graph would have moved it on in place"
-
-
-def make_actor(device: torch.device, *, graphs: bool) -> Actor:
+def make_acting(device: torch.device, *, graphs: bool) -> ActingPolicy:
     torch.manual_seed(1)
     settings = CollectorSettings(eval_envs=1, cudagraphs=graphs)
-    return Actor(SPEC, NETWORKS, settings, device=device, seed=3, random_ticks=0)
+    return ActingPolicy(SPEC, NETWORKS, settings, device=device, seed=3, random_ticks=0)
+
+
+def test_a_cpu_acts_without_a_graph():
+    assert not make_acting(CPU, graphs=True).uses_graph
 
 
 @pytest.mark.gpu
 def test_on_a_gpu_the_graph_acts_like_the_plain_step_with_the_same_noise_and_adopted_weights():
     device, results = torch.device("cuda:0"), []
     for graphs in (False, True):
-        actor = make_actor(device, graphs=graphs)
+        acting = make_acting(device, graphs=graphs)
         action, seen = torch.zeros(E, A, device=device), []
         for tick, (obs, reset) in enumerate(ticks()):
-            if tick == TICKS - 2:  # as WeightsReceiver does: in place, between two ticks
-                for parameter in actor.policy.parameters():
+            if tick == TICKS - 2:  # change the weights in place between two ticks, as WeightsReceiver does
+                for parameter in acting.policy.parameters():
                     parameter.mul_(0.5)
             obs = {name: entry.to(device) for name, entry in obs.items()}
             none = torch.zeros(E, dtype=torch.bool, device=device)
             row = Arrival(obs, torch.zeros(E, device=device), reset.to(device), none, none)
-            action = actor.act(row, action, version=1).clone()
-            seen.append((action, *(part.clone() for part in actor.belief)))
+            action = acting.act(row, action, version=1).clone()
+            seen.append((action, *(part.clone() for part in acting.belief)))
         results.append(seen)
     for plain, ours in zip(*results, strict=True):
         for one, other in zip(plain, ours, strict=True):
@@ -124,13 +119,13 @@ def test_on_a_gpu_the_graph_acts_like_the_plain_step_with_the_same_noise_and_ado
 
 
 @pytest.mark.gpu
-def test_capture_leaves_belief_and_random_states_of_a_gpu_as_they_were():
+def test_a_capture_leaves_belief_and_random_state_of_a_gpu_unchanged():
     device = torch.device("cuda:0")
-    plain, graphed = (make_actor(device, graphs=graphs) for graphs in (False, True))
+    plain, graphed = (make_acting(device, graphs=graphs) for graphs in (False, True))
     assert all((part == 0).all() for part in graphed.belief)
     states = []
     for graphs in (False, True):
-        make_actor(device, graphs=graphs)
+        make_acting(device, graphs=graphs)
         states.append(torch.cuda.get_rng_state(device))
     assert torch.equal(*states)
-    assert plain._graphed is None and graphed._graphed is not None
+    assert not plain.uses_graph and graphed.uses_graph

@@ -1,4 +1,4 @@
-"""A GPU's side stream in slow motion: copies happen when the test says so, or when somebody really has to wait for them."""
+"""A copier whose copies are done only when the test says so, as those of a busy GPU are."""
 
 from __future__ import annotations
 
@@ -7,47 +7,50 @@ from collections.abc import Iterable
 from collector_proc.copies import Pair
 
 
-class LateFlight:
-    """Reads its sources only when it lands, so whoever writes to them before then is found out."""
+class LateCopy:
+    """Reads its sources only when it finishes, so that a write to them before that shows in the targets."""
 
     def __init__(self, copier: LateCopier, pairs: Iterable[Pair]) -> None:
-        self._copier, self._pairs, self.landed = copier, list(pairs), False
+        self._copier, self._pairs, self.finished = copier, list(pairs), False
 
-    def land(self) -> None:
-        for target, source in [] if self.landed else self._pairs:
+    def finish(self) -> None:
+        for target, source in [] if self.finished else self._pairs:
             target.copy_(source)
-        self.landed = True
+        self.finished = True
 
-    def arrived(self) -> bool:
-        return self.landed
+    def done(self) -> bool:
+        return self.finished
 
     def wait(self) -> None:
-        self._copier.num_host_waits += not self.landed
-        self._copier.land()
+        self._copier.num_host_waits += not self.finished
+        self._copier.finish()
 
-    def join(self) -> None:
-        self._copier.num_late_joins += not self.landed
-        self.land()  # what comes after it on the stream finds it done
+    def block_stream(self) -> None:
+        self._copier.num_blocked_streams += not self.finished
+        self.finish()  # work that is queued after this call finds the copy done
 
 
 class LateCopier:
-    """Two stages, like a GPU's. num_host_waits, num_late_joins: how often host or stream met copies under way."""
+    """Asks for two buffers, as the copier of a GPU does.
 
-    num_stages = 2
+    num_host_waits, num_blocked_streams: how often the host or the stream had to wait for copies that were not done.
+    """
+
+    num_buffers = 2
 
     def __init__(self) -> None:
-        self.flights: list[LateFlight] = []
-        self.num_host_waits = self.num_late_joins = 0
+        self.copies: list[LateCopy] = []
+        self.num_host_waits = self.num_blocked_streams = 0
 
     @property
-    def under_way(self) -> int:
-        return sum(not flight.landed for flight in self.flights)
+    def num_pending(self) -> int:
+        return sum(not copy.finished for copy in self.copies)
 
-    def start(self, pairs: Iterable[Pair]) -> LateFlight:
-        self.flights.append(LateFlight(self, pairs))
-        return self.flights[-1]
+    def start(self, pairs: Iterable[Pair]) -> LateCopy:
+        self.copies.append(LateCopy(self, pairs))
+        return self.copies[-1]
 
-    def land(self) -> None:
-        """Let everything arrive, in order."""
-        for flight in self.flights:
-            flight.land()
+    def finish(self) -> None:
+        """Finish all copies, in the order in which they were started."""
+        for copy in self.copies:
+            copy.finish()

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from collector_proc.actor import WeightsReceiver
+from collector_proc.weights_receiver import WeightsReceiver
 from learner_proc.publisher import Publisher
 from shared.weights import WeightsError, acting_tensors, manifest_of, pack_header, unpack_frame
 
