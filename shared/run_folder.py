@@ -1,9 +1,12 @@
-"""The run folder `runs/<name>/`: where each file lies, the lock that keeps it to one launch, and run.json.
+"""The run folder `runs/<name>/`: the path of each file in it, its newest checkpoint and its run.json.
 
-    config.yaml run.json lock | collector.progress learner.progress | logs/ tb/ checkpoints/ crash/
-    metrics.jsonl (learner)   | summary.json (at the end)
+    config.yaml, run.json, lock          written by launch when it starts
+    collector.progress learner.progress  written by each process (`shared.progress`)
+    metrics.jsonl, checkpoints/          written by the learner
+    logs/, crash/                        written by every process; crash/ holds stack dumps
+    tb/, summary.json                    written by launch; summary.json when the run ends
 
-Outside it lies only the socket folder: ipc paths end at 107 bytes, so sockets need a short path of their own.
+Only the sockets are somewhere else, in a folder with a short path: Linux limits the path of a Unix socket to 107 bytes.
 """
 
 from __future__ import annotations
@@ -20,13 +23,14 @@ from typing import Any
 from shared.errors import SettingError
 
 SOCKET_PREFIX = "tandem-"
-# 107 bytes end an AF_UNIX path; a socket's own name and its slash take at most this much of them.
+# Linux limits the path of a Unix socket to 107 bytes. The slash and the socket's name take at most 24 of them.
 MAX_SOCKET_DIR_BYTES = 107 - 24
+_RANDOM_BYTES = 8  # of the folder's name, as tempfile.mkdtemp chooses it
 
 
 @dataclass(frozen=True)
 class RunFolder:
-    """Paths of one run."""
+    """The paths of one run's files."""
 
     path: Path
 
@@ -67,21 +71,22 @@ class RunFolder:
         return self.path / "lock"
 
     def progress(self, process: str) -> Path:
+        """Return the path of the progress file of "collector" or "learner"."""
         return self.path / f"{process}.progress"
 
 
 @dataclass(frozen=True)
 class Run:
-    """What both processes need from run.json."""
+    """The part of run.json that the collector, the learner and a resuming launch read."""
 
-    run_id: str  # one for each launch, so that nothing of an earlier one is taken for ours
+    run_id: str  # new for each launch, so that a process refuses messages of an earlier launch
     socket_dir: str
-    num_resumes: int = 0  # part of the collectors' seeds: a resumed run does not play its first episodes again
-    launches: tuple[dict[str, Any], ...] = ()  # argv, start and sources of every launch so far
+    num_resumes: int = 0  # part of the collector's seed, so that a resumed run does not repeat its first episodes
+    launches: tuple[dict[str, Any], ...] = ()  # the command line, start and sources of every launch so far
 
 
 def read_run(run_dir: Path) -> Run:
-    """Raises: SettingError if run.json is missing or says no run id or socket folder."""
+    """Return what run.json states. Raises: SettingError if it is missing, unreadable or lacks a key."""
     path = RunFolder(run_dir).run_json
     try:
         content = json.loads(path.read_text())
@@ -93,12 +98,13 @@ def read_run(run_dir: Path) -> Run:
         )
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise SettingError(
-            f"{path} cannot be read: {error!r}; wanted run_id and socket_dir as launch writes them; start with launch.py"
+            f"{path} cannot be read: {error!r}; expected the run_id and socket_dir that launch writes; "
+            "start this process with launch.py"
         ) from error
 
 
 def _first_launch(content: Mapping[str, Any]) -> dict[str, Any]:
-    """Of a run that was described before launches were listed."""
+    """Return the only launch of a run.json from before it listed its launches."""
     return {key: content[key] for key in ("argv", "started", "git") if key in content}
 
 
@@ -124,18 +130,22 @@ def checkpoint_step(checkpoint: Path) -> int:
 
 
 def make_socket_dir() -> Path:
-    """A fresh folder only this user may enter (0700), short enough for socket paths. The caller removes it."""
-    # A cluster's TMPDIR may be longer than a socket path can be; /tmp is there on every Linux.
+    """Return a new folder that only this user may enter (mode 0700). The caller removes it.
+
+    Raises: SettingError if there is no writable folder with a path short enough for sockets.
+    """
+    # On some clusters TMPDIR is too long for a socket path, so /tmp comes next.
+    longest = MAX_SOCKET_DIR_BYTES - len(SOCKET_PREFIX) - _RANDOM_BYTES - 1
     for parent in (tempfile.gettempdir(), "/tmp"):
-        if len(os.fsencode(parent)) + len(SOCKET_PREFIX) + 9 <= MAX_SOCKET_DIR_BYTES and os.access(parent, os.W_OK):
+        if len(os.fsencode(parent)) <= longest and os.access(parent, os.W_OK):
             return Path(tempfile.mkdtemp(prefix=SOCKET_PREFIX, dir=parent))
     raise SettingError(
-        f"no folder for sockets: TMPDIR={tempfile.gettempdir()} is too long or closed and /tmp is closed; wanted a "
-        f"writable path under {MAX_SOCKET_DIR_BYTES - 17} bytes; set TMPDIR"
+        f"no folder for sockets: TMPDIR={tempfile.gettempdir()} is too long or not writable, and /tmp is not writable; "
+        f"expected a writable folder whose path has at most {longest} bytes; set TMPDIR to one"
     )
 
 
 def remove_socket_dir(path: Path) -> None:
-    """Remove a folder made by `make_socket_dir`, and nothing else."""
+    """Remove a folder that `make_socket_dir` made. Any other folder stays."""
     if path.name.startswith(SOCKET_PREFIX):
         shutil.rmtree(path, ignore_errors=True)

@@ -1,0 +1,77 @@
+"""One launch at a time uses a run folder, and no existing file is overwritten."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from launcher.run_folder import create_run_folder, default_run_dir, open_run_folder
+from shared.config import Settings
+from shared.errors import SettingError
+from tests.fakes.child import save_checkpoint
+
+
+def test_a_second_launch_in_the_same_folder_is_refused_with_the_pid_of_the_first(tmp_path: Path) -> None:
+    script = (
+        "import sys; from pathlib import Path; from launcher.run_folder import create_run_folder\n"
+        "lock = create_run_folder(Path(sys.argv[1])); print('held', flush=True); sys.stdin.read()\n"
+    )
+    holder = subprocess.Popen(
+        [sys.executable, "-c", script, str(tmp_path / "run")], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    assert holder.stdin and holder.stdout
+    assert holder.stdout.readline() == "held\n"
+    with pytest.raises(SettingError, match=rf"in use by the launch with pid {holder.pid}"):
+        create_run_folder(tmp_path / "run")
+    holder.kill()
+    holder.communicate(timeout=20)
+    (tmp_path / "run" / "config.yaml").write_text("")
+    save_checkpoint(tmp_path / "run", 1)
+    open_run_folder(tmp_path / "run").release()  # the kernel released the lock when the process ended
+
+
+def test_a_folder_with_files_is_refused_and_stays_unchanged(tmp_path: Path) -> None:
+    (tmp_path / "thesis.tex").write_text("precious")
+    with pytest.raises(SettingError, match=r"is not empty \(it holds thesis\.tex\).*--resume"):
+        create_run_folder(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+def test_an_empty_folder_and_a_new_one_both_become_run_folders(tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    for path in (tmp_path / "empty", tmp_path / "deep" / "new"):
+        lock = create_run_folder(path)
+        folder = lock.folder
+        for part in (folder.logs, folder.tensorboard, folder.checkpoints, folder.crash):
+            assert part.is_dir()
+        assert folder.lock.read_text() == f"{os.getpid()}\n"
+        lock.release()
+
+
+def test_a_folder_that_cannot_be_made_is_a_setting_error(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(SettingError, match=r"cannot be made.*--run-dir"):
+        create_run_folder(tmp_path / "file" / "run")
+
+
+def test_only_a_run_with_a_checkpoint_can_be_resumed(tmp_path: Path) -> None:
+    with pytest.raises(SettingError, match=r"no config\.yaml"):
+        open_run_folder(tmp_path)
+    (tmp_path / "config.yaml").write_text("")
+    with pytest.raises(SettingError, match="has no complete checkpoint"):
+        open_run_folder(tmp_path)
+
+
+def test_default_names_contain_the_task_and_never_collide(tmp_path: Path) -> None:
+    first = default_run_dir(Settings(), tmp_path)
+    assert re.fullmatch(r"cheetah-run-\d{8}-\d{6}", first.name)
+    settings = Settings()
+    settings.env.name, settings.env.task = "a/b c", ""
+    assert re.fullmatch(r"a_b_c-\d{8}-\d{6}", default_run_dir(settings, tmp_path).name)
+    for _ in range(3):  # at least two of these are made within one second
+        default_run_dir(Settings(), tmp_path).mkdir()
