@@ -1,8 +1,10 @@
-"""How the two processes are started: command, environment, output file, a fresh progress file."""
+"""Start the collector and the learner: command, environment, output file and a new progress file."""
 
 from __future__ import annotations
 
+import os
 import signal
+import site
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -13,7 +15,7 @@ from launcher.devices import Devices, child_environment
 from shared.progress import Progress
 from shared.run_folder import RunFolder
 
-REPO = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[1]  # where our packages are: the source tree, or site-packages
 COMMANDS: Mapping[str, Sequence[str]] = {
     "learner": (sys.executable, "-m", "learner_proc"),
     "collector": (sys.executable, "-m", "collector_proc"),
@@ -22,7 +24,10 @@ COMMANDS: Mapping[str, Sequence[str]] = {
 
 @dataclass(frozen=True)
 class Starter:
-    """Starts either process of one run; `commands` says what stands before the arguments."""
+    """Starts either process of one run. `commands` are the commands without their arguments.
+
+    The processes work in the user's current folder: relative paths and the user's own modules are found from there.
+    """
 
     folder: RunFolder
     devices: Devices
@@ -31,14 +36,15 @@ class Starter:
     commands: Mapping[str, Sequence[str]]
 
     def start(self, role: str, incarnation: int = 0) -> ChildProcess:
-        # Launch writes the first page, so that a child that dies or hangs while it imports is timed from here.
+        """Start "learner" or "collector". incarnation: how many collectors of this launch came before."""
+        # The first progress page is written here: the deadline of a process that hangs in its imports counts from now.
         Progress.create(self.folder.progress(role), pid=0)
         return ChildProcess(
             role,
             [*self.commands[role], *self._arguments(role, incarnation)],
             output=self.folder.logs / f"{role}.out",
-            env=child_environment(role, self.devices, self.environ, repo=REPO),
-            cwd=REPO,
+            env=child_environment(role, self.devices, self.environ) | {"PYTHONPATH": python_path(self.environ)},
+            cwd=Path.cwd(),
             note=f"incarnation {incarnation}",
         )
 
@@ -49,8 +55,18 @@ class Starter:
         return [*arguments, "--resume"] if self.resume else arguments
 
 
+def python_path(outer: Mapping[str, str], *, root: Path = ROOT) -> str:
+    """Return the PYTHONPATH of a child: our source tree, then what the user's PYTHONPATH lists.
+
+    If the project is installed, it is in site-packages, which is not added: Python finds it anyway, and as a part of
+    PYTHONPATH it would come before the standard library.
+    """
+    installed = root in {Path(folder).resolve() for folder in (*site.getsitepackages(), site.getusersitepackages())}
+    return os.pathsep.join(part for part in ("" if installed else str(root), outer.get("PYTHONPATH", "")) if part)
+
+
 def describe_exit(returncode: int | None) -> str:
-    """`exit code 1`, `SIGKILL`, or that it could not be ended."""
+    """Return how a process ended: `exit code 1`, `SIGKILL`, or that not even SIGKILL ended it (None)."""
     if returncode is None:
         return "still alive after SIGKILL"
     if returncode >= 0:

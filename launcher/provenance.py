@@ -1,4 +1,4 @@
-"""What run.json says of a launch: command line, sources, versions, devices."""
+"""The content of run.json: command line, sources, versions and devices of every launch of a run."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from shared.config import Settings
 from shared.run_folder import Run
 
 _PACKAGES = (
+    "tandem-dreamer",
     "torch",
     "tensordict",
     "torchrl",
@@ -35,7 +36,10 @@ _PACKAGES = (
 def describe_run(
     settings: Settings, *, argv: list[str], devices: Mapping[str, str], socket_dir: Path, before: Run | None, repo: Path
 ) -> dict[str, Any]:
-    """The content of run.json: what ran, from which sources, on what. before: of a resumed run, its last description."""
+    """Return the content of run.json: what runs, from which sources and on which devices.
+
+    before: for a resumed run, its run.json as the previous launch wrote it. repo: the folder of our sources.
+    """
     git, started = git_state(repo), time.strftime("%Y-%m-%dT%H:%M:%S%z")
     return {
         "run_id": secrets.token_hex(8),
@@ -52,7 +56,7 @@ def describe_run(
 
 
 def package_versions() -> dict[str, str]:
-    """Versions of installed packages, from their metadata: importing them would import torch."""
+    """Return the versions of installed packages. They are read from metadata, because an import would load torch."""
     installed = {}
     for name in _PACKAGES:
         try:
@@ -63,14 +67,19 @@ def package_versions() -> dict[str, str]:
 
 
 def git_state(repo: Path) -> dict[str, Any] | None:
-    """Commit and whether the tree differs from it; None without git or outside a repository."""
+    """Return the commit of `repo` and whether files differ from it; None without git or if `repo` is no repository.
+
+    A folder inside another repository counts as none: site-packages may lie in the repository of the user's own project.
+    """
     try:
-        commit = _git(repo, "rev-parse", "HEAD")
-        return {"commit": commit, "dirty": bool(_git(repo, "status", "--porcelain"))}
+        if Path(_git(repo, "rev-parse", "--show-toplevel")).resolve() != repo.resolve():
+            return None
+        return {"commit": _git(repo, "rev-parse", "HEAD"), "dirty": bool(_git(repo, "status", "--porcelain"))}
     except (OSError, subprocess.SubprocessError):
         return None
 
 
 def _git(repo: Path, *args: str) -> str:
+    """Return what a git command prints. Raises: OSError or SubprocessError if git is missing or fails."""
     command = ["git", "-C", str(repo), *args]
     return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()

@@ -1,50 +1,64 @@
-"""Create a run folder or open an earlier one, under a lock that keeps it to one launch; and the folder of its sockets."""
+"""Create a run folder, or open the folder of an earlier run, under a lock that admits one launch at a time."""
 
 from __future__ import annotations
 
 import fcntl
 import os
 import time
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
 from shared.config import Settings
 from shared.errors import SettingError
+from shared.files import write_atomic
 from shared.run_folder import RunFolder, checkpoint_step, newest_checkpoint
-
-
-@dataclass(frozen=True)
-class Kept:
-    """What a run's small files held, to be put back where a resume came to nothing."""
-
-    contents: Mapping[Path, str]
-
-    @classmethod
-    def of(cls, folder: RunFolder) -> Kept:
-        """Settings, description and summary as they stand now, of those that exist."""
-        files = (folder.config, folder.run_json, folder.summary)
-        return cls({path: path.read_text() for path in files if path.exists()})
-
-    def put_back(self) -> None:
-        for path, content in self.contents.items():
-            path.write_text(content)
 
 
 @dataclass
 class RunLock:
-    """Held while `file` is open; the kernel lets go when launch ends, however it ends."""
+    """A locked run folder; use it as a context manager. If launch is killed, the kernel releases the lock."""
 
     folder: RunFolder
     file: IO[str]
+
+    def __enter__(self) -> RunLock:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.release()
 
     def release(self) -> None:
         self.file.close()
 
 
+class ResumeUndo:
+    """The small files of a run folder as they were before a resume, to be restored if the resume trained nothing.
+
+    The new config.yaml and run.json must be in place before the collector and the learner start, because both read them.
+    If the learner then refuses, for example, an override, the old files still describe the checkpoint that is there.
+    """
+
+    def __init__(self, folder: RunFolder) -> None:
+        self._folder = folder
+        files = (folder.config, folder.run_json, folder.summary)
+        self._contents = {path: path.read_text() for path in files if path.exists()}
+        self._saved_at = self._newest_save()
+
+    def unless_saved(self) -> None:
+        """Restore the files, unless a checkpoint was written since: it was trained with the new settings."""
+        if self._newest_save() == self._saved_at:
+            for path, content in self._contents.items():
+                write_atomic(path, content)
+
+    def _newest_save(self) -> int | None:
+        """Return when the newest checkpoint was written, in ns."""
+        saved = newest_checkpoint(self._folder.checkpoints)
+        return (saved / "manifest.json").stat().st_mtime_ns if saved is not None else None
+
+
 def default_run_dir(settings: Settings, root: Path = Path("runs")) -> Path:
-    """`runs/<env>-<task>-<yyyymmdd-hhmmss>`, with a counter behind it where that second is taken."""
+    """Return `runs/ENV-TASK-YYYYMMDD-HHMMSS`; a counter is appended if that folder exists."""
     words = [word for word in (settings.env.name, settings.env.task, time.strftime("%Y%m%d-%H%M%S")) if word]
     name = "-".join("".join(c if c.isalnum() or c in "-_." else "_" for c in word) for word in words)
     candidate, number = root / name, 2
@@ -54,9 +68,9 @@ def default_run_dir(settings: Settings, root: Path = Path("runs")) -> Path:
 
 
 def create_run_folder(path: Path) -> RunLock:
-    """A new run folder with its subfolders, locked.
+    """Return a new run folder with its subfolders, locked.
 
-    Raises: SettingError if another launch holds it, if it holds files already, or if it cannot be made.
+    Raises: SettingError if the folder cannot be created, contains files already, or is locked by another launch.
     """
     folder = RunFolder(path.resolve())
     had_lock = folder.lock.exists()
@@ -65,7 +79,8 @@ def create_run_folder(path: Path) -> RunLock:
         lock = _take_lock(folder)
     except OSError as error:
         raise SettingError(
-            f"the run folder {path} cannot be made: {error}; wanted a folder this user may write; pass another --run-dir"
+            f"cannot create the run folder {path}: {error}; expected a folder in which this user may write; "
+            "give another --run-dir"
         ) from error
     found = sorted(entry.name for entry in folder.path.iterdir() if entry != folder.lock)
     if found:
@@ -73,17 +88,17 @@ def create_run_folder(path: Path) -> RunLock:
         if not had_lock:
             folder.lock.unlink(missing_ok=True)
         raise SettingError(
-            f"the run folder {path} is not empty (it holds {', '.join(found[:3])}); wanted a new or empty folder; "
-            f"pass --resume {path} to go on with that run, or another --run-dir"
+            f"the run folder {path} is not empty: it contains {', '.join(found[:3])}; expected a new or an empty folder; "
+            f"continue that run with --resume {path}, or give another --run-dir"
         )
     _make_subfolders(folder)
     return lock
 
 
 def open_run_folder(path: Path) -> RunLock:
-    """The folder of an earlier run, locked, to go on with it.
+    """Return the folder of an earlier run, locked, to continue that run.
 
-    Raises: SettingError if it is no run folder, has no checkpoint, or another launch holds it.
+    Raises: SettingError if it is not a run folder, has no checkpoint, or is locked by another launch.
     """
     folder = RunFolder(path.resolve())
     check_resumable(folder)
@@ -93,10 +108,11 @@ def open_run_folder(path: Path) -> RunLock:
 
 
 def check_resumable(folder: RunFolder) -> None:
-    """Raises: SettingError if the folder is none of a run or holds no checkpoint."""
+    """Raise SettingError if the folder is not a run folder or has no complete checkpoint."""
     if not folder.config.is_file():
         raise SettingError(
-            f"{folder.path} is no run folder: it has no config.yaml; wanted a folder such as runs/NAME; mend --resume"
+            f"{folder.path} is not a run folder: it has no config.yaml; expected a folder such as runs/NAME; "
+            "correct the folder after --resume"
         )
     if newest_checkpoint(folder.checkpoints) is None:
         raise SettingError(
@@ -112,11 +128,12 @@ def check_unfinished(folder: RunFolder, settings: Settings) -> None:
     if done >= total:
         raise SettingError(
             f"the run in {folder.path} has already made {done} of optimization.total_optim_steps={total} gradient steps; "
-            f"expected a higher total; add optimization.total_optim_steps={2 * done} to go on with it"
+            f"expected a higher total; add optimization.total_optim_steps={2 * done} to continue it"
         )
 
 
 def _take_lock(folder: RunFolder) -> RunLock:
+    """Lock the folder and write this process's pid into the lock file. Raises: SettingError if another launch has it."""
     file = folder.lock.open("a+")
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -125,8 +142,8 @@ def _take_lock(folder: RunFolder) -> RunLock:
         pid = file.read().strip() or "unknown"
         file.close()
         raise SettingError(
-            f"the run folder {folder.path} is in use by the launch with pid {pid}; wanted a folder of its own for every "
-            f"launch; wait for that run, stop it with 'kill {pid}', or pass another --run-dir"
+            f"the run folder {folder.path} is in use by the launch with pid {pid}; expected a folder that no other launch "
+            f"uses; wait for that run, stop it with 'kill {pid}', or give another --run-dir"
         ) from error
     file.truncate(0)
     file.write(f"{os.getpid()}\n")

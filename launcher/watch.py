@@ -73,6 +73,7 @@ class Watch:
         self._watched_since = self._passed_at = time.monotonic()
         self._said_ready = False
         self.restarts = 0
+        self.num_rows = 0  # of metrics.jsonl, written by this launch's learner
 
     def run(self) -> Outcome:
         """Start both processes, watch until the run is over, and leave none of them behind."""
@@ -116,6 +117,7 @@ class Watch:
                 self._display.say(f"networks were built and compiled in {row['startup_s']:.1f} s")
                 self._said_ready = True
             self._row = row
+            self.num_rows += 1
             self._forwarder.add(row)
 
     def _check_signals(self) -> Outcome | None:

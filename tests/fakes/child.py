@@ -97,7 +97,8 @@ def main() -> int:
         return 0
     if behaviour == "serve":
         child.serve(until=argument or None)
-        child.write_row()
+        if role == "learner":  # only the learner writes metrics.jsonl
+            child.write_row()
         return 0
     if behaviour == "die":
         sys.stderr.write(f"last words of the {role}\n")

@@ -1,4 +1,4 @@
-"""Which GPU goes to which process, and the environment each child starts in."""
+"""Which GPU each process gets, and the environment variables that each process starts with."""
 
 from __future__ import annotations
 
@@ -32,12 +32,12 @@ def _fake_nvidia_smi(folder: Path, script: str, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setenv("PATH", f"{folder}{os.pathsep}/usr/bin{os.pathsep}/bin")
 
 
-def test_gpus_are_read_from_nvidia_smi_names_with_commas_included(
+def test_gpus_are_read_from_nvidia_smi_even_if_their_names_contain_commas(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rows = "".join(f"{gpu.index}, {gpu.uuid}, {gpu.name}\\n" for gpu in GPUS)
-    wanted = "--query-gpu=index,uuid,name --format=csv,noheader"
-    _fake_nvidia_smi(tmp_path, f'[ "$*" = "{wanted}" ] && printf "{rows}"', monkeypatch)
+    expected = "--query-gpu=index,uuid,name --format=csv,noheader"
+    _fake_nvidia_smi(tmp_path, f'[ "$*" = "{expected}" ] && printf "{rows}"', monkeypatch)
     assert list_gpus() == (GPUS, ())
 
 
@@ -50,7 +50,7 @@ def test_an_nvidia_smi_that_fails_is_reported(tmp_path: Path, monkeypatch: pytes
     _fake_nvidia_smi(tmp_path, "echo driver mismatch; exit 18", monkeypatch)
     gpus, notes = list_gpus()
     assert gpus == [] and len(notes) == 1
-    assert "exit 18" in notes[0] and "driver mismatch" in notes[0]
+    assert "exit code 18" in notes[0] and "driver mismatch" in notes[0]
 
 
 @pytest.mark.parametrize(
@@ -66,15 +66,15 @@ def test_an_nvidia_smi_that_fails_is_reported(tmp_path: Path, monkeypatch: pytes
         ("NoDevFiles", []),
     ],
 )
-def test_an_outer_mask_is_respected_in_its_order(mask: str | None, expected: list[int]) -> None:
+def test_the_users_mask_is_respected_in_its_order(mask: str | None, expected: list[int]) -> None:
     assert [gpu.index for gpu in visible_gpus(GPUS, mask)] == expected
 
 
-def test_a_mask_without_gpus_hides_nothing_and_a_wrong_one_is_named() -> None:
+def test_a_mask_is_ignored_without_gpus_and_a_wrong_entry_is_an_error() -> None:
     assert visible_gpus([], "0,1") == []
     assert visible_gpus(GPUS, "MIG-1234")[0].uuid == "MIG-1234"
     for wrong in ("3", "GPU-zz", "bb1"):
-        with pytest.raises(SettingError, match=f"CUDA_VISIBLE_DEVICES names '{wrong}'"):
+        with pytest.raises(SettingError, match=f"CUDA_VISIBLE_DEVICES lists '{wrong}'"):
             visible_gpus(GPUS, wrong)
 
 
@@ -89,7 +89,7 @@ def test_a_mask_without_gpus_hides_nothing_and_a_wrong_one_is_named() -> None:
         (3, 1, 1, (1, 1)),
     ],
 )
-def test_the_learner_gets_the_second_gpu_unless_told_otherwise(
+def test_the_learner_gets_the_second_gpu_by_default(
     count: int, sim: int | None, train: int | None, expected: tuple[int, int]
 ) -> None:
     devices = choose_devices(GPUS[:count], sim=sim, train=train)
@@ -98,18 +98,18 @@ def test_the_learner_gets_the_second_gpu_unless_told_otherwise(
 
 
 @pytest.mark.parametrize(("sim", "train", "flag"), [(3, None, "--sim-gpu 3"), (None, -1, "--train-gpu -1")])
-def test_a_gpu_that_is_not_there_is_refused(sim: int | None, train: int | None, flag: str) -> None:
-    with pytest.raises(SettingError, match=rf"{flag} is no visible GPU; wanted an index from 0 to 2"):
+def test_a_gpu_that_does_not_exist_is_refused(sim: int | None, train: int | None, flag: str) -> None:
+    with pytest.raises(SettingError, match=rf"{flag} is not a visible GPU; expected an index from 0 to 2"):
         choose_devices(GPUS, sim=sim, train=train)
 
 
-def test_without_a_gpu_both_run_on_the_cpu_whatever_the_flags() -> None:
+def test_without_a_gpu_both_processes_run_on_the_cpu_and_the_options_are_ignored() -> None:
     for sim, train in ((None, None), (0, 1)):
         devices = choose_devices([], sim=sim, train=train)
         assert (devices.kind, devices.notes, devices.names()) == ("cpu", (NO_GPU,), {"sim": "cpu", "train": "cpu"})
 
 
-def test_float16_is_warned_of_on_the_cpu_and_nowhere_else() -> None:
+def test_float16_gives_a_warning_on_the_cpu_only() -> None:
     cpu, gpu = Devices(None, None), Devices(GPUS[0], GPUS[0])
     assert precision_notes(cpu, "float16") == (SLOW_FLOAT16,)
     assert not any(precision_notes(gpu, name) for name in ("bfloat16", "float16", "false"))
@@ -117,17 +117,17 @@ def test_float16_is_warned_of_on_the_cpu_and_nowhere_else() -> None:
 
 
 def test_each_process_sees_its_own_gpu_first() -> None:
-    devices, repo = Devices(GPUS[2], GPUS[0]), Path("/repo")
+    devices = Devices(GPUS[2], GPUS[0])
     outer = {"CUDA_VISIBLE_DEVICES": "0,1,2", "PYTHONPATH": "/mine"}
-    collector = child_environment("collector", devices, outer, repo=repo)
-    learner = child_environment("learner", devices, outer, repo=repo)
+    collector = child_environment("collector", devices, outer)
+    learner = child_environment("learner", devices, outer)
     assert collector["CUDA_VISIBLE_DEVICES"] == "GPU-bc2,GPU-aa0"
     assert learner["CUDA_VISIBLE_DEVICES"] == "GPU-aa0"
     assert collector["CUDA_DEVICE_ORDER"] == learner["CUDA_DEVICE_ORDER"] == "PCI_BUS_ID"
-    assert collector["PYTHONPATH"] == f"/repo{os.pathsep}/mine"
+    assert collector["PYTHONPATH"] == "/mine"
     assert collector["TANDEM_LAUNCH_PID"] == str(os.getpid())
     assert "OMP_NUM_THREADS" not in learner
-    one = child_environment("collector", Devices(GPUS[1], GPUS[1]), outer, repo=repo)
+    one = child_environment("collector", Devices(GPUS[1], GPUS[1]), outer)
     assert one["CUDA_VISIBLE_DEVICES"] == "GPU-bb1"
 
 
@@ -146,21 +146,19 @@ def test_each_process_sees_its_own_gpu_first() -> None:
         ),
     ],
 )
-def test_expandable_segments_are_off_and_the_rest_of_the_users_allocator_settings_stays(
+def test_expandable_segments_are_off_and_the_users_other_allocator_settings_stay(
     outer: dict[str, str], expected: str
 ) -> None:
     assert allocator_conf(outer) == expected
-    env = child_environment("learner", Devices(GPUS[0], GPUS[0]), outer, repo=Path("/repo"))
+    env = child_environment("learner", Devices(GPUS[0], GPUS[0]), outer)
     assert env["PYTORCH_ALLOC_CONF"] == env["PYTORCH_CUDA_ALLOC_CONF"] == expected
 
 
-def test_on_the_cpu_the_learner_gets_the_threads_the_collector_leaves(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_on_the_cpu_the_learner_gets_all_threads_but_the_collectors_one(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(6)))
     cpu = Devices(None, None)
-    threads = {
-        role: child_environment(role, cpu, {}, repo=Path("/"))["OMP_NUM_THREADS"] for role in ("collector", "learner")
-    }
+    threads = {role: child_environment(role, cpu, {})["OMP_NUM_THREADS"] for role in ("collector", "learner")}
     assert threads == {"collector": "1", "learner": "5"}
-    assert child_environment("learner", cpu, {"OMP_NUM_THREADS": "3"}, repo=Path("/"))["OMP_NUM_THREADS"] == "3"
+    assert child_environment("learner", cpu, {"OMP_NUM_THREADS": "3"})["OMP_NUM_THREADS"] == "3"
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0})
-    assert child_environment("learner", cpu, {}, repo=Path("/"))["OMP_NUM_THREADS"] == "1"
+    assert child_environment("learner", cpu, {})["OMP_NUM_THREADS"] == "1"

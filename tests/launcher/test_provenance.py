@@ -7,13 +7,10 @@ import re
 import subprocess
 from pathlib import Path
 
-from launcher.provenance import describe_run
+from launcher.provenance import describe_run, git_state
 from shared.config import Settings
 from shared.files import write_json
-from shared.run_folder import (
-    RunFolder,
-    read_run,
-)
+from shared.run_folder import RunFolder, read_run
 
 
 def test_run_json_lists_package_versions_and_every_launch(tmp_path: Path) -> None:
@@ -46,3 +43,5 @@ def test_the_git_state_is_dirty_once_a_file_has_changed(tmp_path: Path) -> None:
     assert re.fullmatch(r"[0-9a-f]{40}", state()["commit"]) and state()["dirty"] is False
     (tmp_path / "file").write_text("two")
     assert state()["dirty"] is True
+    (tmp_path / "site-packages").mkdir()
+    assert git_state(tmp_path / "site-packages") is None, "a repository that contains the folder is not ours"

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from launcher.run_folder import create_run_folder, default_run_dir, open_run_folder
+from launcher.run_folder import ResumeUndo, create_run_folder, default_run_dir, open_run_folder
 from shared.config import Settings
 from shared.errors import SettingError
 from tests.fakes.child import save_checkpoint
@@ -37,7 +37,7 @@ def test_a_second_launch_in_the_same_folder_is_refused_with_the_pid_of_the_first
 
 def test_a_folder_with_files_is_refused_and_stays_unchanged(tmp_path: Path) -> None:
     (tmp_path / "thesis.tex").write_text("precious")
-    with pytest.raises(SettingError, match=r"is not empty \(it holds thesis\.tex\).*--resume"):
+    with pytest.raises(SettingError, match=r"is not empty \(it contains thesis\.tex\).*--resume"):
         create_run_folder(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
 
@@ -53,9 +53,9 @@ def test_an_empty_folder_and_a_new_one_both_become_run_folders(tmp_path: Path) -
         lock.release()
 
 
-def test_a_folder_that_cannot_be_made_is_a_setting_error(tmp_path: Path) -> None:
+def test_a_folder_that_cannot_be_created_is_a_setting_error(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(SettingError, match=r"cannot be made.*--run-dir"):
+    with pytest.raises(SettingError, match=r"cannot create the run folder.*--run-dir"):
         create_run_folder(tmp_path / "file" / "run")
 
 
@@ -65,6 +65,21 @@ def test_only_a_run_with_a_checkpoint_can_be_resumed(tmp_path: Path) -> None:
     (tmp_path / "config.yaml").write_text("")
     with pytest.raises(SettingError, match="has no complete checkpoint"):
         open_run_folder(tmp_path)
+
+
+def test_a_resume_that_came_to_nothing_restores_the_small_files(tmp_path: Path) -> None:
+    with create_run_folder(tmp_path / "run") as lock:
+        lock.folder.config.write_text("old")
+        save_checkpoint(tmp_path / "run", 40)
+        undo = ResumeUndo(lock.folder)
+        lock.folder.config.write_text("new")
+        lock.folder.run_json.write_text("new")
+        undo.unless_saved()
+        assert lock.folder.config.read_text() == "old"
+        lock.folder.config.write_text("new")
+        save_checkpoint(tmp_path / "run", 60)
+        undo.unless_saved()
+        assert lock.folder.config.read_text() == "new", "the checkpoint was trained with the new settings"
 
 
 def test_default_names_contain_the_task_and_never_collide(tmp_path: Path) -> None:

@@ -1,0 +1,63 @@
+"""The settings of a run, checked as far as that is possible without a GPU. Torch-free."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from collector_proc.simulators.registry import check_env
+from launcher.forwarding import check_logger
+from launcher.options import DEFAULT_CONFIG, Options
+from launcher.run_folder import check_unfinished
+from shared.compose import compose, load_settings
+from shared.config import Settings, check_settings, num_envs
+from shared.errors import SettingError
+from shared.run_folder import RunFolder
+
+
+def read_settings(options: Options, show: Callable[[str], None]) -> Settings:
+    """Return the settings of the named config, or those of the resumed run, with the overrides of the command line.
+
+    show: called with a line for the user before a check that takes long.
+    Raises: SettingError if the settings cannot work.
+    """
+    if options.resume:
+        folder = RunFolder(options.resume.resolve())
+        settings = load_settings(folder.config, options.overrides)
+        check_unfinished(folder, settings)
+    else:
+        settings = compose(options.config or DEFAULT_CONFIG, options.overrides)
+    with _current_folder_importable():
+        check_env(settings, show)
+    check_settings(settings, num_envs(settings))
+    check_logger(settings)
+    check_compiler(settings)
+    return settings
+
+
+def check_compiler(settings: Settings) -> None:
+    """Raise SettingError if torch.compile is on and the C++ compiler that it needs is missing."""
+    compile = settings.optimization.compile
+    compilers = [os.environ["CXX"]] if os.environ.get("CXX") else ["g++", "clang++"]
+    if compile.enabled and compile.backend == "inductor" and not any(map(shutil.which, compilers)):
+        raise SettingError(
+            f"optimization.compile.enabled=true, but the PATH has no C++ compiler ({' or '.join(compilers)}); expected "
+            "one, because torch.compile needs it; run: apt install g++, or set optimization.compile.enabled=false"
+        )
+
+
+@contextmanager
+def _current_folder_importable() -> Iterator[None]:
+    """Let checks find the user's modules in the current folder, as the collector will: it starts there with `-m`."""
+    folder = os.getcwd()
+    if folder in sys.path:
+        yield
+        return
+    sys.path.append(folder)
+    try:
+        yield
+    finally:
+        sys.path.remove(folder)

@@ -1,0 +1,62 @@
+"""The command line: its help, its version and its errors."""
+
+from __future__ import annotations
+
+import sys
+from importlib import metadata
+
+import pytest
+
+from launcher.options import parse_options, version_text
+from shared.errors import SettingError
+
+
+def _printed(argument: str, capsys: pytest.CaptureFixture[str]) -> str:
+    with pytest.raises(SystemExit) as ended:
+        parse_options([argument])
+    assert ended.value.code == 0
+    return capsys.readouterr().out
+
+
+def test_help_lists_options_configs_and_exit_codes(capsys: pytest.CaptureFixture[str]) -> None:
+    text = _printed("--help", capsys)
+    for part in ("python launch.py", "quickstart", "isaaclab", "key=value", "--resume", "--version", "130"):
+        assert part in text
+
+
+def test_the_installed_command_is_named_as_the_user_types_it(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["/usr/bin/tandem"])
+    text = _printed("--help", capsys)
+    assert "usage: tandem " in text and "launch.py" not in text
+
+
+def test_the_version_is_that_of_the_installed_distribution(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert _printed("--version", capsys) == f"{version_text()}\n"
+    monkeypatch.setattr(metadata, "version", lambda name: {"tandem-dreamer": "1.2.3"}[name])
+    assert version_text() == "tandem-dreamer 1.2.3"
+
+
+def test_a_source_tree_says_that_nothing_is_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(name: str) -> str:
+        raise metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(metadata, "version", missing)
+    assert version_text().startswith("tandem-dreamer is not installed: this is the source tree /")
+
+
+def test_a_misspelled_option_gets_a_suggestion_only_if_one_is_near() -> None:
+    with pytest.raises(SettingError, match=r"--sim-gpus.*expected the options that --help lists; write --sim-gpu$"):
+        parse_options(["--sim-gpus", "1"])
+    with pytest.raises(SettingError, match=r"--walk.*; give settings as key=value, such as env\.seed=3$"):
+        parse_options(["--walk"])
+
+
+def test_a_resume_takes_settings_but_no_other_config_or_folder() -> None:
+    assert parse_options(["--resume", "runs/a", "env.seed=3"]).overrides == ["env.seed=3"]
+    for other in (["--config", "quickstart"], ["--run-dir", "b"]):
+        with pytest.raises(SettingError, match=r"--resume runs/a is given together with.*expected --resume alone"):
+            parse_options(["--resume", "runs/a", *other])
