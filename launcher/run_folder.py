@@ -89,7 +89,7 @@ def create_run_folder(path: Path) -> RunLock:
             folder.lock.unlink(missing_ok=True)
         raise SettingError(
             f"the run folder {path} is not empty: it contains {', '.join(found[:3])}; expected a new or an empty folder; "
-            f"continue that run with --resume {path}, or give another --run-dir"
+            f"give --resume {path} to continue that run, or another --run-dir"
         )
     _make_subfolders(folder)
     return lock

@@ -37,7 +37,7 @@ def test_a_second_launch_in_the_same_folder_is_refused_with_the_pid_of_the_first
 
 def test_a_folder_with_files_is_refused_and_stays_unchanged(tmp_path: Path) -> None:
     (tmp_path / "thesis.tex").write_text("precious")
-    with pytest.raises(SettingError, match=r"is not empty \(it contains thesis\.tex\).*--resume"):
+    with pytest.raises(SettingError, match=r"is not empty: it contains thesis\.tex; .*--resume"):
         create_run_folder(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
 
