@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from benchmarks.step_cases import OBS_DIM, OBS_NAME, our_step, settings_for, synthetic_batch
 from benchmarks.torchrl_update import DreamerModelLoss, Sizes, TorchRLNetworks, to_torchrl
 from learner_proc.gradient_step import GradientStep
+from shared import metrics
 from shared.model.distributions import HALF_LOG_TAU
 from shared.model.rssm import MIN_STD
 
@@ -26,10 +27,13 @@ RTOL = 1e-4  # float32 sums in another order
 FRAMES = 100
 SEED = 1
 # bfloat16 keeps 8 bits: one rounding is 0.4 %. Losses average over many; norms of gradients do so less
-FAST_RTOL = {"loss_model": 0.01, "loss_value": 0.02, "loss_actor": 0.05} | {
-    "grad_norm_model": 0.03,
-    "grad_norm_actor": 0.1,
-    "grad_norm_value": 0.05,
+FAST_RTOL = {
+    metrics.LOSS_MODEL: 0.01,
+    metrics.LOSS_VALUE: 0.02,
+    metrics.LOSS_ACTOR: 0.05,
+    metrics.GRAD_NORM_MODEL: 0.03,
+    metrics.GRAD_NORM_ACTOR: 0.1,
+    metrics.GRAD_NORM_VALUE: 0.05,
 }
 
 
@@ -54,12 +58,12 @@ def with_torchrl(*, device: torch.device, tiny: bool = False, frames: int = FRAM
     noise = torch.randn(batch.shape[1], batch.shape[0], step.policy.rssm.stoch_dim, device=device)
     theirs = _their_terms(step, batch, noise)  # takes the weights over, so before they move
     torch.manual_seed(SEED)
-    metrics = dict(zip(step.metric_names, step(batch).tolist(), strict=True))
+    numbers = step(batch).to_host()
     ours = {
-        "reconstruction": metrics["loss_obs"] - OBS_DIM * HALF_LOG_TAU,
-        "reward": metrics["loss_reward"] - HALF_LOG_TAU,
-        "kl": metrics["kl"],
-        "gradient norm": metrics["grad_norm_model"],
+        "reconstruction": numbers[metrics.LOSS_OBS] - OBS_DIM * HALF_LOG_TAU,
+        "reward": numbers[metrics.LOSS_REWARD] - HALF_LOG_TAU,
+        "kl": numbers[metrics.KL],
+        "gradient norm": numbers[metrics.GRAD_NORM_MODEL],
     }
     return {"frames": frames, "terms": [_term(name, ours[name], theirs[name], RTOL) for name in ours]}
 
@@ -69,13 +73,13 @@ def fast_against_plain(
 ) -> dict[str, Any]:
     """Our losses in bfloat16, compiled, against uncompiled float32, from the same weights, batch and noise."""
     batch = synthetic_batch(frames, device=device)
-    metrics = []
+    results = []
     for precision, fast in (("false", False), ("bfloat16", compiled)):
         step = our_step(settings_for(frames, precision=precision, compiled=fast, tiny=tiny), device=device)
         torch.manual_seed(SEED)
-        metrics.append(dict(zip(step.metric_names, step(batch).tolist(), strict=True)))
-    plain, fast = metrics
-    terms = [_term(name, plain[name], fast[name], rtol) for name, rtol in FAST_RTOL.items()]
+        results.append(step(batch).to_host())
+    plain, fast = results
+    terms = [_term(metric.name, plain[metric], fast[metric], rtol) for metric, rtol in FAST_RTOL.items()]
     return {"frames": frames, "compiled": compiled, "terms": terms}
 
 

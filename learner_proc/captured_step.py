@@ -13,12 +13,12 @@ from collections.abc import Callable
 
 import torch
 from tensordict import TensorDict
-from torch import Tensor
 
 from learner_proc.gradient_step import GradientStep
+from learner_proc.numbers import Numbers
 from learner_proc.replay import Replay
 
-Update = Callable[[], Tensor]  # metrics of one update, valid until the next
+Update = Callable[[], Numbers]  # what one update measured; the values stay valid until the next update
 WARM_UPS = 3  # steps before capture: everything that is made lazily or compiled is there after two
 
 
@@ -28,7 +28,7 @@ class SampledStep:
     def __init__(self, step: GradientStep, replay: Replay, *, num_sequences: int, length: int) -> None:
         self._step, self._replay, self._sizes = step, replay, (num_sequences, length)
 
-    def __call__(self) -> Tensor:
+    def __call__(self) -> Numbers:
         return self._step(self._replay.sample(*self._sizes))
 
 
@@ -52,7 +52,7 @@ class CapturedStep:
         stream = torch.cuda.Stream(replay.device)
         stream.wait_stream(torch.cuda.current_stream(replay.device))
 
-        def update() -> Tensor:
+        def update() -> Numbers:
             return step(replay.draw(num_sequences, length) if self._batch is None else self._batch)
 
         with torch.cuda.stream(stream):
@@ -65,17 +65,17 @@ class CapturedStep:
         gc.disable()  # a finaliser that frees memory of the GPU would break the capture
         try:
             with torch.compiler.set_stance("fail_on_recompile"), torch.cuda.graph(self._graph, stream=stream):
-                self._metrics = update()
+                self._numbers = update()
         finally:
             gc.enable()
         torch.cuda.current_stream(replay.device).wait_stream(stream)
         self.capture_s = time.monotonic() - began
 
-    def __call__(self) -> Tensor:
+    def __call__(self) -> Numbers:
         if self._batch is not None:
             _copy(self._replay.sample(*self._sizes), self._batch)
         self._graph.replay()
-        return self._metrics
+        return self._numbers
 
 
 def _copy(source: TensorDict, target: TensorDict) -> None:

@@ -17,6 +17,8 @@ import torch
 from torch import Tensor
 
 from learner_proc.heads import target
+from learner_proc.numbers import Numbers
+from shared.metrics import OPEN_LOOP, REPEAT_LAST, Metric
 from shared.model.rssm import Belief, feat
 
 if TYPE_CHECKING:
@@ -50,38 +52,38 @@ class Diagnostics:
     horizons that alone is little: a still errs by up to twice the variance, the constant mean by the variance.
     """
 
-    names: tuple[str, ...]
-
     def __init__(self, spec: StreamSpec, world_model: WorldModel, normaliser: Normaliser, *, length: int) -> None:
-        """Horizons that do not fit in `length` rows are left out of `names`; `WINDOW_LENGTH` rows fit all."""
+        """Horizons that do not fit in `length` rows are left out of `metrics`; `WINDOW_LENGTH` rows fit all."""
         self._world_model, self._normaliser = world_model, normaliser
         self._obs_names, self._length = sorted(spec.obs), length
         self.context = max(1, min(MAX_CONTEXT, length // 3))
         self.horizons = tuple(h for h in HORIZONS if self.context + h <= length)
-        kinds = ("open_loop", "repeat_last")
-        self.names = tuple(f"{kind}_{name}_{h}" for name in self._obs_names for kind in kinds for h in self.horizons)
+        families = (OPEN_LOOP, REPEAT_LAST)
+        self.metrics = tuple(f.member(name, h) for name in self._obs_names for f in families for h in self.horizons)
 
     @torch.no_grad()
-    def __call__(self, batch: TensorDict) -> Tensor:
-        """Mean squared errors per dimension or pixel, in the order of `names`, float32 on the device.
+    def __call__(self, batch: TensorDict) -> Numbers:
+        """Return the mean squared error per dimension or pixel of each of `metrics`.
 
         Windows in which an episode begins between the first row and the predicted one do not count; where none is left
         the error is NaN. Shapes: batch [B, L] in the arrival layout of `shared.stream`. Does not synchronise.
         """
         if not self.horizons:
-            return torch.zeros(0, device=batch["reward"].device)
+            return Numbers((), torch.zeros(0, device=batch["reward"].device))
         rows = [self.context - 1 + h for h in self.horizons]
         obs = self._observations(batch)
         features = feat(self._roll(batch, rows[-1] + 1))  # (B, rows, F)
         predicted = self._world_model.decoder(torch.stack([features[:, row] for row in rows], 1))
         begins = batch["is_first"][:, 1:].cumsum(1)
         counts = torch.stack([begins[:, row - 1] == 0 for row in rows], 1)  # (B, horizons)
-        errors = []
+        errors: dict[Metric, Tensor] = {}
         for name in self._obs_names:
             later = torch.stack([target(obs[name][:, row]) for row in rows], 1)
             last = target(obs[name][:, self.context - 1])[:, None]
-            errors += [_mean_error(guess, later, counts) for guess in (predicted[name], last)]
-        return torch.cat(errors)
+            for family, guess in ((OPEN_LOOP, predicted[name]), (REPEAT_LAST, last)):
+                of_horizons = _mean_error(guess, later, counts).unbind()
+                errors |= {family.member(name, h): error for h, error in zip(self.horizons, of_horizons, strict=True)}
+        return Numbers.of(errors)
 
     @torch.no_grad()
     def rollout(self, batch: TensorDict, *, num_windows: int = 1) -> OpenLoop:

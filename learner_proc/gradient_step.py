@@ -16,10 +16,13 @@ from torch import Tensor, nn
 from learner_proc.behavior import ActorLoss, Behavior, CriticLoss
 from learner_proc.heads import CRITIC_LAYERS, ScalarHead
 from learner_proc.imagination import Dreamer, Imagined, frozen_twin, random_subset
+from learner_proc.numbers import Numbers
 from learner_proc.optimiser import Optimiser
 from learner_proc.scan import Scan
 from learner_proc.slopes import HeadReader
 from learner_proc.world_model import ModelLoss, WorldModel
+from shared import metrics
+from shared.metrics import Metric
 from shared.model.policy import Policy
 from shared.model.rssm import Belief
 
@@ -38,13 +41,6 @@ SCALE_GROUP = "loss_scale_"  # of a snapshot: there with float16 alone, so that 
 class GradientStep:
     """The learner's algorithm: owns every network and optimiser, turns one batch into one update."""
 
-    metric_names: tuple[str, ...] = (
-        *("loss_model", "loss_obs", "loss_reward", "loss_cont", "kl", "kl_free", "loss_actor", "loss_value"),
-        *("imagined_return", "imagined_reward", "return_scale", "value_mean", "value_bias"),
-        *("actor_std", "actor_entropy"),
-        *("grad_norm_model", "grad_norm_actor", "grad_norm_value"),
-        *("clipped_model", "clipped_actor", "clipped_value", "skipped"),
-    )
     policy: Policy
 
     def __init__(self, spec: StreamSpec, settings: Settings, *, device: torch.device) -> None:
@@ -86,8 +82,8 @@ class GradientStep:
         params = list(module.parameters())
         return Optimiser(params, lr=lr, eps=optimization.adam_eps, clip=optimization.grad_clip, scaled=scaled)
 
-    def __call__(self, batch: TensorDict) -> Tensor:
-        """One update of all three; the metrics of `metric_names` in order, detached float32 on the device.
+    def __call__(self, batch: TensorDict) -> Numbers:
+        """Update world model, actor and critic once, and return what the step measured.
 
         Shapes: batch [B, L] in the arrival layout of `shared.stream`. Does not synchronise.
         """
@@ -104,14 +100,8 @@ class GradientStep:
         grads = {"model": model_grads, "actor": actor_grads, "value": critic_grads}
         applied = {name: self._updaters[name].apply(grads[name]) for name in grads}
         self._behavior.update_slow_critic(applied["value"][1])
-        norms = torch.stack([norm for norm, _ in applied.values()])
-        skipped = torch.stack([bad for _, bad in applied.values()]).any()
-        numbers = torch.stack([
-            *(model.total.detach(), *model[1:], actor.total.detach(), critic.total.detach()),
-            *(actor.target.mean(), actor.reward_mean, actor.return_scale, actor.value_mean, critic.bias),
-            *(imagined.actor_std, imagined.entropy.detach().mean()),
-        ])  # fmt: skip
-        return torch.cat([numbers, norms, (norms > self._grad_clip).float(), skipped.float()[None]])
+        losses = _loss_numbers(model, imagined, actor, critic)
+        return Numbers.of(losses | _gradient_numbers(applied, self._grad_clip))
 
     def _learn_model(self, batch: TensorDict) -> tuple[ModelLoss, Belief]:
         """The world model's loss, and its posterior beliefs (B * L, ...), detached, as starts of imagination."""
@@ -233,6 +223,40 @@ class GradientStep:
             parts["cont"] = world_model.cont
         parts |= {"model": world_model, "actor": self.policy.actor, "critic": self.critic}
         return {name: sum(p.numel() for p in part.parameters()) for name, part in parts.items()}
+
+
+def _loss_numbers(model: ModelLoss, imagined: Imagined, actor: ActorLoss, critic: CriticLoss) -> dict[Metric, Tensor]:
+    return {
+        metrics.LOSS_MODEL: model.total,
+        metrics.LOSS_OBS: model.obs,
+        metrics.LOSS_REWARD: model.reward,
+        metrics.LOSS_CONT: model.cont,
+        metrics.KL: model.kl,
+        metrics.KL_FREE: model.kl_free,
+        metrics.LOSS_ACTOR: actor.total,
+        metrics.LOSS_VALUE: critic.total,
+        metrics.IMAGINED_RETURN: actor.target.mean(),
+        metrics.IMAGINED_REWARD: actor.reward_mean,
+        metrics.RETURN_SCALE: actor.return_scale,
+        metrics.VALUE_MEAN: actor.value_mean,
+        metrics.VALUE_BIAS: critic.bias,
+        metrics.ACTOR_STD: imagined.actor_std,
+        metrics.ACTOR_ENTROPY: imagined.entropy.detach().mean(),
+    }
+
+
+def _gradient_numbers(applied: dict[str, tuple[Tensor, Tensor]], clip: float) -> dict[Metric, Tensor]:
+    """Shapes: applied holds the gradient norm () and whether the step was skipped, () bool, of each optimiser."""
+    norms = {name: norm for name, (norm, _) in applied.items()}
+    return {
+        metrics.GRAD_NORM_MODEL: norms["model"],
+        metrics.GRAD_NORM_ACTOR: norms["actor"],
+        metrics.GRAD_NORM_VALUE: norms["value"],
+        metrics.CLIPPED_MODEL: norms["model"] > clip,
+        metrics.CLIPPED_ACTOR: norms["actor"] > clip,
+        metrics.CLIPPED_VALUE: norms["value"] > clip,
+        metrics.SKIPPED: torch.stack([skipped for _, skipped in applied.values()]).any(),
+    }
 
 
 def dense_layers(module: nn.Module) -> list[nn.Linear]:

@@ -15,11 +15,13 @@ from learner_proc import checkpoint
 from learner_proc.diagnostics import WINDOW_LENGTH, Diagnostics
 from learner_proc.link import CollectorLink
 from learner_proc.metrics_writer import Counters, Report
+from learner_proc.numbers import Numbers
 from learner_proc.pacing import Pacing
 from learner_proc.publisher import Publisher
 from learner_proc.replay import Replay
 from learner_proc.return_check import ReturnCheck
 from learner_proc.startup import allocate_replay, build_gradient_step, build_step
+from shared import metrics
 from shared.checksum import checksum
 from shared.config import Geometry, Settings
 from shared.errors import SettingError, TransportError
@@ -151,11 +153,10 @@ class Learner:
         self._log.info("networks ready", seconds=round(seconds, 2), parameters=self._step.parameter_counts())
         self._report = Report(
             self._run_dir / "metrics.jsonl",
-            self._step.metric_names,
             self._device,
             self.counters,
             streaming_since=began,
-            diagnostic_names=(*self._diagnostics.names, *self._returns.names, "sampled_version_mean"),
+            diagnostic_metrics=(*self._diagnostics.metrics, *self._returns.metrics, metrics.SAMPLED_VERSION_MEAN),
             constants={
                 "replay_ratio_target": self._settings.optimization.replay_ratio,
                 "transport": "cuda_ipc" if replay.slab.is_cuda else "memfd",
@@ -295,8 +296,8 @@ class Learner:
             # training's generator stays as it is, and a resumed run looks at what the first one would have
             looking = torch.Generator(replay.slab.device).manual_seed(self.counters.gradient_steps)
             batch = replay.sample(DIAGNOSTIC_WINDOWS, length, generator=looking)
-            age = batch["policy_version"].float().mean()[None]
-            errors = torch.cat([self._diagnostics(batch), self._returns(batch), age])
+            version = Numbers.of({metrics.SAMPLED_VERSION_MEAN: batch["policy_version"].float().mean()})
+            errors = Numbers.join([self._diagnostics(batch), self._returns(batch), version])
         self._report.request_row(
             errors,
             replay_ratio=self._replay_ratio(),

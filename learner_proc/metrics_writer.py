@@ -12,10 +12,11 @@ from pathlib import Path
 from typing import IO
 
 import torch
-from torch import Tensor
 
+from learner_proc.numbers import Numbers
 from shared.memory import Memory, MemoryMeter, gigabytes
 from shared.messages import EPISODE_KINDS, Commit
+from shared.metrics import METRICS, SKIPPED, Metric
 
 TRAIN_WINDOW, EVAL_WINDOW = 100, 20  # finished episodes a mean return is taken over
 
@@ -38,26 +39,29 @@ class Report:
     def __init__(
         self,
         path: Path,
-        metric_names: tuple[str, ...],
         device: torch.device,
         counters: Counters,
         *,
         constants: dict,
         streaming_since: float,
-        diagnostic_names: tuple[str, ...] = (),
+        diagnostic_metrics: tuple[Metric, ...] = (),
     ) -> None:
-        """constants: columns of every row; streaming_since: time.monotonic() when the collector began;
-        diagnostic_names: further device columns, measured once per row."""
+        """Open the file for appending.
+
+        constants: columns of every row; streaming_since: time.monotonic() when the collector began; diagnostic_metrics:
+        what `request_row` gets from the device, measured once per row. Rows without a measurement hold null there.
+        """
         cut_after(path, counters.gradient_steps)
         self._file: IO[str] = path.open("a", buffering=1)
-        self._names, self._counters, self._constants = metric_names, counters, constants
-        self._diagnostic_names = diagnostic_names
-        # of each metric: the sum of its finite values, and how many those were: one bad step must not blank the row
-        self._sums = torch.zeros(2, len(metric_names), device=device)
+        self._device, self._counters, self._constants = device, counters, constants
+        self._diagnostic_metrics = diagnostic_metrics
+        # of each metric of a step, which the first step names: the sum of its finite values, and their number, so that
+        # one bad step does not blank the row
+        self._metrics: tuple[Metric, ...] = ()
+        self._sums = torch.zeros(2, 0, device=device)
         self._count = 0
         self._num_rows = int(path.exists() and path.stat().st_size > 0)
-        width = 2 * len(metric_names) + len(diagnostic_names)
-        self._pinned = torch.zeros(width, pin_memory=device.type == "cuda")
+        self._pinned = torch.zeros(len(diagnostic_metrics), pin_memory=device.type == "cuda")
         self._pending: tuple[dict, int, torch.cuda.Event | None] | None = None
         self._returns = {kind: deque(maxlen=EVAL_WINDOW if kind == "eval" else TRAIN_WINDOW) for kind in EPISODE_KINDS}
         self._lengths: deque[float] = deque(maxlen=TRAIN_WINDOW)
@@ -97,18 +101,24 @@ class Report:
         if commit.policy_version > 0:
             self._lags.append(newest_version - commit.policy_version)
 
-    def add_step(self, metrics: Tensor) -> None:
-        """metrics: (len(metric_names),) on the device."""
-        finite = metrics.isfinite()
-        self._sums += torch.stack([torch.where(finite, metrics, 0.0), finite.float()])
+    def add_step(self, numbers: Numbers) -> None:
+        """Add what one gradient step measured. Every step measures the same metrics."""
+        if not self._metrics:
+            self._metrics = numbers.metrics
+            self._sums = torch.zeros(2, len(self._metrics), device=self._device)
+            width = 2 * len(self._metrics) + len(self._diagnostic_metrics)
+            self._pinned = torch.zeros(width, pin_memory=self._device.type == "cuda")
+        assert numbers.metrics == self._metrics, numbers.metrics
+        finite = numbers.values.isfinite()
+        self._sums += torch.stack([torch.where(finite, numbers.values, 0.0), finite.float()])
         self._count += 1
         if self._first_step is None:
             self._first_step = (time.monotonic(), self._counters.gradient_steps)
 
-    def request_row(self, diagnostics: Tensor | None = None, **numbers: float | None) -> None:
+    def request_row(self, diagnostics: Numbers | None = None, **numbers: float | None) -> None:
         """Ask for a row of the present window, unless nothing happened since the last one.
 
-        diagnostics: (len(diagnostic_names),) on the device, or None where they could not be measured; numbers: further
+        diagnostics: the numbers of `diagnostic_metrics`, or None where they could not be measured; numbers: further
         columns.
         """
         self.poll(wait=True)
@@ -118,8 +128,10 @@ class Report:
         row = self._numbers() | numbers
         event = None
         if diagnostics is None:
-            diagnostics = self._sums.new_full((len(self._diagnostic_names),), float("nan"))
-        self._pinned.copy_(torch.cat([self._sums.flatten(), diagnostics]), non_blocking=True)
+            values = self._sums.new_full((len(self._diagnostic_metrics),), float("nan"))
+            diagnostics = Numbers(self._diagnostic_metrics, values)
+        assert diagnostics.metrics == self._diagnostic_metrics, diagnostics.metrics
+        self._pinned.copy_(torch.cat([self._sums.flatten(), diagnostics.values]), non_blocking=True)
         if self._sums.is_cuda:
             event = torch.cuda.Event(blocking=True)
             event.record()
@@ -138,14 +150,17 @@ class Report:
         if event is not None:
             event.synchronize()
         self._pending = None
-        values, width = self._pinned.tolist(), len(self._names)
+        values, width = self._pinned.tolist(), len(self._metrics)
         sums, numbers = values[:width], values[width : 2 * width]
-        skipped = round(dict(zip(self._names, sums, strict=True)).get("skipped", 0.0))
+        skipped = round(dict(zip(self._metrics, sums, strict=True)).get(SKIPPED, 0.0))
         self._counters.nan_skips += skipped
         self.skipped_in_a_row = self.skipped_in_a_row + count if skipped == count else 0
         means = [total / number if number else None for total, number in zip(sums, numbers, strict=True)]
-        row |= dict(zip(self._names, means, strict=True))
-        row |= dict(zip(self._diagnostic_names, values[2 * width :], strict=True))
+        # every declared column is in every row, so a run that was stopped before its first step has them all as well
+        row = dict.fromkeys(METRICS) | row
+        row |= {metric.name: mean for metric, mean in zip(self._metrics, means, strict=True)}
+        further = zip(self._diagnostic_metrics, values[2 * width :], strict=True)
+        row |= {metric.name: value for metric, value in further}
         row |= {"nan_skips": self._counters.nan_skips} | self._constants
         self._file.write(json.dumps({k: _json(v) for k, v in row.items()}) + "\n")
         return row

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -25,6 +25,17 @@ class Numbers:
     def of(named: Mapping[Metric, Tensor]) -> Numbers:
         """Join one scalar tensor per metric into one vector, with one kernel and without a host synchronisation."""
         return Numbers(tuple(named), torch.stack([value.detach().float() for value in named.values()]))
+
+    @staticmethod
+    def join(parts: Sequence[Numbers]) -> Numbers:
+        """Join several vectors into one. A metric must not occur twice."""
+        metrics = tuple(metric for part in parts for metric in part.metrics)
+        assert len(set(metrics)) == len(metrics), metrics
+        return Numbers(metrics, torch.cat([part.values for part in parts]))
+
+    def to_host(self) -> dict[Metric, float]:
+        """Return all numbers by their metric. Waits for the device."""
+        return dict(zip(self.metrics, self.values.tolist(), strict=True))
 
     def __getitem__(self, metric: Metric) -> Tensor:
         """Return the () tensor of one metric. Raises: ValueError if it was not measured."""

@@ -10,9 +10,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
 
 from learner_proc.diagnostics import MAX_CONTEXT
+from learner_proc.numbers import Numbers
+from shared.metrics import IMAGINED_VALUE, RECORDED_RETURN
 from shared.model.rssm import feat
 
 if TYPE_CHECKING:
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
 class ReturnCheck:
     """Mean value and mean recorded return of the same replayed states, in scaled rewards; for log points."""
 
-    names = ("imagined_value", "recorded_return")
+    metrics = (IMAGINED_VALUE, RECORDED_RETURN)
 
     def __init__(
         self, world_model: WorldModel, normaliser: Normaliser, critic: ScalarHead, optimization: OptimizationSettings
@@ -36,11 +37,11 @@ class ReturnCheck:
         self._gamma, self._reward_scale = optimization.gamma, optimization.reward_scale
 
     @torch.no_grad()
-    def __call__(self, batch: TensorDict) -> Tensor:
+    def __call__(self, batch: TensorDict) -> Numbers:
         """Two means over the windows in which no episode begins after row 0, NaN where there is none.
 
         The recorded return sums the discounted rewards from the first row past the context to the window's end and the
-        critic's value there. Shapes: batch [B, L] in the arrival layout of `shared.stream`; result (2,). Does not
+        critic's value there. Shapes: batch [B, L] in the arrival layout of `shared.stream`. Does not
         synchronise.
         """
         reward, first = batch.get("reward"), batch.get("is_first")
@@ -55,4 +56,5 @@ class ReturnCheck:
         recorded = (reward[:, start:-1] * self._reward_scale * discount).sum(1) + self._gamma**steps * value[:, 1]
         whole = ~first[:, 1:].any(1)
         both = torch.stack([value[:, 0], recorded], 1).masked_fill(~whole[:, None], 0.0)
-        return both.sum(0) / whole.sum()
+        imagined, recorded = both.sum(0) / whole.sum()
+        return Numbers.of({IMAGINED_VALUE: imagined, RECORDED_RETURN: recorded})

@@ -17,11 +17,13 @@ import torch
 from collector_proc.simulators.pendulum.simulator import pendulum_frame
 from launcher.run_folder import create_run_folder
 from learner_proc import learn, startup
+from learner_proc.numbers import Numbers
 from shared.compose import compose, save_settings
 from shared.config import geometry, num_envs
 from shared.files import write_json
 from shared.lifetime import StopFlag
 from shared.logs import configure
+from shared.metrics import SKIPPED
 from shared.model.policy import Policy
 from shared.progress import Progress
 from shared.run_folder import make_socket_dir, read_run, remove_socket_dir
@@ -85,15 +87,13 @@ class Killer:
 class Checker:
     """Stands where the gradient step stands and checks every sampled window against what the commits said."""
 
-    metric_names = ("checked",)
-
     def __init__(self, spec, settings, *, device) -> None:
         self.spec, self.policy = spec, Policy(spec, settings.networks)
         self.world_model = self.critic = None
         self.windows = self.steps = 0
         self.threads = 0
 
-    def __call__(self, batch) -> torch.Tensor:
+    def __call__(self, batch) -> Numbers:
         learner, table = TEST["learner"], TEST["table"]
         stamp = batch["obs", "stamp"].long()  # (B, L, 3)
         incarnation, env, tick = stamp.unbind(-1)
@@ -119,7 +119,7 @@ class Checker:
         enough = killer.kills >= MIN_KILLS and table.commits > MIN_COMMITS and self.windows > MIN_WINDOWS
         if now > TEST["end"] and (enough or now > TEST["end"] + GRACE_S):
             TEST["stop"].requested = True
-        return torch.ones(1)
+        return Numbers((SKIPPED,), torch.zeros(1))
 
     @staticmethod
     def _check_dynamics(batch) -> None:
@@ -146,13 +146,13 @@ class Checker:
 
 
 class NoDiagnostics:
-    names = ()
+    metrics = ()
 
     def __init__(self, *args, **kwargs) -> None:
         """There is no model to diagnose."""
 
-    def __call__(self, batch) -> torch.Tensor:
-        return torch.zeros(0)
+    def __call__(self, batch) -> Numbers:
+        return Numbers((), torch.zeros(0))
 
 
 class Table:

@@ -7,10 +7,11 @@ import pytest
 import torch
 
 from learner_proc import checkpoint
-from learner_proc.captured_step import CapturedStep, SampledStep
+from learner_proc.captured_step import CapturedStep, SampledStep, Update
 from learner_proc.gradient_step import GradientStep
 from learner_proc.replay import Replay
 from learner_proc.startup import build_gradient_step, build_step
+from shared import metrics
 from shared.config import Geometry, Settings
 from shared.stream import ObsSpec, StreamSpec, plan_layout
 
@@ -60,15 +61,20 @@ def learner(settings: Settings, device: torch.device = CPU, **where: Any) -> tup
     return step, replay, build_step(step, replay, settings, SIZES, device=device)
 
 
+def measured(update: Update, num_steps: int) -> torch.Tensor:
+    """(num_steps, metrics): copied, because a captured step overwrites what it returned before."""
+    return torch.stack([update().values.clone() for _ in range(num_steps)])
+
+
 def test_an_update_is_a_gradient_step_on_a_sample() -> None:
     step, _, update = learner(settings_of())
     torch.manual_seed(1)
-    found = [update().clone() for _ in range(2)]
+    found = measured(update, 2)
     twin, replay, _ = learner(settings_of())
     torch.manual_seed(1)
-    expected = [twin(replay.sample(B, L)) for _ in range(2)]
+    expected = measured(lambda: twin(replay.sample(B, L)), 2)
     assert isinstance(update, SampledStep)
-    torch.testing.assert_close(torch.stack(found), torch.stack(expected), rtol=0, atol=0)
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
     assert all(torch.equal(a, b) for a, b in zip(_flat(step), _flat(twin), strict=True))
 
 
@@ -91,18 +97,19 @@ def test_cudagraphs_change_nothing_on_a_cpu() -> None:
 @pytest.mark.gpu
 @pytest.mark.parametrize(("autocast", "compiled", "hosted"), CAPTURES)
 def test_captured_and_plain_updates_agree_over_20_steps(autocast: str, compiled: bool, hosted: bool) -> None:
-    device, metrics = torch.device("cuda", 0), {}
+    device, values = torch.device("cuda", 0), {}
     where = {"slab_device": CPU} if hosted else {}
     for graphs in (True, False):
         settings = settings_of(autocast=autocast, compiled=compiled, graphs=graphs, backend="inductor")
-        step, _, update = learner(settings, device, **where)
+        _, _, update = learner(settings, device, **where)
         assert isinstance(update, CapturedStep if graphs else SampledStep)
         torch.manual_seed(1)
-        metrics[graphs] = torch.stack([update().clone() for _ in range(20)]).cpu()
-        assert metrics[graphs][:, step.metric_names.index("skipped")].sum() <= (15 if autocast == "float16" else 0)
+        values[graphs] = measured(update, 20).cpu()
+        skipped = values[graphs][:, update().metrics.index(metrics.SKIPPED)]
+        assert skipped.sum() <= (15 if autocast == "float16" else 0)
     rtol = 1e-4 if autocast == "false" else 0.02
-    torch.testing.assert_close(metrics[True][-5:], metrics[False][-5:], rtol=rtol, atol=rtol)
-    assert not torch.equal(metrics[True][0], metrics[True][-1]), "the replayed step trains"
+    torch.testing.assert_close(values[True][-5:], values[False][-5:], rtol=rtol, atol=rtol)
+    assert not torch.equal(values[True][0], values[True][-1]), "the replayed step trains"
 
 
 @pytest.mark.gpu
@@ -112,11 +119,11 @@ def test_captured_updates_after_a_resume_go_on_as_if_nothing_had_happened() -> N
     for _ in range(3):
         update()
     state, random_state = step.state_dict(), checkpoint.random_state(replay, device)
-    expected = torch.stack([update().clone() for _ in range(3)])
+    expected = measured(update, 3)
     resumed, its_replay, its_update = learner(settings, device)
     resumed.load_state_dict(state)
     checkpoint.restore_random_state(random_state, its_replay, device)
-    found = torch.stack([its_update().clone() for _ in range(3)])
+    found = measured(its_update, 3)
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
 
 
@@ -124,13 +131,12 @@ def test_captured_updates_after_a_resume_go_on_as_if_nothing_had_happened() -> N
 def test_a_captured_update_sees_commits_that_came_after_the_capture() -> None:
     """The sampler's bounds are read on the device: rows granted away are out of reach of a graph captured before."""
     device = torch.device("cuda", 0)
-    step, replay, update = learner(settings_of(), device)
+    _, replay, update = learner(settings_of(), device)
     replay.grant()
     granted = (replay.promised - K) % CAPACITY
     replay.chunk(granted).get("reward").fill_(float("nan"))
     for _ in range(50):
-        metrics: torch.Tensor = update()
-        assert metrics[step.metric_names.index("skipped")].item() == 0.0
+        assert update()[metrics.SKIPPED].item() == 0.0
 
 
 @pytest.mark.gpu

@@ -53,7 +53,7 @@ def odometer(pace: float, length: int) -> Diagnostics:
 
 
 def errors(diagnostics: Diagnostics, batch: TensorDict) -> dict[str, float]:
-    return dict(zip(diagnostics.names, diagnostics(batch).tolist(), strict=True))
+    return {metric.name: value for metric, value in diagnostics(batch).to_host().items()}
 
 
 @pytest.mark.parametrize(
@@ -65,7 +65,9 @@ def test_a_third_of_a_window_at_most_five_rows_is_context_and_horizons_beyond_it
 ):
     diagnostics = odometer(1.0, length)
     assert (diagnostics.context, diagnostics.horizons) == (context, horizons)
-    assert diagnostics(odometry(length)).shape == (len(diagnostics.names),) == (2 * len(horizons),)
+    assert diagnostics(odometry(length)).metrics == diagnostics.metrics and len(diagnostics.metrics) == 2 * len(
+        horizons
+    )
 
 
 def test_a_model_that_knows_the_motion_errs_by_nothing_and_a_still_by_the_distance_moved():
@@ -179,7 +181,8 @@ def test_looking_neither_waits_for_the_device_nor_draws_from_its_random_stream()
     with NoSync():
         found, shown = diagnostics(batch), diagnostics.rollout(batch)
     assert torch.equal(torch.get_rng_state(), state)
-    assert found.shape == (8,) and torch.isfinite(found).all() and not found.requires_grad
+    assert found.metrics == diagnostics.metrics and len(found.metrics) == 8
+    assert torch.isfinite(found.values).all() and not found.values.requires_grad
     assert shown.predicted["pixels"].shape == shown.observed["pixels"].shape == (1, 20, 64, 64, 3)
     assert all(torch.equal(t, before[group][k]) for group, ts in step.state_dict().items() for k, t in ts.items())
 

@@ -10,6 +10,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from learner_proc import scan, slopes
 from learner_proc.gradient_step import GradientStep
+from learner_proc.numbers import Numbers
+from shared import metrics
 from shared.config import CompileSettings, NetworkSettings, OptimizationSettings, Settings
 from shared.model.distributions import tanh_normal_entropy
 from shared.model.rssm import Belief
@@ -53,15 +55,15 @@ def make_batch(obs=VECTOR, seed=1) -> TensorDict:
     return TensorDict({"obs": TensorDict(entries, [B, L]), **fields}, [B, L])
 
 
-def run(step: GradientStep, num_steps: int, batch: TensorDict | None = None, seed: int = 7) -> list[torch.Tensor]:
+def run(step: GradientStep, num_steps: int, batch: TensorDict | None = None, seed: int = 7) -> list[Numbers]:
     torch.manual_seed(seed)
     fixed = make_batch() if batch is None else batch
     torch.manual_seed(seed)
     return [step(fixed) for _ in range(num_steps)]
 
 
-def metric(step: GradientStep, metrics: torch.Tensor, name: str) -> float:
-    return metrics[step.metric_names.index(name)].item()
+def stacked(steps: list[Numbers]) -> torch.Tensor:
+    return torch.stack([numbers.values for numbers in steps])
 
 
 def assert_same(state: dict, other: dict, groups: tuple[str, ...] | None = None) -> None:
@@ -231,16 +233,18 @@ def test_all_three_losses_belong_to_the_parameters_before_the_step(moving, still
     assert_moved(slow.state_dict(), fast.state_dict(), still)  # the second step does see the difference
 
 
-def test_metrics_are_one_detached_float32_vector_in_the_order_of_their_names():
+def test_a_step_returns_one_detached_float32_number_per_metric():
     step = make(cont=True)
-    (metrics,) = run(step, 1)
-    assert metrics.shape == (len(step.metric_names),) and metrics.dtype == torch.float32 and not metrics.requires_grad
-    assert len(set(step.metric_names)) == len(step.metric_names) and torch.isfinite(metrics).all()
-    value = {name: metric(step, metrics, name) for name in step.metric_names}
-    kl = max(value["kl"], 1.0)
-    total = value["loss_obs"] + value["loss_reward"] + 10 * value["loss_cont"] + kl
-    assert value["loss_model"] == pytest.approx(total, rel=1e-5)
-    assert 0.5 < value["actor_std"] < 1.5 and value["skipped"] == 0.0 and value["loss_cont"] > 0.0
+    (numbers,) = run(step, 1)
+    values = numbers.values
+    assert values.shape == (len(numbers.metrics),) and values.dtype == torch.float32 and not values.requires_grad
+    assert len(set(numbers.metrics)) == len(numbers.metrics) and torch.isfinite(values).all()
+    value = numbers.to_host()
+    kl = max(value[metrics.KL], 1.0)
+    total = value[metrics.LOSS_OBS] + value[metrics.LOSS_REWARD] + 10 * value[metrics.LOSS_CONT] + kl
+    assert value[metrics.LOSS_MODEL] == pytest.approx(total, rel=1e-5)
+    assert 0.5 < value[metrics.ACTOR_STD] < 1.5
+    assert value[metrics.SKIPPED] == 0.0 and value[metrics.LOSS_CONT] > 0.0
 
 
 class NoSync(TorchDispatchMode):
@@ -271,8 +275,8 @@ def test_a_step_on_nan_observations_leaves_everything_bit_identical(options):
     run(step, 2)
     before = step.state_dict()
     bad["obs", "policy"][1, 2] = torch.nan
-    (metrics,) = run(step, 1, bad)
-    assert metric(step, metrics, "skipped") == 1.0
+    (numbers,) = run(step, 1, bad)
+    assert numbers[metrics.SKIPPED].item() == 1.0
     assert_same(before, step.state_dict())
     untouched = make(cont=True, **options)
     run(untouched, 2)
@@ -286,8 +290,8 @@ def test_a_bad_model_gradient_skips_the_model_and_nothing_else():
     step, bad = make(), make_batch()
     before = step.state_dict()
     bad["reward"][0, 0] = torch.inf
-    (metrics,) = run(step, 1, bad)
-    assert metric(step, metrics, "skipped") == 1.0
+    (numbers,) = run(step, 1, bad)
+    assert numbers[metrics.SKIPPED].item() == 1.0
     assert_same(before, step.state_dict(), ("world_model", "adam_model"))
     assert_moved(before, step.state_dict(), ("actor", "critic", "adam_actor", "adam_value"))
 
@@ -304,7 +308,7 @@ def test_steps_after_a_load_equal_steps_without_and_no_address_changes(autocast,
     other.load_state_dict(saved)
     assert addresses == [t.data_ptr() for tensors in other._tensors().values() for t in tensors.values()]
     ours, theirs = run(step, 3, seed=9), run(other, 3, seed=9)
-    assert torch.equal(torch.stack(ours), torch.stack(theirs))
+    assert torch.equal(stacked(ours), stacked(theirs))
     assert_same(step.state_dict(), other.state_dict())
     assert_moved(saved, step.state_dict(), ("world_model", "actor", "critic"))  # a snapshot does not move along
 
@@ -350,28 +354,28 @@ def test_lower_precision_stays_close_to_float32(autocast, obs):
         for name in ("false", autocast)
     )
     expected, found = (run(step, 12, make_batch(obs))[-1] for step in (exact, rough))  # time for the scale to settle
-    assert metric(rough, found, "skipped") == 0.0
-    torch.testing.assert_close(found, expected, rtol=0.1, atol=0.05)
+    assert found[metrics.SKIPPED].item() == 0.0
+    torch.testing.assert_close(found.values, expected.values, rtol=0.1, atol=0.05)
     assert all(t.dtype == torch.float32 for tensors in rough.state_dict().values() for t in tensors.values())
 
 
 def test_the_clipped_shares_count_norms_above_the_limit():
     step = make(grad_clip=0.75)
-    (metrics,) = run(step, 1)
-    norms = [metric(step, metrics, f"grad_norm_{name}") for name in ("model", "actor", "value")]
-    clipped = [metric(step, metrics, f"clipped_{name}") for name in ("model", "actor", "value")]
+    (numbers,) = run(step, 1)
+    norms = [numbers[m].item() for m in (metrics.GRAD_NORM_MODEL, metrics.GRAD_NORM_ACTOR, metrics.GRAD_NORM_VALUE)]
+    clipped = [numbers[m].item() for m in (metrics.CLIPPED_MODEL, metrics.CLIPPED_ACTOR, metrics.CLIPPED_VALUE)]
     assert clipped == [float(norm > 0.75) for norm in norms] and set(clipped) == {0.0, 1.0}, norms
 
 
 @pytest.mark.parametrize(("free_nats", "share"), [(0.0, 0.0), (100.0, 1.0)])
 def test_kl_free_counts_batches_without_a_gradient_of_the_kl(free_nats, share):
     step = make(free_nats=free_nats)
-    assert metric(step, run(step, 1)[0], "kl_free") == share
+    assert run(step, 1)[0][metrics.KL_FREE].item() == share
 
 
 def test_actor_entropy_is_that_of_actions_between_minus_one_and_one():
     step = make(actor_lr=0.0)
-    found = torch.stack([metrics[step.metric_names.index("actor_entropy")] for metrics in run(step, 10)]).mean()
+    found = torch.stack([numbers[metrics.ACTOR_ENTROPY] for numbers in run(step, 10)]).mean()
     torch.manual_seed(0)
     mean, std = torch.zeros(100_000, A), torch.full((100_000, A), 1.0)  # init_std, and means near zero
     expected = tanh_normal_entropy(mean, std, torch.randn(100_000, A)).mean()
@@ -390,7 +394,7 @@ def test_statistics_reach_acting_and_learning_and_pixels_need_none():
         step = make()
         if len(rows):
             step.observe_statistics({"policy": rows})
-        losses.append(metric(step, run(step, 1, far)[0], "loss_obs"))
+        losses.append(run(step, 1, far)[0][metrics.LOSS_OBS].item())
     assert losses[0] > 100.0 and losses[1] < 10.0  # four clipped dimensions; four of unit variance
     assert not make(PIXELS).state_dict()["normaliser"]
     make(PIXELS).observe_statistics({"pixels": torch.zeros(2, 1, 64, 64, 3, dtype=torch.uint8)})
@@ -398,27 +402,27 @@ def test_statistics_reach_acting_and_learning_and_pixels_need_none():
 
 def test_the_world_model_learns_to_explain_one_batch():
     step = make(world_model_lr=1e-2, value_lr=0.0, actor_lr=0.0, free_nats=0.0)
-    metrics = run(step, 100)
-    for name in ("loss_obs", "loss_reward"):
-        first, last = (metric(step, m, name) for m in (metrics[0], torch.stack(metrics[-10:]).mean(0)))
-        assert last < first - 0.1, (name, first, last)
+    numbers = run(step, 100)
+    for metric in (metrics.LOSS_OBS, metrics.LOSS_REWARD):
+        first, last = (torch.stack([n[metric] for n in part]).mean() for part in (numbers[:1], numbers[-10:]))
+        assert last < first - 0.1, (metric, first, last)
 
 
 def test_the_critic_closes_in_on_the_returns():
     step = make(world_model_lr=0.0, actor_lr=0.0, value_lr=1e-2, gamma=0.5)
     with torch.no_grad():
         list(step.critic.parameters())[-1].fill_(3.0)  # too high: with gamma 0.5 the returns of this world lie below it
-    metrics = run(step, 60)
+    numbers = run(step, 60)
     floor = (1 + 0.5 + 0.25) / 3 * 0.9189385  # half log two pi, weighted by 1, gamma, gamma^2
-    assert metric(step, metrics[0], "loss_value") > floor + 0.3
-    assert metric(step, metrics[-1], "loss_value") < floor + 0.05
+    assert numbers[0][metrics.LOSS_VALUE].item() > floor + 0.3
+    assert numbers[-1][metrics.LOSS_VALUE].item() < floor + 0.05
 
 
 def test_the_actor_climbs_the_return_it_imagines():
     step = make(actor_lr=1e-2, world_model_lr=0.0, value_lr=0.0)
-    metrics = run(step, 60)
+    numbers = run(step, 60)
     first, last = (
-        torch.stack(part)[:, step.metric_names.index("imagined_return")].mean() for part in (metrics[:5], metrics[-5:])
+        torch.stack([n[metrics.IMAGINED_RETURN] for n in part]).mean() for part in (numbers[:5], numbers[-5:])
     )
     assert last > first + 0.02, (first, last)
 
@@ -430,7 +434,7 @@ def compare_with_eager(backend: str, **options: Any) -> None:
     compiled.load_state_dict(eager.state_dict())
     with torch.compiler.set_stance("fail_on_recompile"):
         found = run(compiled, 3)
-    torch.testing.assert_close(torch.stack(found), torch.stack(run(eager, 3)), rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(stacked(found), stacked(run(eager, 3)), rtol=1e-3, atol=1e-3)
 
     assert_close(compiled.state_dict(), eager.state_dict())
 

@@ -7,6 +7,8 @@ import torch
 from tensordict import TensorDict
 
 from learner_proc.gradient_step import GradientStep
+from learner_proc.numbers import Numbers
+from shared import metrics
 from shared.config import CompileSettings, NetworkSettings, OptimizationSettings, Settings
 from shared.model.layers import Normaliser, symlog
 from shared.model.rssm import Belief
@@ -34,14 +36,10 @@ def make_batch() -> TensorDict:
     return TensorDict({"obs": obs, **fields}, [B, L])
 
 
-def run(step: GradientStep, num_steps: int, batch: TensorDict | None = None) -> list[torch.Tensor]:
+def run(step: GradientStep, num_steps: int, batch: TensorDict | None = None) -> list[Numbers]:
     fixed = make_batch() if batch is None else batch
     torch.manual_seed(7)
     return [step(fixed) for _ in range(num_steps)]
-
-
-def metric(step: GradientStep, metrics: torch.Tensor, name: str) -> float:
-    return metrics[step.metric_names.index(name)].item()
 
 
 def test_imagination_starts_from_a_new_random_subset_with_its_own_terminal_flags():
@@ -69,8 +67,8 @@ def test_without_a_number_of_starts_all_beliefs_are_starts_in_order():
 
 def test_an_entropy_bonus_widens_the_actor():
     plain, bonus = (make(actor_lr=1e-2, entropy_scale=scale) for scale in (0.0, 10.0))
-    metrics = {name: run(step, 30)[-1] for name, step in (("plain", plain), ("bonus", bonus))}
-    gain = metric(bonus, metrics["bonus"], "actor_entropy") - metric(plain, metrics["plain"], "actor_entropy")
+    without, with_bonus = (run(step, 30)[-1][metrics.ACTOR_ENTROPY].item() for step in (plain, bonus))
+    gain = with_bonus - without
     assert gain > 0.05, gain
 
 
@@ -96,11 +94,11 @@ def test_a_return_range_survives_in_the_state_and_scales_the_actors_gradient():
     state["return_scale"] = {"range": torch.tensor(400.0), "weight": torch.tensor(1.0)}
     scaled.load_state_dict(state)
     first, second = run(plain, 1)[0], run(scaled, 1)[0]
-    scale = metric(scaled, second, "return_scale")
-    assert 390.0 < scale < 400.0 and metric(plain, first, "return_scale") == 1.0
-    for name in ("loss_actor", "grad_norm_actor"):
-        assert metric(scaled, second, name) == pytest.approx(metric(plain, first, name) / scale, rel=1e-4)
-    assert metric(scaled, second, "loss_value") == metric(plain, first, "loss_value")
+    scale = second[metrics.RETURN_SCALE].item()
+    assert 390.0 < scale < 400.0 and first[metrics.RETURN_SCALE].item() == 1.0
+    for metric in (metrics.LOSS_ACTOR, metrics.GRAD_NORM_ACTOR):
+        assert second[metric].item() == pytest.approx(first[metric].item() / scale, rel=1e-4)
+    assert second[metrics.LOSS_VALUE].item() == first[metrics.LOSS_VALUE].item()
 
 
 def test_symlogged_observations_are_what_encoder_and_decoder_see():
@@ -109,7 +107,7 @@ def test_symlogged_observations_are_what_encoder_and_decoder_see():
     far, small = make_batch(), make_batch()
     far["obs", "policy"].mul_(1000)
     small["obs", "policy"] = symlog(far["obs", "policy"])
-    assert metric(step, run(step, 1, far)[0], "loss_obs") == metric(twin, run(twin, 1, small)[0], "loss_obs")
+    assert run(step, 1, far)[0][metrics.LOSS_OBS].item() == run(twin, 1, small)[0][metrics.LOSS_OBS].item()
 
 
 def test_the_v1_step_has_no_state_beside_networks_normaliser_and_optimisers():

@@ -38,7 +38,7 @@ def check() -> ReturnCheck:
 
 def test_the_recorded_return_sums_discounted_scaled_rewards_and_the_last_value():
     # from row 4: 40 + 0.5 * 50 + 0.25 * (100 + 6)
-    assert check()(batch()).tolist() == pytest.approx([104.0, 40.0 + 25.0 + 26.5])
+    assert check()(batch()).values.tolist() == pytest.approx([104.0, 40.0 + 25.0 + 26.5])
 
 
 def test_windows_in_which_an_episode_begins_do_not_count():
@@ -46,6 +46,6 @@ def test_windows_in_which_an_episode_begins_do_not_count():
     crossed["reward"][1] = 1e6
     crossed["is_first"][1, 5] = True
     crossed["is_first"][2, 0] = True  # a window that begins with an episode is whole
-    assert check()(crossed).tolist() == pytest.approx([104.0, 91.5])
+    assert check()(crossed).values.tolist() == pytest.approx([104.0, 91.5])
     crossed["is_first"][:, 3] = True
-    assert check()(crossed).isnan().all()
+    assert check()(crossed).values.isnan().all()
