@@ -1,7 +1,7 @@
-"""Entry of the collector: `python -m collector_proc --run-dir DIR`. The one file where import order is law.
+"""Entry of the collector: `python -m collector_proc --run-dir DIR`.
 
-A simulator such as IsaacLab must start before torch is imported, so nothing here or above the call of
-`build_simulator` may import it.
+The order of imports matters in this file: a simulator such as Isaac Lab must start before torch is imported. So neither
+this module nor anything that it imports at its top may import torch.
 """
 
 from __future__ import annotations
@@ -10,86 +10,106 @@ import argparse
 import os
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from collector_proc.simulators import ending
 from collector_proc.simulators.registry import build_simulator
-from shared.compose import load_settings
 from shared.config import geometry, num_envs
 from shared.errors import SettingError, SimulatorError, TransportError
 from shared.handover import Disconnected, connect
-from shared.lifetime import ExitCode, die_first_when_memory_ends, die_with_parent, enable_stack_dumps, install_stop_flag
-from shared.logs import configure
-from shared.progress import Progress
-from shared.run_folder import read_run
+from shared.lifetime import ExitCode, StopRequested, die_first_when_memory_ends
+from shared.process import Process, start_process
+
+if TYPE_CHECKING:
+    from collector_proc.simulators.base import Simulator
 
 
 def main() -> int:
-    """Exit codes: 0 asked to stop or the learner is gone, 75 more memory than collector.max_rss_gb, 2 a simulator that
-    the run's first collector cannot start, or a setting that shows as wrong once one runs, 1 anything else."""
+    """Run one collector and return its exit code.
+
+    code  meaning
+    0     the collector was asked to stop, or the learner has ended
+    2     a setting is wrong, or the simulator failed at the first start of the run
+    75    the collector exceeded collector.max_rss_gb
+    1     anything else
+    """
+    arguments = _parse_arguments()
+    assert "torch" not in sys.modules, "torch was imported before the simulator started"
+    process = start_process(arguments.run_dir, "collector")
+    die_first_when_memory_ends()  # rather than the learner, which owns what must survive
+    seed = process.settings.env.seed + 1000 * arguments.incarnation + 1_000_000 * process.run.num_resumes
+    simulator, code = None, ExitCode.FAILED
+    try:
+        process.progress.phase("simulator")
+        simulator = build_simulator(
+            process.settings, seed=seed, device=arguments.device, crash_dir=arguments.run_dir / "crash"
+        )
+        process.stop.install()  # again, because a simulator may have replaced the handlers
+        code = _collect(process, simulator, device=arguments.device, incarnation=arguments.incarnation, seed=seed)
+    except StopRequested:
+        process.log.info("asked to stop before the first tick")
+        code = ExitCode.FINISHED
+    except Disconnected:
+        process.log.info("the learner has ended")
+        code = ExitCode.FINISHED
+    except (SettingError, SimulatorError, TransportError) as error:
+        process.log.error("failed", error=str(error))
+        code = _code_for(error, simulator_started=simulator is not None, incarnation=arguments.incarnation)
+        if code == ExitCode.REFUSED:
+            process.progress.refuse(str(error))
+    finally:
+        process.progress.phase("stopping")
+        if simulator is not None:
+            with ending.closing_deadline(process.settings.deadlines.stop_s / 2, code):
+                simulator.close()
+    return code
+
+
+def _parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m collector_proc", description=__doc__)
     parser.add_argument("--run-dir", type=Path, required=True, help="run folder made by launch.py")
     parser.add_argument("--device", default="cpu", help="device of the simulator and the acting policy")
     parser.add_argument("--incarnation", type=int, default=0, help="how many collectors of this run came before")
-    arguments = parser.parse_args()
-    assert "torch" not in sys.modules, "torch was imported before the simulator started"
+    return parser.parse_args()
 
-    settings, run = load_settings(arguments.run_dir / "config.yaml"), read_run(arguments.run_dir)
-    log = configure(arguments.run_dir, "collector")
-    progress = Progress.create(arguments.run_dir / "collector.progress")
-    enable_stack_dumps(arguments.run_dir / "crash", "collector")
-    stop = install_stop_flag()
-    die_with_parent()
-    die_first_when_memory_ends()  # the learner owns what must survive
-    seed = settings.env.seed + 1000 * arguments.incarnation + 1_000_000 * run.num_resumes
-    sizes = geometry(settings, num_envs(settings))
-    simulator, code = None, ExitCode.FAILED
 
-    def alive() -> None:
-        progress.advance()
-        if stop.requested:
-            raise Disconnected("asked to stop")
+def _collect(process: Process, simulator: Simulator, *, device: str, incarnation: int, seed: int) -> ExitCode:
+    """Connect to the learner and stream chunks until the end. This imports torch."""
+    settings, run = process.settings, process.run
+    process.progress.phase("hello")
+    channel = connect(run.socket_dir, deadline_s=settings.deadlines.start_s, alive=process.alive)
 
-    try:
-        progress.phase("simulator")
-        simulator = build_simulator(settings, seed=seed, device=arguments.device, crash_dir=arguments.run_dir / "crash")
-        stop.install()  # simulators may have taken the handlers
-        progress.phase("hello")
-        channel = connect(run.socket_dir, deadline_s=settings.deadlines.start_s, alive=alive)
+    import torch
 
-        import torch
+    from collector_proc.collect import Collector
+    from collector_proc.connect import open_replay
 
-        from collector_proc.collect import Collector
+    # The policy acts on the simulator's GPU, under the name that the simulator gives it, or on the requested device.
+    acting_device = torch.device(simulator.device if simulator.device.startswith("cuda") else device)
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
+    connection = open_replay(
+        channel, simulator.spec, settings.deadlines,
+        run_id=run.run_id, incarnation=incarnation, device=acting_device, alive=process.alive,
+    )  # fmt: skip
+    collector = Collector(
+        settings, geometry(settings, num_envs(settings)), simulator, connection,
+        socket_dir=run.socket_dir, run_id=run.run_id, incarnation=incarnation, seed=seed + 7919, device=acting_device,
+        progress=process.progress, stop=process.stop,
+    )  # fmt: skip
+    process.log.info("collecting", incarnation=incarnation, spec=simulator.spec.to_dict())
+    collector.run()
+    process.log.info(
+        "ended", agent_steps=collector.agent_steps, asked=process.stop.requested, outgrown=collector.outgrown
+    )
+    return ExitCode.OUTGROWN if collector.outgrown else ExitCode.FINISHED
 
-        # a simulator may have had to name its GPU differently; one on the CPU leaves the policy where it was told
-        acting = torch.device(simulator.device if simulator.device.startswith("cuda") else arguments.device)
-        torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
-        collector = Collector(
-            settings, sizes, simulator, channel, socket_dir=run.socket_dir, run_id=run.run_id,
-            incarnation=arguments.incarnation, seed=seed + 7919, device=acting, progress=progress, stop=stop,
-        )  # fmt: skip
-        log.info("collecting", incarnation=arguments.incarnation, spec=simulator.spec.to_dict())
-        collector.run()
-        log.info("ended", agent_steps=collector.agent_steps, asked=stop.requested, outgrown=collector.outgrown)
-        code = ExitCode.OUTGROWN if collector.outgrown else ExitCode.FINISHED
-    except Disconnected:
-        log.info("learner gone")
-        code = ExitCode.FINISHED
-    except (SettingError, SimulatorError, TransportError) as error:
-        log.error("failed", error=str(error))
-        if simulator is None:
-            code = (
-                ExitCode.REFUSED if arguments.incarnation == 0 else ExitCode.FAILED
-            )  # later, it did start: memory, a port or a file being edited
-        else:
-            code = ExitCode.REFUSED if isinstance(error, SettingError) else ExitCode.FAILED
-        if code == ExitCode.REFUSED:
-            progress.refuse(str(error))
-    finally:
-        progress.phase("stopping")
-        if simulator is not None:
-            with ending.closing_deadline(settings.deadlines.stop_s / 2, code):
-                simulator.close()
-    return code
+
+def _code_for(error: Exception, *, simulator_started: bool, incarnation: int) -> ExitCode:
+    """Return REFUSED if another start would fail in the same way, else FAILED."""
+    if simulator_started:
+        return ExitCode.REFUSED if isinstance(error, SettingError) else ExitCode.FAILED
+    # An earlier collector has started the simulator; now memory or a port is lacking, or a file is being edited.
+    return ExitCode.FAILED if incarnation > 0 else ExitCode.REFUSED
 
 
 if __name__ == "__main__":

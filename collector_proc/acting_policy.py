@@ -55,9 +55,14 @@ class ActingPolicy:
         return self._graphed is not None
 
     @property
+    def is_random(self) -> bool:
+        """Whether the next action belongs to the random ticks at the begin of the run."""
+        return self.random_ticks > 0
+
+    @property
     def required_version(self) -> int:
-        """The lowest policy version that may choose the next action: 0 while actions are random, then 1."""
-        return 0 if self.random_ticks > 0 else 1
+        """The lowest policy version that may choose the next action: 0 during the random ticks, then 1."""
+        return 0 if self.is_random else 1
 
     @torch.no_grad()
     def act(self, arrival: Arrival, prev_action: Tensor, *, version: int) -> Tensor:
@@ -65,7 +70,7 @@ class ActingPolicy:
 
         prev_action: (E, A), as recorded in the arrival's row. version: of the weights in `policy`; 0 if none were adopted.
         """
-        if self.random_ticks > 0 or version == 0:
+        if self.is_random or version == 0:
             self.random_ticks -= 1
             return torch.rand(self._shape, device=self.device, generator=self._generator) * 2 - 1
         obs, reset = arrival.obs, arrival.is_first

@@ -7,13 +7,11 @@ import os
 import sys
 from pathlib import Path
 
-from shared.compose import load_settings
 from shared.config import geometry, num_envs
 from shared.errors import SettingError, TransportError
-from shared.lifetime import ExitCode, die_with_parent, enable_stack_dumps, install_stop_flag
-from shared.logs import configure
-from shared.progress import Progress
-from shared.run_folder import read_run, remove_socket_dir
+from shared.lifetime import ExitCode
+from shared.process import start_process
+from shared.run_folder import remove_socket_dir
 
 
 def main() -> int:
@@ -23,14 +21,10 @@ def main() -> int:
     parser.add_argument("--device", default="cpu", help="device of networks and replay")
     parser.add_argument("--resume", action="store_true", help="continue from the newest checkpoint of the run folder")
     arguments = parser.parse_args()
-    settings, run = load_settings(arguments.run_dir / "config.yaml"), read_run(arguments.run_dir)
-    log = configure(arguments.run_dir, "learner")
-    progress = Progress.create(arguments.run_dir / "learner.progress")
-    enable_stack_dumps(arguments.run_dir / "crash", "learner")
-    stop = install_stop_flag()
-    die_with_parent()
+    process = start_process(arguments.run_dir, "learner")
+    settings, run, log, progress = process.settings, process.run, process.log, process.progress
 
-    import torch  # takes a second or two: a signal that arrives meanwhile must find the flag installed
+    import torch  # after the stop flag is installed, because it takes seconds in which a signal may arrive
 
     from learner_proc.learn import Learner
     from learner_proc.startup import keep_freed_memory
@@ -48,7 +42,7 @@ def main() -> int:
     try:
         learner = Learner(
             settings, geometry(settings, num_envs(settings)), run, run_dir=arguments.run_dir,
-            device=torch.device(arguments.device), progress=progress, stop=stop, log=log, resume=arguments.resume,
+            device=torch.device(arguments.device), progress=progress, stop=process.stop, log=log, resume=arguments.resume,
         )  # fmt: skip
         learner.run()
         return ExitCode.FINISHED

@@ -62,6 +62,10 @@ def die_first_when_memory_ends() -> None:
         score.write_text(str(max(OOM_SCORE, int(score.read_text()))))
 
 
+class StopRequested(Exception):
+    """The process was asked to stop while it waited."""
+
+
 class StopFlag:
     """Remember that SIGTERM, SIGINT or SIGHUP arrived. Loops poll `requested` and then end in an orderly way."""
 
@@ -78,6 +82,11 @@ class StopFlag:
                 continue  # the user started the run with nohup, so it must continue without its terminal
             before = signal.signal(signum, self._set)
             self._before.setdefault(signum, before)
+
+    def check(self) -> None:
+        """Raise StopRequested if one of the signals has arrived."""
+        if self.requested:
+            raise StopRequested
 
     def restore(self) -> None:
         """Install the handlers again that were there before the first `install`."""

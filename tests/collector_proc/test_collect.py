@@ -1,4 +1,4 @@
-"""The loop beside copies that take their time: a commit speaks of rows that are there, in the order of the grants."""
+"""The collector's loop with copies that take their time: what is committed, when, and in which order."""
 
 from __future__ import annotations
 
@@ -12,28 +12,30 @@ from typing import Any, cast
 import pytest
 import torch
 
-from collector_proc import collect
 from collector_proc.collect import Collector
+from collector_proc.connect import open_replay
 from collector_proc.simulators.base import Arrival
 from shared.config import Geometry, NetworkSettings, Settings
 from shared.errors import SettingError, SimulatorError, TransportError
 from shared.handover import Channel, Disconnected, create_memfd_slab
 from shared.lifetime import StopFlag
-from shared.memory import Memory, own_rss_bytes
+from shared.memory import Memory, MemoryMeter, own_rss_bytes
 from shared.messages import Commit, Grant, Welcome
-from shared.progress import HELD_GB, Progress
+from shared.metrics import CollectorStatus
+from shared.progress import Progress
 from shared.stream import ObsSpec, StreamSpec, plan_layout, ring_views
 from tests.fakes.late_copier import LateCopier
 
 E, K, CAPACITY = 2, 3, 12
+CPU = torch.device("cpu")
 SPEC = StreamSpec(E, {"policy": ObsSpec((1,), "float32")}, 1)
-ROWS = [9, 3, 0, 6]  # where the grants let the first chunks go, out of order so that a mix-up shows
+ROWS = [9, 3, 0, 6]  # the granted rows; they are out of order, so that a chunk in the wrong place shows
 
 
-class Ticks:
-    """A simulator whose observation is 1000 * environment + tick; all episodes last three ticks and pay 1 a step.
+class TickCounter:
+    """A simulator whose observation is 1000 * environment + tick. Its episodes last three ticks with a reward of 1 each.
 
-    before: called with the number of the tick that is about to happen.
+    before: called before each tick with the tick's number.
     """
 
     spec, device, frames_per_step, num_diverged = SPEC, "cpu", 2, 0
@@ -51,7 +53,7 @@ class Ticks:
         return self._arrival()
 
     def close(self) -> None:
-        """Nothing to free."""
+        """Nothing is to be freed."""
 
     def _arrival(self) -> Arrival:
         first, last = (torch.full((E,), self.tick % 3 == phase) for phase in (0, 2))
@@ -60,57 +62,84 @@ class Ticks:
         return Arrival(obs, reward, first, last, torch.zeros_like(last))
 
 
-class Steps:
-    """A progress file that nobody reads. within: called whenever the collector says that it moves."""
+class FakeProgress:
+    """Keeps the last status. `on_advance` is called whenever the collector reports that it moves."""
 
     def __init__(self) -> None:
-        self.within: Callable[[], None] = lambda: None
+        self.on_advance: Callable[[], None] = lambda: None
+        self.last_status: CollectorStatus | None = None
 
     def advance(self) -> None:
-        self.within()
+        self.on_advance()
 
     def phase(self, name: str) -> None:
-        """Nobody asks."""
+        """Ignore the phase."""
 
-    def status(self, numbers: dict) -> None:
-        """Keep the last."""
-        self.numbers = numbers
+    def status(self, numbers: CollectorStatus) -> None:
+        self.last_status = numbers
+
+
+class GrowingMeter:
+    """A memory meter that reads half a gigabyte more after every full chunk."""
+
+    def __init__(self, simulator: TickCounter) -> None:
+        self._simulator = simulator
+
+    def read(self, **kwargs) -> Memory:
+        return Memory(500_000_000 * ((self._simulator.tick + 1) // K), 7_000_000, 9_000_000)
 
 
 class Scene:
-    """A collector with its learner's end in the test's hands: welcome and grants wait in the socket."""
+    """A collector whose learner is played by the test. The welcome and the grants already wait in the socket.
 
-    def __init__(self, monkeypatch, folder, before: Callable[[int], None], *, late: bool = True, **settings) -> None:
-        self.copier, self.progress, self.stop = LateCopier(), Steps(), StopFlag()
-        if late:
-            monkeypatch.setattr(collect, "copier_between", lambda device, target: self.copier)
+    late: chunks are copied by a LateCopier. growing: the memory is read from a GrowingMeter.
+    """
+
+    def __init__(
+        self,
+        folder,
+        before: Callable[[int], None],
+        *,
+        late: bool = True,
+        growing: bool = False,
+        incarnation: int = 0,
+        agent_steps: int = 0,
+        **settings,
+    ) -> None:
+        self.copier, self.progress, self.stop = LateCopier(), FakeProgress(), StopFlag()
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self.learner = Channel(theirs)
         layout = plan_layout(SPEC, CAPACITY)
         slab, descriptor = create_memfd_slab(layout.num_bytes)
         self.ring = ring_views(slab, layout)
-        welcome = Welcome("memfd", layout.num_bytes, CAPACITY, "", [], 0, random_frames=10_000, agent_steps=0)
+        welcome = Welcome("memfd", layout.num_bytes, CAPACITY, "", [], 0, random_frames=10_000, agent_steps=agent_steps)
         self.learner.send(welcome, (descriptor,))
         for seq, row in enumerate(ROWS):
             self.learner.send(Grant(seq, row, 0))
+        chosen, simulator = _settings(**settings), TickCounter(before)
+        connection = open_replay(
+            Channel(ours), SPEC, chosen.deadlines, run_id="run", incarnation=incarnation, device=CPU, alive=lambda: None
+        )
         self.collector = Collector(
-            _settings(**settings),
+            chosen,
             Geometry(E, K, CAPACITY, prefill_chunks=1, num_sequences=1, sequence_length=2),
-            Ticks(before),
-            Channel(ours),
+            simulator,
+            connection,
             socket_dir=str(folder),
             run_id="run",
-            incarnation=0,
+            incarnation=incarnation,
             seed=0,
-            device=torch.device("cpu"),
+            device=CPU,
             progress=cast(Progress, self.progress),
             stop=self.stop,
+            copier=self.copier if late else None,
+            meter=cast(MemoryMeter, GrowingMeter(simulator)) if growing else None,
         )
-        self.copier.num_host_waits = self.copier.num_blocked_streams = 0  # the self-test waits, and may
+        self.copier.num_host_waits = self.copier.num_blocked_streams = 0  # the self-test may wait
         self._commits: list[Commit] = []
 
     def commits(self) -> list[Commit]:
-        """Every commit so far."""
+        """Return every commit so far."""
         with contextlib.suppress(Disconnected):  # the collector has ended
             while (received := self.learner.receive()) is not None:
                 if isinstance(received[0], Commit):
@@ -118,7 +147,7 @@ class Scene:
         return self._commits
 
     def ticks_in(self, row: int) -> list[float]:
-        """The ticks that the chunk at a ring row holds, read from environment 0; environment 1 must agree."""
+        """Return the ticks of the chunk at a ring row, read from environment 0; environment 1 must agree."""
         chunk = self.ring["obs", "policy"][row : row + K, :, 0]
         assert torch.equal(chunk[:, 1], chunk[:, 0] + 1000)
         return chunk[:, 0].tolist()
@@ -134,7 +163,7 @@ def _settings(**values: Any) -> Settings:
     return settings
 
 
-def test_a_commit_is_sent_in_the_first_tick_after_its_rows_have_arrived_and_not_before(monkeypatch, tmp_path):
+def test_a_chunk_is_committed_in_the_first_tick_after_its_copy_is_done_and_not_before(tmp_path):
     seen = {}
 
     def before(tick: int) -> None:
@@ -143,177 +172,175 @@ def test_a_commit_is_sent_in_the_first_tick_after_its_rows_have_arrived_and_not_
             scene.copier.finish()
         scene.stop.requested = tick == 5
 
-    scene = Scene(monkeypatch, tmp_path, before)
+    scene = Scene(tmp_path, before)
     scene.collector.run()
-    assert seen == {1: 0, 2: 0, 3: 0, 4: 0, 5: 1}  # ticks 0 to 2 fill the chunk, which is under way until tick 4
+    assert seen == {1: 0, 2: 0, 3: 0, 4: 0, 5: 1}  # ticks 0 to 2 fill the chunk; its copy is done at tick 4
     (commit,) = scene.commits()
     assert (commit.seq, commit.row, commit.agent_steps, commit.env_frames) == (0, ROWS[0], 2 * E, 4 * E)
     assert struct.unpack("<2f", commit.returns) == (2.0, 2.0) and struct.unpack("<2i", commit.lengths) == (2, 2)
     assert commit.num_episodes == 2
-    assert scene.copier.num_host_waits == 0, "nothing was read before it had arrived"
+    assert scene.copier.num_host_waits == 0, "the host never waited for a copy"
 
 
-def test_rows_gathered_while_a_chunk_is_under_way_do_not_get_into_it(monkeypatch, tmp_path):
+def test_rows_that_are_gathered_during_a_copy_do_not_change_the_chunk_being_copied(tmp_path):
     def before(tick: int) -> None:
         if tick == 5:  # ticks 3 and 4 are gathered by now
             scene.copier.finish()
         scene.stop.requested = tick == 7
 
-    scene = Scene(monkeypatch, tmp_path, before)
-    scene.progress.within = lambda: scene.copier.finish() if scene.stop.requested else None
+    scene = Scene(tmp_path, before)
+    scene.progress.on_advance = lambda: scene.copier.finish() if scene.stop.requested else None
     scene.collector.run()
     assert scene.ticks_in(ROWS[0]) == [0.0, 1.0, 2.0] and scene.ticks_in(ROWS[1]) == [3.0, 4.0, 5.0]
     assert scene.copier.num_blocked_streams == 0
 
 
-def test_a_full_chunk_waits_for_the_one_under_way_and_commits_keep_the_order_of_the_grants(monkeypatch, tmp_path):
+def test_a_full_chunk_waits_for_the_previous_copy_and_commits_have_the_order_of_the_grants(tmp_path):
     most, idle = 0, 0
 
     def before(tick: int) -> None:
         nonlocal idle
         idle, scene.stop.requested = 0, tick == 12
 
-    def within() -> None:
+    def on_advance() -> None:
         nonlocal most, idle
         idle, most = idle + 1, max(most, scene.copier.num_pending)
-        if idle == 4:  # no tick for a while: the collector waits
+        if idle == 4:  # there was no tick for a while, so the collector waits
             scene.copier.finish()
 
-    scene = Scene(monkeypatch, tmp_path, before)
-    scene.progress.within = within
+    scene = Scene(tmp_path, before)
+    scene.progress.on_advance = on_advance
     scene.collector.run()
     assert [(commit.seq, commit.row) for commit in scene.commits()] == list(enumerate(ROWS))
     assert [commit.agent_steps for commit in scene.commits()] == [2 * E] * 4, "a third of the rows are resets"
     assert [scene.ticks_in(row) for row in ROWS] == [[3.0 * n, 3.0 * n + 1, 3.0 * n + 2] for n in range(4)]
-    assert most == 2, "the rows and the numbers of one chunk"
+    assert most == 2, "one copy of the rows and one of the episode numbers"
     assert scene.copier.num_host_waits == 0
 
 
-def test_a_stop_with_a_chunk_under_way_still_commits_it(monkeypatch, tmp_path):
+def test_a_chunk_whose_copy_is_running_at_a_stop_is_still_committed(tmp_path):
     polls = 0
 
     def before(tick: int) -> None:
         scene.stop.requested = tick == 4
 
-    def within() -> None:
+    def on_advance() -> None:
         nonlocal polls
         polls += scene.stop.requested
         if polls == 3:
             assert not scene.commits()
             scene.copier.finish()
 
-    scene = Scene(monkeypatch, tmp_path, before)
-    scene.progress.within = within
+    scene = Scene(tmp_path, before)
+    scene.progress.on_advance = on_advance
     scene.collector.run()
     assert [commit.seq for commit in scene.commits()] == [0] and scene.ticks_in(ROWS[0]) == [0.0, 1.0, 2.0]
 
 
-def test_a_learner_that_goes_with_a_chunk_under_way_ends_the_loop(monkeypatch, tmp_path):
+def test_the_loop_ends_if_the_learner_ends_while_a_copy_is_running(tmp_path):
     def before(tick: int) -> None:
         if tick == 4:
             scene.learner.close()
 
-    scene = Scene(monkeypatch, tmp_path, before, step_s=10.0)
+    scene = Scene(tmp_path, before, step_s=10.0)
     scene.collector.run()
-    assert scene.copier.num_pending == 2, "the copies of the chunk never arrived"
+    assert scene.copier.num_pending == 2, "the copies of the rows and of the episode numbers"
 
 
 @pytest.mark.parametrize("stopped", [False, True])
-def test_a_chunk_that_never_arrives_is_named(monkeypatch, tmp_path, stopped):
+def test_a_copy_that_is_never_done_is_reported_with_its_row(tmp_path, stopped):
     def before(tick: int) -> None:
         scene.stop.requested = stopped and tick == 4
 
     limits: dict[str, Any] = {"step_s": 100.0, "stop_s": 0.2} if stopped else {"step_s": 0.1}
-    scene = Scene(monkeypatch, tmp_path, before, **limits)
-    with pytest.raises(TransportError, match=f"row {ROWS[0]} "):
+    scene = Scene(tmp_path, before, **limits)
+    with pytest.raises(TransportError, match=f"row {ROWS[0]} of the replay is not done after .* s; expected"):
         scene.collector.run()
 
 
-def test_in_lockstep_no_tick_happens_while_a_chunk_is_under_way(monkeypatch, tmp_path):
+def test_in_lockstep_no_tick_happens_while_a_chunk_is_uncommitted(tmp_path):
     seen = {}
 
     def before(tick: int) -> None:
         seen[tick] = (len(scene.commits()), scene.copier.num_pending)
         scene.stop.requested = tick == 7
 
-    scene = Scene(monkeypatch, tmp_path, before, mode="lockstep")
-    scene.progress.within = scene.copier.finish
+    scene = Scene(tmp_path, before, mode="lockstep")
+    scene.progress.on_advance = scene.copier.finish
     scene.collector.run()
     assert [seen[tick] for tick in (2, 3, 5, 6)] == [(0, 0), (1, 0), (1, 0), (2, 0)]
     assert [commit.row for commit in scene.commits()] == ROWS[:2]
 
 
-def test_on_a_cpu_a_chunk_is_committed_at_once(monkeypatch, tmp_path):
+def test_on_a_cpu_a_chunk_is_committed_at_once(tmp_path):
     seen = {}
 
     def before(tick: int) -> None:
         seen[tick] = len(scene.commits())
         scene.stop.requested = tick == 6
 
-    scene = Scene(monkeypatch, tmp_path, before, late=False)
+    scene = Scene(tmp_path, before, late=False)
     scene.collector.run()
     assert seen == {1: 0, 2: 0, 3: 1, 4: 1, 5: 1, 6: 2}
     assert scene.ticks_in(ROWS[1]) == [3.0, 4.0, 5.0]
 
 
-class Growing:
-    """A meter that reads half a gigabyte more with every chunk that is full."""
+def make_growing(folder, *, max_rss_gb: float | None, last_tick: int, incarnation: int = 0) -> Scene:
+    """Return a scene whose collector holds 0.5 GB more after every chunk, and which stops at `last_tick`."""
 
-    def __init__(self, ticks: Ticks) -> None:
-        self._ticks = ticks
-
-    def read(self, *, anew: bool = False) -> Memory:
-        return Memory(500_000_000 * ((self._ticks.tick + 1) // K), 7_000_000, 9_000_000)
-
-
-def grow(monkeypatch, folder, max_rss_gb: float | None, last_tick: int) -> Scene:
     def before(tick: int) -> None:
         scene.stop.requested = tick == last_tick
 
-    scene = Scene(monkeypatch, folder, before, late=False, max_rss_gb=max_rss_gb)
-    monkeypatch.setattr(scene.collector, "_meter", Growing(cast(Ticks, scene.collector._simulator)))
+    scene = Scene(folder, before, late=False, growing=True, incarnation=incarnation, max_rss_gb=max_rss_gb)
     return scene
 
 
-def test_a_collector_that_grew_too_large_ends_when_its_chunk_is_committed(monkeypatch, tmp_path):
-    scene = grow(monkeypatch, tmp_path, max_rss_gb=1.4, last_tick=12)
+def test_a_collector_that_exceeds_the_memory_limit_commits_its_chunk_and_ends(tmp_path):
+    scene = make_growing(tmp_path, max_rss_gb=1.4, last_tick=12)
     scene.collector.run()
     assert scene.collector.outgrown and [commit.row for commit in scene.commits()] == ROWS[:3]
-    assert scene.progress.numbers[HELD_GB] == 1.5, "launch tells it"
+    assert scene.progress.last_status is not None and scene.progress.last_status.rss_gb == 1.5, "launch shows it"
     assert [scene.ticks_in(row)[-1] for row in ROWS[:3]] == [2.0, 5.0, 8.0], "no row is lost"
     assert [commit.rss_bytes for commit in scene.commits()] == [500_000_000, 1_000_000_000, 1_500_000_000]
     assert {(commit.gpu_bytes, commit.device_bytes) for commit in scene.commits()} == {(7_000_000, 9_000_000)}
 
 
-def test_without_a_limit_a_collector_may_grow(monkeypatch, tmp_path):
-    scene = grow(monkeypatch, tmp_path, max_rss_gb=None, last_tick=12)
+def test_without_a_memory_limit_a_collector_may_grow(tmp_path):
+    scene = make_growing(tmp_path, max_rss_gb=None, last_tick=12)
     scene.collector.run()
     assert not scene.collector.outgrown and len(scene.commits()) == 4
 
 
 @pytest.mark.parametrize(("incarnation", "error"), [(0, SettingError), (3, SimulatorError)])
-def test_a_limit_below_what_a_collector_needs_is_refused_and_not_restarted_into(
-    monkeypatch, tmp_path, incarnation, error
-):
-    scene = grow(monkeypatch, tmp_path, max_rss_gb=0.4, last_tick=12)
-    monkeypatch.setattr(scene.collector, "_incarnation", incarnation)
-    with pytest.raises(error, match=r"max_rss_gb=0.4 .* 0\.50 GB .*wanted .*; set collector.max_rss_gb=1.0"):
+def test_a_memory_limit_that_the_first_chunk_exceeds_is_an_error(tmp_path, incarnation, error):
+    scene = make_growing(tmp_path, max_rss_gb=0.4, last_tick=12, incarnation=incarnation)
+    with pytest.raises(error, match=r"max_rss_gb=0.4 .* 0\.50 GB .*expected .*; set collector.max_rss_gb=1.0"):
         scene.collector.run()
 
 
-def test_the_first_chunks_memory_is_measured_behind_its_work_however_fast_it_was(monkeypatch, tmp_path):
-    lost = []
+def test_the_first_chunks_memory_is_measured_after_its_work_even_if_it_took_less_than_a_second(tmp_path):
+    held = []
 
     def before(tick: int) -> None:
-        # not from the heap, which may have pages left over
+        # map new pages: memory from the heap may be resident already
         page = mmap.mmap(-1, 100_000_000, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         for _ in range(100):
             page.write(b"\1" * 1_000_000)
-        lost.append(page)
+        held.append(page)
         scene.stop.requested = tick == 12
 
     limit = own_rss_bytes() / 1e9 + 0.15
-    scene = Scene(monkeypatch, tmp_path, before, late=False, max_rss_gb=limit)
+    scene = Scene(tmp_path, before, late=False, max_rss_gb=limit)
     with pytest.raises(SettingError, match=r"max_rss_gb=.* after one chunk"):
         scene.collector.run()
-    assert len(lost) == K - 1, "what was measured is of the first chunk"
+    assert len(held) == K - 1, "the error came after the first chunk"
+
+
+def test_the_count_of_agent_steps_continues_that_of_the_run(tmp_path):
+    def before(tick: int) -> None:
+        scene.stop.requested = tick == 3
+
+    scene = Scene(tmp_path, before, late=False, agent_steps=1000)
+    scene.collector.run()
+    assert scene.collector.agent_steps == 1000 + 2 * E
+    assert scene.progress.last_status is not None and scene.progress.last_status.agent_steps == 1000 + 2 * E

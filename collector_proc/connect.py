@@ -1,0 +1,97 @@
+"""Connecting: the collector introduces itself, and the learner shares its replay memory with it.
+
+collector                          learner
+  Hello ---------------------------->        what the simulator streams
+        <-------------------- Welcome        with the replay: a descriptor of host memory, or a handle of GPU memory
+  SelfTest ------------------------->        the collector has written a pattern to the rows of one chunk
+        <---------------------- Grant        only if the learner finds the pattern there; from now on rows stream
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from tensordict import TensorDict
+from torch import Tensor
+
+from collector_proc.writer import ChunkWriter
+from shared.config import DeadlineSettings
+from shared.errors import TransportError
+from shared.handover import Channel, import_cuda_slab, map_memfd_slab, pin_slab
+from shared.messages import PROTOCOL, Hello, Refusal, SelfTest, Welcome
+from shared.stream import Layout, StreamSpec, plan_layout, ring_views
+
+
+@dataclass(frozen=True)
+class Connection:
+    """A connection that the learner has accepted, and its replay, mapped into this process."""
+
+    channel: Channel
+    layout: Layout
+    ring: TensorDict  # views of the replay's memory, batch size [T_cap]
+    test_row: int  # the first row of the self-test
+    random_frames: int  # agent steps that are still to be taken with random actions
+    agent_steps: int  # of the whole run so far
+
+
+def open_replay(
+    channel: Channel,
+    spec: StreamSpec,
+    deadlines: DeadlineSettings,
+    *,
+    run_id: str,
+    incarnation: int,
+    device: torch.device,
+    alive: Callable[[], None],
+) -> Connection:
+    """Introduce this collector to the learner and map the learner's replay into this process.
+
+    device: the acting device; if it is a GPU, a replay in host memory is page-locked. alive: called while waiting.
+    Raises: TransportError if the learner refuses or does not answer in time; Disconnected if it ends.
+    """
+    channel.send(Hello(PROTOCOL, run_id, incarnation, os.getpid(), spec.to_dict()))
+    answer, descriptors = channel.receive_within(
+        deadlines.start_s + deadlines.compile_s,  # the learner may be compiling
+        waiting_for="the learner's welcome",
+        alive=alive,
+    )
+    if isinstance(answer, Refusal):
+        raise TransportError(f"the learner refused this collector: {answer.reason}")
+    if not isinstance(answer, Welcome):
+        raise TransportError(
+            f"the learner answered the hello with {type(answer).__name__}; expected Welcome; "
+            "start both processes from the same checkout"
+        )
+    layout = plan_layout(spec, answer.capacity)
+    if layout.num_bytes != answer.num_bytes:
+        raise TransportError(
+            f"the learner's replay has {answer.num_bytes} bytes; expected {layout.num_bytes} for this simulator's stream; "
+            "start both processes from the same checkout and run folder"
+        )
+    slab = _map_slab(answer, descriptors, device)
+    return Connection(
+        channel, layout, ring_views(slab, layout), answer.test_row, answer.random_frames, answer.agent_steps
+    )
+
+
+def run_self_test(connection: Connection, writer: ChunkWriter) -> None:
+    """Write a pattern in the way in which chunks are written, and ask the learner to check it.
+
+    The learner grants rows and publishes weights only after this test has passed.
+    """
+    checksum, num_bytes, write_s = writer.write_pattern(connection.test_row)
+    connection.channel.send(SelfTest(checksum, num_bytes, write_s))
+
+
+def _map_slab(welcome: Welcome, descriptors: tuple[int, ...], device: torch.device) -> Tensor:
+    """Return the replay's memory, (num_bytes,) uint8."""
+    if welcome.transport != "memfd":
+        return import_cuda_slab(welcome.uuid, welcome.handle, welcome.num_bytes)
+    slab = map_memfd_slab(descriptors[0], welcome.num_bytes)
+    os.close(descriptors[0])
+    if device.type == "cuda":
+        pin_slab(slab)
+    return slab

@@ -1,0 +1,47 @@
+"""The status that the collector publishes in its progress file; launch shows it."""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING
+
+from collector_proc.memory_limit import MemoryLimit
+from collector_proc.weights_receiver import WeightsReceiver
+from shared.metrics import CollectorStatus
+
+if TYPE_CHECKING:
+    from shared.progress import Progress
+
+PACE_WINDOW_S = 5.0
+
+
+class StatusReporter:
+    """Counts agent steps and publishes a `CollectorStatus`. Its pace is the mean of the last seconds.
+
+    agent_steps: of the whole run when this collector started.
+    """
+
+    def __init__(
+        self, progress: Progress, weights: WeightsReceiver, memory_limit: MemoryLimit, *, agent_steps: int
+    ) -> None:
+        self._progress, self._weights, self._memory_limit = progress, weights, memory_limit
+        self._window_began, self._window_steps = time.monotonic(), 0
+        self.agent_steps = agent_steps
+
+    def report(self, new_steps: int = 0) -> None:
+        """Add agent steps to the count and publish the status."""
+        now = time.monotonic()
+        self.agent_steps += new_steps
+        self._window_steps += new_steps
+        window_s = now - self._window_began
+        self._progress.status(
+            CollectorStatus(
+                agent_steps=self.agent_steps,
+                fps=self._window_steps / max(window_s, 1e-9),
+                policy_version=self._weights.version,
+                weights_refused=self._weights.num_refused,
+                rss_gb=self._memory_limit.held_gb,
+            )
+        )
+        if window_s > PACE_WINDOW_S:
+            self._window_began, self._window_steps = now, 0
