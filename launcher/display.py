@@ -1,4 +1,4 @@
-"""What a user sees while a run goes on: two live lines on a terminal, one plain line every ten seconds elsewhere."""
+"""The progress of a run for the user: two live lines on a terminal, else one plain line every ten seconds."""
 
 from __future__ import annotations
 
@@ -10,73 +10,27 @@ from rich.console import Console, Group
 from rich.live import Live
 from rich.text import Text
 
+from shared.metrics import (
+    LOSS_ACTOR,
+    LOSS_MODEL,
+    LOSS_VALUE,
+    UPDATES_PER_S,
+    CollectorStatus,
+    LearnerStatus,
+    read_status,
+)
 from shared.progress import Snapshot
 
 PLAIN_EVERY_S = 10.0
-SAYINGS = {"hello": "waiting for the other process", "waiting": "waiting for the learner"}
-CAUGHT_UP = 0.9  # of the replay ratio: below it the learner has yet to replay what was collected before it could train
 LIVE_PER_S = 2.0
-
-
-def learner_line(snapshot: Snapshot | None, row: Mapping[str, Any], *, now: float) -> str:
-    """Gradient steps done and to do, their pace and losses; the phase while there are no numbers yet.
-
-    row: the last row of metrics.jsonl, which knows the losses and the pace over a whole window.
-    """
-    numbers = {**snapshot.status, **_windowed(row)} if snapshot else {}
-    if snapshot is None or "gradient_steps" not in numbers:
-        return f"learner    {_phase(snapshot, now)}"
-    parts = [f"step {_count(numbers['gradient_steps'])}/{_count(numbers.get('total_optim_steps'))}"]
-    parts += _known(numbers, ("updates_per_s", "{:.1f} updates/s"))
-    if _is_number(numbers.get("replay_ratio")):
-        target = numbers.get("replay_ratio_target")
-        parts.append(f"ratio {numbers['replay_ratio']:.3g}/{f'{target:.3g}' if _is_number(target) else 'free'}")
-    losses = [
-        f"{key.removeprefix('loss_')} {value:.3g}"
-        for key, value in numbers.items()
-        if key in ("loss_model", "loss_actor", "loss_value") and _is_number(value)
-    ]
-    parts += [f"ETA {duration(eta)}" for eta in [_eta_s(numbers)] if eta is not None]
-    if snapshot.phase != "training":
-        parts.append(_phase(snapshot, now))
-    parts += ["loss " + " ".join(losses)] if losses else []
-    return "learner    " + "  ".join(parts)
-
-
-def _windowed(row: Mapping[str, Any]) -> dict[str, Any]:
-    """The row's numbers that the live status lacks, or knows only over a moment."""
-    return {key: value for key, value in row.items() if key == "updates_per_s" or key.startswith("loss_")}
-
-
-def collector_line(snapshot: Snapshot | None, learner: Mapping[str, Any], *, now: float, restarts: int) -> str:
-    """Agent steps, their pace, policy lag and returns; the phase while there are no numbers yet.
-
-    learner: the learner's status, which knows the policy lag and the evaluation's return.
-    """
-    numbers = snapshot.status if snapshot else {}
-    parts = []
-    if "agent_steps" in numbers:
-        parts.append(f"{_count(numbers['agent_steps'])} agent steps")
-        parts += _known(numbers, ("fps", "{:.0f} steps/s"))
-        parts += _known(learner, ("policy_lag_mean", "lag {:.1f}"))
-        own, shared = numbers.get("return_mean"), learner.get("episode_return_mean")
-        parts += [f"return {value:.1f}" for value in [own if _is_number(own) else shared] if _is_number(value)]
-        parts += _known(learner, ("eval_return_mean", "eval {:.1f}"))
-    if snapshot is None or snapshot.phase != "collecting" or not parts:
-        catching_up = snapshot is not None and snapshot.phase == "waiting" and _catching_up(learner)
-        parts.append("while the learner catches up to the replay ratio" if catching_up else _phase(snapshot, now))
-    if restarts:
-        parts.append(f"restarts {restarts}")
-    return "collector  " + "  ".join(parts)
-
-
-def _catching_up(learner: Mapping[str, Any]) -> bool:
-    ratio, target = learner.get("replay_ratio"), learner.get("replay_ratio_target")
-    return isinstance(ratio, int | float) and isinstance(target, int | float) and ratio < CAUGHT_UP * target
+PHASE_TEXTS = {"hello": "waiting for the other process", "waiting": "waiting for the learner"}
+LOSSES = {"model": LOSS_MODEL, "actor": LOSS_ACTOR, "value": LOSS_VALUE}
+# Below this share of the target replay ratio, the learner still has to replay what was collected before it could train.
+CAUGHT_UP = 0.9
 
 
 class Display:
-    """Shows the two lines at the pace that suits where they go."""
+    """Shows the two lines: redrawn in place on a terminal, printed now and then elsewhere."""
 
     def __init__(self, console: Console) -> None:
         self._console = console
@@ -85,65 +39,109 @@ class Display:
         self._started_at = time.monotonic()
 
     def start(self) -> None:
+        """Begin to draw in place, if this is a terminal."""
         if self._live:
             self._live.start()
 
     def show(
         self, learner: Snapshot | None, collector: Snapshot | None, row: Mapping[str, Any], *, restarts: int
     ) -> None:
-        """Draw the lines if it is time to."""
+        """Show the progress of both processes, unless it was shown a moment ago. row: the newest row of metrics.jsonl."""
         now = time.monotonic()
         if now - self._shown_at < (1 / LIVE_PER_S if self._live else PLAIN_EVERY_S):
             return
         self._shown_at = now
-        numbers = learner.status if learner else {}
-        lines = (learner_line(learner, row, now=now), collector_line(collector, numbers, now=now, restarts=restarts))
+        trained = read_status(LearnerStatus, learner.status) if learner else None
+        lines = (learner_line(learner, row, now=now), collector_line(collector, trained, now=now, restarts=restarts))
         if self._live:
             self._live.update(Group(*(Text(line) for line in lines)), refresh=True)
         else:
             self.say(f"[{duration(now - self._started_at)}] " + " | ".join(" ".join(line.split()) for line in lines))
 
     def say(self, line: str) -> None:
-        """One line that stays."""
+        """Print a line that stays, above the live lines."""
         self._console.print(Text(line), soft_wrap=True)
 
     def stop(self) -> None:
+        """Stop drawing in place; the last lines stay."""
         if self._live:
             self._live.stop()
 
 
-def _phase(snapshot: Snapshot | None, now: float) -> str:
-    return (
-        "starting"
-        if snapshot is None
-        else f"{SAYINGS.get(snapshot.phase, snapshot.phase)} {duration(now - snapshot.phase_since)}"
-    )
+def learner_line(snapshot: Snapshot | None, row: Mapping[str, Any], *, now: float) -> str:
+    """Return the learner's gradient steps, their pace and the losses; its phase if it has no status yet.
+
+    row: the newest row of metrics.jsonl, which has the losses, and the pace over a longer time than the status.
+    """
+    status = read_status(LearnerStatus, snapshot.status) if snapshot else None
+    if snapshot is None or status is None:
+        return f"learner    {_phase(snapshot, now)}"
+    row_pace = UPDATES_PER_S.of(row)
+    pace = status.updates_per_s if row_pace is None else row_pace
+    target = "free" if status.replay_ratio_target is None else f"{status.replay_ratio_target:.3g}"
+    parts = [
+        f"step {status.gradient_steps:,}/{status.total_optim_steps:,}",
+        f"{pace:.1f} updates/s",
+        f"ratio {status.replay_ratio:.3g}/{target}",
+    ]
+    if pace > 0:
+        parts.append(f"ETA {duration(max(0.0, (status.total_optim_steps - status.gradient_steps) / pace))}")
+    if snapshot.phase != "training":
+        parts.append(_phase(snapshot, now))
+    losses = [f"{name} {value:.3g}" for name, metric in LOSSES.items() if (value := metric.of(row)) is not None]
+    if losses:
+        parts.append(f"loss {' '.join(losses)}")
+    return "learner    " + "  ".join(parts)
 
 
-def _known(numbers: Mapping[str, Any], *entries: tuple[str, str]) -> list[str]:
-    return [text.format(numbers[key]) for key, text in entries if _is_number(numbers.get(key))]
+def collector_line(snapshot: Snapshot | None, learner: LearnerStatus | None, *, now: float, restarts: int) -> str:
+    """Return the collector's agent steps, their pace and the returns; its phase if it has no status yet.
 
-
-def _eta_s(numbers: Mapping[str, Any]) -> float | None:
-    total, pace = numbers.get("total_optim_steps"), numbers.get("updates_per_s")
-    if total is None or not pace:
-        return None
-    return max(0.0, (total - numbers["gradient_steps"]) / pace)
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
-
-
-def _count(value: Any) -> str:
-    return f"{value:,}" if isinstance(value, int) else "?"
+    learner: the learner's status, which has the policy lag and the returns.
+    """
+    status = read_status(CollectorStatus, snapshot.status) if snapshot else None
+    parts = []
+    if status is not None:
+        parts += [f"{status.agent_steps:,} agent steps", f"{status.fps:.0f} steps/s"]
+        parts += _results(learner) if learner is not None else []
+    if snapshot is None or status is None or snapshot.phase != "collecting":
+        waits_for_replay = snapshot is not None and snapshot.phase == "waiting" and _catching_up(learner)
+        parts.append("while the learner catches up to the replay ratio" if waits_for_replay else _phase(snapshot, now))
+    if status is not None and status.weights_refused > 0:
+        parts.append(f"unusable weights {status.weights_refused}")
+    if restarts:
+        parts.append(f"restarts {restarts}")
+    return "collector  " + "  ".join(parts)
 
 
 def duration(seconds: float) -> str:
-    """12 s, 3 min 05 s, 2 h 07 min."""
+    """Return a time for people: 12 s, 3 min 05 s, 2 h 07 min."""
     whole = round(seconds)
     if whole < 60:
         return f"{whole} s"
     if whole < 3600:
         return f"{whole // 60} min {whole % 60:02d} s"
     return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
+
+
+def _results(learner: LearnerStatus) -> list[str]:
+    """Return the policy lag and the returns, as far as they are known."""
+    texts = {
+        "lag {:.1f}": learner.policy_lag_mean,
+        "return {:.1f}": learner.episode_return_mean,
+        "eval {:.1f}": learner.eval_return_mean,
+    }
+    return [text.format(value) for text, value in texts.items() if value is not None]
+
+
+def _catching_up(learner: LearnerStatus | None) -> bool:
+    if learner is None or learner.replay_ratio_target is None:
+        return False
+    return learner.replay_ratio < CAUGHT_UP * learner.replay_ratio_target
+
+
+def _phase(snapshot: Snapshot | None, now: float) -> str:
+    """Return the phase of a process and how long it has been in it."""
+    if snapshot is None:
+        return "starting"
+    return f"{PHASE_TEXTS.get(snapshot.phase, snapshot.phase)} {duration(now - snapshot.phase_since)}"

@@ -1,11 +1,10 @@
-"""The learner's metrics.jsonl on its way out: new rows to TensorBoard or wandb, the last one into summary.json."""
+"""What launch does with the learner's metrics.jsonl: new rows go to TensorBoard or wandb, the last one to summary.json."""
 
 from __future__ import annotations
 
 import importlib
 import importlib.util
 import json
-import math
 import time
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -14,48 +13,71 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from shared.config import Settings
 from shared.errors import SettingError
+from shared.metrics import (
+    AGENT_STEPS,
+    COLLECT_FPS,
+    COLLECT_FPS_MEAN,
+    ENV_FRAMES,
+    EPISODE_RETURN_MEAN,
+    EPISODES,
+    EVAL_RETURN_MEAN,
+    GRADIENT_STEPS,
+    NAN_SKIPS,
+    POLICY_LAG_MEAN,
+    POLICY_VERSION,
+    REPLAY_RATIO,
+    REPLAY_RATIO_TARGET,
+    TIME,
+    TRANSPORT,
+    UPDATES_PER_S,
+    UPDATES_PER_S_MEAN,
+    WALL_S,
+    finite_or_none,
+    tagged,
+)
 
 if TYPE_CHECKING:
     from structlog.typing import FilteringBoundLogger
 
     from shared.run_folder import RunFolder
 
-STEP = "gradient_steps"
+# What summary.json always has; null if it is not known.
 SUMMARY_KEYS = (
     "exit_reason",
-    "wall_s",
-    "agent_steps",
-    "env_frames",
-    "gradient_steps",
-    "collect_fps",
-    "updates_per_s",
-    "replay_ratio_target",
-    "replay_ratio",
-    "policy_version",
-    "policy_lag_mean",
-    "episodes",
-    "episode_return_mean",
-    "eval_return_mean",
+    WALL_S.name,
+    AGENT_STEPS.name,
+    ENV_FRAMES.name,
+    GRADIENT_STEPS.name,
+    COLLECT_FPS.name,
+    UPDATES_PER_S.name,
+    REPLAY_RATIO_TARGET.name,
+    REPLAY_RATIO.name,
+    POLICY_VERSION.name,
+    POLICY_LAG_MEAN.name,
+    EPISODES.name,
+    EPISODE_RETURN_MEAN.name,
+    EVAL_RETURN_MEAN.name,
     "collector_restarts",
-    "nan_skips",
+    NAN_SKIPS.name,
     "devices",
-    "transport",
+    TRANSPORT.name,
 )
 
 
 class MetricsTail:
-    """Complete new rows of a file that another process appends to."""
+    """Reads the rows that the learner has appended to metrics.jsonl since the last look; the last line may be incomplete."""
 
     def __init__(self, path: Path, log: FilteringBoundLogger) -> None:
         self._path, self._log = path, log
-        # A resumed run's older rows were forwarded by the launch that saw them.
+        # The rows of a resumed run that exist already were forwarded by an earlier launch.
         self._offset = path.stat().st_size if path.exists() else 0
 
     def new_rows(self) -> list[dict[str, Any]]:
+        """Return the complete rows that are new. A line that is not a JSON object is left out, with a warning."""
         if not self._path.exists():
             return []
-        if self._path.stat().st_size < self._offset:  # a resumed learner cuts rows that lie after its checkpoint
-            self._offset = self._path.stat().st_size
+        # A resumed learner first deletes the rows that are newer than its checkpoint: the file becomes shorter.
+        self._offset = min(self._offset, self._path.stat().st_size)
         with self._path.open("rb") as file:
             file.seek(self._offset)
             complete = file.read().rpartition(b"\n")[0]
@@ -65,12 +87,13 @@ class MetricsTail:
         rows = [parse_row(line) for line in complete.splitlines()]
         if None in rows:
             self._log.warning(
-                "metrics.jsonl has lines that are no JSON object; they are left out", rows=rows.count(None)
+                "some lines of metrics.jsonl are not JSON objects; they are left out", lines=rows.count(None)
             )
         return [row for row in rows if row is not None]
 
 
 def parse_row(line: bytes) -> dict[str, Any] | None:
+    """Return the row in a line of metrics.jsonl, or None if the line is not a JSON object."""
     try:
         row = json.loads(line)
     except ValueError:
@@ -79,7 +102,7 @@ def parse_row(line: bytes) -> dict[str, Any] | None:
 
 
 def last_row(path: Path) -> dict[str, Any]:
-    """The last whole row of metrics.jsonl, or {} if there is none yet."""
+    """Return the last complete row of metrics.jsonl, or {} if there is none yet."""
     if not path.exists():
         return {}
     rows = (parse_row(line) for line in reversed(path.read_bytes().splitlines()))
@@ -87,66 +110,76 @@ def last_row(path: Path) -> dict[str, Any]:
 
 
 def summarize(row: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
-    """summary.json: every promised key (null where nothing is known), the row's other numbers, launch's own on top."""
-    merged = dict.fromkeys(SUMMARY_KEYS) | {key: value for key, value in row.items() if key != "time"} | dict(own)
-    for key in ("collect_fps", "updates_per_s"):  # a row's own are of its window, a summary's of the whole run
-        merged[key] = row.get(f"{key}_mean", merged[key])
-    merged["wall_s"] = row.get("wall_s", own.get("launch_s"))  # of the whole run, all its launches together
-    return {key: _finite(value) for key, value in merged.items()}
+    """Return the content of summary.json: SUMMARY_KEYS, the other numbers of the last row, and launch's own numbers.
+
+    row: the last row of metrics.jsonl. own: what launch itself knows, which replaces columns of the same name.
+    """
+    columns = {key: value for key, value in row.items() if key != TIME.name}
+    merged = dict.fromkeys(SUMMARY_KEYS) | columns | dict(own)
+    # In a row, these two are means since the previous row. A summary has the means over the whole launch.
+    for metric, mean in ((COLLECT_FPS, COLLECT_FPS_MEAN), (UPDATES_PER_S, UPDATES_PER_S_MEAN)):
+        merged[metric.name] = row.get(mean.name, merged[metric.name])
+    # The row's time covers all launches of the run; launch_s is the time of this one.
+    merged[WALL_S.name] = row.get(WALL_S.name, own.get("launch_s"))
+    return {key: finite_or_none(value) for key, value in merged.items()}
 
 
-def _finite(value: Any) -> Any:
-    """JSON has no word for nan and inf."""
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+def scalars(row: Mapping[str, Any]) -> dict[str, float]:
+    """Return the finite numbers of a row under their tags, without its time and step: every row has these anyway."""
+    return tagged({key: value for key, value in row.items() if key not in (TIME.name, GRADIENT_STEPS.name)})
 
 
 class Forwarder(Protocol):
-    """Where rows go."""
+    """Sends the rows of metrics.jsonl somewhere else."""
 
-    def add(self, row: Mapping[str, Any]) -> None: ...
+    def add(self, row: Mapping[str, Any]) -> None:
+        """Send one row."""
 
-    def close(self) -> None: ...
+    def close(self) -> None:
+        """Send what is left and end."""
 
 
 class NoForwarder:
-    """logger.backend=none: metrics.jsonl is all there is."""
+    """Sends nothing (logger.backend=none): metrics.jsonl is the only record."""
 
     def add(self, row: Mapping[str, Any]) -> None:
-        """Rows stay in metrics.jsonl."""
+        """Leave the row in metrics.jsonl."""
 
     def close(self) -> None:
-        """Nothing is open."""
+        """Do nothing."""
 
 
 class TensorBoardForwarder:
-    """Scalars into `tb/`, by tensorboard's own writer: the one in torch would bring torch into launch."""
+    """Writes rows into the folder `tb/` with tensorboard's own writer; torch's writer would import torch into launch."""
 
     def __init__(self, folder: Path) -> None:
         from tensorboard.compat.proto import event_pb2, summary_pb2
         from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
-        # The generated protobuf modules declare their classes at run time, out of a type checker's sight.
+        # The generated protobuf modules declare their classes at run time, where a type checker cannot see them.
         self._event: Any = event_pb2
         self._summary: Any = summary_pb2
         self._writer = EventFileWriter(str(folder), flush_secs=10)
 
     def add(self, row: Mapping[str, Any]) -> None:
-        values = [self._summary.Summary.Value(tag=key, simple_value=value) for key, value in scalars(row).items()]
-        written = row.get("time")
+        """Write the numbers of a row at its gradient step and time."""
+        written_at = TIME.of(row)
+        values = [self._summary.Summary.Value(tag=tag, simple_value=value) for tag, value in scalars(row).items()]
         self._writer.add_event(
             self._event.Event(
-                wall_time=written if isinstance(written, int | float) else time.time(),
-                step=int(row.get(STEP) or 0),
+                wall_time=time.time() if written_at is None else written_at,
+                step=int(GRADIENT_STEPS.of(row) or 0),
                 summary=self._summary.Summary(value=values),
             )
         )
 
     def close(self) -> None:
+        """Write what is left and close the file."""
         self._writer.close()
 
 
 class WandbForwarder:
-    """Rows into one wandb run that carries the run folder's name, so that a resumed run goes on in it."""
+    """Logs rows to one wandb run. It has the name of the run folder, so a resumed run continues it."""
 
     def __init__(self, folder: RunFolder, settings: Settings) -> None:
         wandb = importlib.import_module("wandb")
@@ -161,41 +194,34 @@ class WandbForwarder:
                 resume="allow",
                 config=asdict(settings),
             )
-        except Exception as error:  # wandb raises many kinds: no key, no network, a full disk
+        except Exception as error:  # wandb raises many kinds of errors: no key, no network, a full disk
             raise SettingError(
-                f"wandb could not start: {error}; wanted a run in project {settings.logger.project!r}; run 'wandb login', "
-                f"or set logger.mode=offline or logger.backend=tensorboard"
+                f"wandb could not start: {error}; expected a new or resumed run in project {settings.logger.project!r}; "
+                "run 'wandb login', or set logger.mode=offline or logger.backend=tensorboard"
             ) from error
 
     def add(self, row: Mapping[str, Any]) -> None:
-        self._run.log(scalars(row), step=int(row.get(STEP) or 0))
+        """Log the numbers of a row at its gradient step."""
+        self._run.log(scalars(row), step=int(GRADIENT_STEPS.of(row) or 0))
 
     def close(self) -> None:
+        """Upload what is left and end the wandb run; a later launch can resume it."""
         self._run.finish()
 
 
 def check_logger(settings: Settings) -> None:
-    """Pass if the chosen backend is installed. Raises: SettingError naming the extra to install."""
+    """Raise SettingError if the chosen backend is not installed."""
     if settings.logger.backend == "wandb" and importlib.util.find_spec("wandb") is None:
         raise SettingError(
-            "logger.backend=wandb, but wandb is not installed; wanted the extra that brings it; "
-            "run: pip install -e '.[wandb]', or set logger.backend=tensorboard"
+            "logger.backend=wandb, but wandb is not installed; expected an installed backend; "
+            "run: pip install wandb, or set logger.backend=tensorboard"
         )
 
 
 def open_forwarder(settings: Settings, folder: RunFolder) -> Forwarder:
-    """The forwarder that `logger.backend` names. Raises: SettingError if it cannot start."""
+    """Return the forwarder that `logger.backend` names. Raises: SettingError if it cannot start."""
     if settings.logger.backend == "wandb":
         return WandbForwarder(folder, settings)
     if settings.logger.backend == "tensorboard":
         return TensorBoardForwarder(folder.tensorboard)
     return NoForwarder()
-
-
-def scalars(row: Mapping[str, Any]) -> dict[str, float]:
-    """The numbers of a row, without its time and step."""
-    return {
-        key: float(value)
-        for key, value in row.items()
-        if isinstance(value, int | float) and not isinstance(value, bool) and key not in ("time", STEP)
-    }

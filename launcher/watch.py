@@ -21,9 +21,10 @@ from typing import TYPE_CHECKING, Any
 from launcher.budget import USEFUL, RestartBudget
 from launcher.child_process import ChildProcess
 from launcher.children import Starter, describe_exit
-from launcher.forwarding import STEP, MetricsTail, last_row
+from launcher.forwarding import MetricsTail, last_row
 from shared.lifetime import ExitCode, StopFlag
-from shared.progress import HELD_GB, LAST_PHASES, Snapshot, overdue_s, read
+from shared.metrics import GRADIENT_STEPS, STARTUP_S, CollectorStatus, read_status
+from shared.progress import LAST_PHASES, Snapshot, overdue_s, read
 
 if TYPE_CHECKING:
     from structlog.typing import FilteringBoundLogger
@@ -112,9 +113,9 @@ class Watch:
 
     def _forward_rows(self) -> None:
         for row in self._tail.new_rows():
-            compiled = self._settings.optimization.compile.enabled
-            if compiled and not self._said_ready and isinstance(row.get("startup_s"), float):
-                self._display.say(f"networks were built and compiled in {row['startup_s']:.1f} s")
+            startup_s = STARTUP_S.of(row)
+            if self._settings.optimization.compile.enabled and not self._said_ready and startup_s is not None:
+                self._display.say(f"networks were built and compiled in {startup_s:.1f} s")
                 self._said_ready = True
             self._row = row
             self.num_rows += 1
@@ -169,8 +170,8 @@ class Watch:
 
     def _finished(self) -> Outcome:
         self._forward_rows()
-        steps, total = self._row.get(STEP), self._settings.optimization.total_optim_steps
-        if isinstance(steps, int) and steps < total:
+        steps, total = GRADIENT_STEPS.of(self._row), self._settings.optimization.total_optim_steps
+        if steps is not None and steps < total:
             return Outcome(0, f"learner was asked to end from outside after {steps} of {total} gradient steps")
         return Outcome(0, "finished")
 
@@ -221,7 +222,8 @@ class Watch:
         return None
 
     def _replace_outgrown(self, limit_gb: float) -> None:
-        held_gb, excused = self._snapshots["collector"].status.get(HELD_GB, limit_gb), self._budget.excuses()
+        status = read_status(CollectorStatus, self._snapshots["collector"].status)
+        held_gb, excused = limit_gb if status is None else status.rss_gb, self._budget.excuses()
         self._log.warning(
             "collector outgrew collector.max_rss_gb", held_gb=held_gb, limit_gb=limit_gb, counts_as_death=not excused
         )

@@ -138,7 +138,7 @@ def test_rows_reach_tensorboard(tmp_path: Path) -> None:
     run = tmp_path / "run"
     assert _launch(run, "finish", "serve", "logger.backend=tensorboard") == 0
     (file,) = (run / "tb").glob("events.out.tfevents.*")
-    assert b"loss_model" in file.read_bytes()
+    assert b"loss/model" in file.read_bytes()
 
 
 def test_a_learner_that_died_is_told_with_its_last_words(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -13,7 +13,8 @@ import time
 from pathlib import Path
 
 from shared.lifetime import ExitCode, StopFlag, die_with_parent, enable_stack_dumps, install_stop_flag
-from shared.progress import HELD_GB, Progress
+from shared.metrics import CollectorStatus
+from shared.progress import Progress
 from shared.run_folder import read_run
 
 DEADLINE_S = 30.0
@@ -129,7 +130,7 @@ def main() -> int:
     if child.incarnation < first_good:
         if fault == "outgrow-until":
             child.progress.phase("collecting")
-            child.progress.status({HELD_GB: 2.5})
+            child.progress.status(CollectorStatus(320, 64.0, policy_version=0, weights_refused=0, rss_gb=2.5))
             return ExitCode.OUTGROWN
         if fault == "collect-until":
             child.progress.phase("collecting")

@@ -1,4 +1,4 @@
-"""Rows leave metrics.jsonl whole, once and in order; summary.json keeps every promise."""
+"""Every complete row of metrics.jsonl is forwarded once, in order; summary.json has every key that it should have."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def _append(path: Path, text: str) -> None:
         file.write(text)
 
 
-def test_only_whole_new_rows_are_read(tail: MetricsTail, tmp_path: Path) -> None:
+def test_only_complete_new_rows_are_read(tail: MetricsTail, tmp_path: Path) -> None:
     assert tail.new_rows() == []
     _append(tmp_path, '{"n": 1}\n{"n": 2}\n{"n"')
     assert tail.new_rows() == [{"n": 1}, {"n": 2}]
@@ -55,21 +55,21 @@ def test_a_resumed_runs_older_rows_are_not_forwarded_again(tmp_path: Path) -> No
     assert tail.new_rows() == [{"n": 2}]
 
 
-def test_a_line_that_is_no_row_is_left_out_and_said(
+def test_a_line_that_is_not_a_row_is_left_out_with_a_warning(
     tail: MetricsTail, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     _append(tmp_path, '{"n": 1}\nrubbish\n[3]\n{"n": 4}\n')
     assert tail.new_rows() == [{"n": 1}, {"n": 4}]
-    assert "left out rows=2" in capsys.readouterr().err
+    assert "left out lines=2" in capsys.readouterr().err
 
 
-def test_the_last_row_is_the_last_whole_one(tmp_path: Path) -> None:
+def test_the_last_row_is_the_last_complete_one(tmp_path: Path) -> None:
     assert last_row(tmp_path / "metrics.jsonl") == {}
     _append(tmp_path, '{"n": 1}\n{"n": 2}\n{"n": 3')
     assert last_row(tmp_path / "metrics.jsonl") == {"n": 2}
 
 
-def test_a_summary_has_every_promised_key_and_null_where_nothing_is_known() -> None:
+def test_a_summary_has_every_key_and_null_for_what_is_not_known() -> None:
     empty = summarize({}, {"exit_reason": "learner died", "launch_s": 2.0})
     assert set(empty) == {*SUMMARY_KEYS, "launch_s"}
     assert {key for key, value in empty.items() if value is not None} == {"exit_reason", "wall_s", "launch_s"}
@@ -78,12 +78,19 @@ def test_a_summary_has_every_promised_key_and_null_where_nothing_is_known() -> N
     assert json.loads(json.dumps(full, allow_nan=False)) == full
 
 
-def test_only_finite_or_not_numbers_are_scalars() -> None:
-    row = {"time": 5.0, "gradient_steps": 40, "loss": 1, "transport": "memfd", "none": None, "flag": True}
-    assert scalars(row) == {"loss": 1.0}
+def test_the_paces_of_a_summary_are_means_over_the_launch() -> None:
+    row = {"collect_fps": 50.0, "collect_fps_mean": 40.0, "updates_per_s": 9.0, "updates_per_s_mean": 8.0}
+    summary = summarize(row, {})
+    assert (summary["collect_fps"], summary["updates_per_s"]) == (40.0, 8.0)
+    assert summarize({"collect_fps": 50.0}, {})["collect_fps"] == 50.0, "a row of an older version has no mean"
 
 
-def test_tensorboard_gets_every_number_at_its_step_and_time(tmp_path: Path) -> None:
+def test_scalars_are_finite_numbers_of_declared_metrics_under_their_tags() -> None:
+    row = {"time": 5.0, "gradient_steps": 40, "kl": 1, "transport": "memfd", "value_mean": None, "unknown": 2.0}
+    assert scalars(row | {"loss_actor": float("nan")}) == {"model/kl": 1.0}
+
+
+def test_tensorboard_gets_every_number_at_the_step_and_time_of_its_row(tmp_path: Path) -> None:
     forwarder = TensorBoardForwarder(tmp_path)
     forwarder.add({"time": 1_700_000_000.5, "gradient_steps": 40, "loss_model": 3.5, "transport": "memfd"})
     forwarder.add({"time": 1_700_000_001.5, "gradient_steps": 60, "loss_model": 2.25})
@@ -91,28 +98,28 @@ def test_tensorboard_gets_every_number_at_its_step_and_time(tmp_path: Path) -> N
     (file,) = tmp_path.glob("events.out.tfevents.*")
     events = [event for event in EventFileLoader(str(file)).Load() if event.HasField("summary")]
     found = [(e.step, e.wall_time, v.tag, v.tensor.float_val[0]) for e in events for v in e.summary.value]
-    assert found == [(40, 1_700_000_000.5, "loss_model", 3.5), (60, 1_700_000_001.5, "loss_model", 2.25)]
+    assert found == [(40, 1_700_000_000.5, "loss/model", 3.5), (60, 1_700_000_001.5, "loss/model", 2.25)]
 
 
 class _FakeWandb(types.ModuleType):
-    """Keeps what it was told; `failure` is raised by init."""
+    """Keeps every call; init raises `failure`."""
 
     def __init__(self, failure: Exception | None = None) -> None:
         super().__init__("wandb")
-        self.told: list[Any] = []
+        self.calls: list[Any] = []
         self._failure = failure
 
     def init(self, **options: Any) -> _FakeWandb:
         if self._failure:
             raise self._failure
-        self.told.append(options)
+        self.calls.append(options)
         return self
 
     def log(self, row: dict, *, step: int) -> None:
-        self.told.append((step, row))
+        self.calls.append((step, row))
 
     def finish(self) -> None:
-        self.told.append("finished")
+        self.calls.append("finished")
 
 
 def _wandb_settings() -> Settings:
@@ -127,10 +134,10 @@ def test_wandb_gets_rows_in_a_run_named_after_the_folder(tmp_path: Path, monkeyp
     forwarder = open_forwarder(_wandb_settings(), RunFolder(tmp_path / "run7"))
     forwarder.add({"time": 1.0, "gradient_steps": 40, "loss_model": 3.5})
     forwarder.close()
-    options, row, last = wandb.told
+    options, row, last = wandb.calls
     assert (options["project"], options["mode"], options["id"], options["name"]) == ("legs", "offline", "run7", "run7")
     assert options["dir"] == str(tmp_path / "run7") and options["config"]["env"]["name"] == "cheetah"
-    assert (row, last) == ((40, {"loss_model": 3.5}), "finished")
+    assert (row, last) == ((40, {"loss/model": 3.5}), "finished")
 
 
 def test_a_wandb_that_cannot_start_is_a_setting_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -139,8 +146,8 @@ def test_a_wandb_that_cannot_start_is_a_setting_error(tmp_path: Path, monkeypatc
         open_forwarder(_wandb_settings(), RunFolder(tmp_path))
 
 
-def test_a_missing_wandb_is_noticed_before_anything_starts(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_wandb_is_a_setting_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(SettingError, match=r"wandb is not installed.*\.\[wandb\]"):
+    with pytest.raises(SettingError, match=r"wandb is not installed.*pip install wandb"):
         check_logger(_wandb_settings())
     check_logger(Settings())
