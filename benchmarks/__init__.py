@@ -1,1 +1,1 @@
-"""What we claim, drawn and measured from runs."""
+"""Measurements of speed and of learning, with their results in results/."""

@@ -1,9 +1,10 @@
-"""Every benchmark this machine can run, one table at the end.
+"""Run every benchmark that this machine can run, and print one table at the end.
 
     python -m benchmarks [--json PATH] [--quick] [--only replay transport ...]
 
-On a machine with CUDA the GPU is measured, and the replay and the transport on the CPU besides. What is left out is said,
-with the reason. `--quick`: tiny sizes, to see that everything runs; its figures mean nothing.
+On a machine with CUDA the GPU is measured; the replay and the transport are measured on the CPU as well. The output
+names every benchmark that was left out, with the reason. `--quick` uses tiny sizes to check that everything runs; its
+figures mean nothing.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ import torch
 from benchmarks.provenance import document, save
 from benchmarks.timing import show
 
-# What `run` of each module takes besides `device`, in earnest and quick.
+# The arguments of each module's `run` besides `device`: for a full run, and for --quick.
 BENCHMARKS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "replay": ({}, {"quick": True}),
     "transport": ({}, {"quick": True}),
@@ -31,11 +32,14 @@ BENCHMARKS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "learner": ({}, {"frames": (50,), "compiled": (False,), "repetitions": 2, "tiny": True}),
     "peer_torchrl": ({}, {"frames": (50,), "modes": ("eager",), "repetitions": 2, "tiny": True}),
 }
-ON_BOTH = ("replay", "transport")  # beside a GPU measured on the CPU too
+ON_BOTH = ("replay", "transport")  # measured on the CPU even if there is a GPU
 
 
 def run(*, quick: bool = False, only: Sequence[str] = ()) -> dict[str, Any]:
-    """Figures by benchmark (`replay`, `replay on the CPU`, ...), rows of the one table, what was left out, what failed."""
+    """Run the benchmarks and return their figures, the rows of the table, what was left out and what failed.
+
+    The figures are keyed by benchmark: `replay`, `replay on the CPU`, and so on.
+    """
     gpu, figures, rows = torch.cuda.is_available(), {}, []
     left_out: dict[str, str] = {} if gpu else {"every figure of a GPU": "no CUDA device"}
     failed: dict[str, str] = {}
@@ -48,7 +52,7 @@ def run(*, quick: bool = False, only: Sequence[str] = ()) -> dict[str, Any]:
             module = importlib.import_module(f"benchmarks.{name}")
             try:
                 result = module.run(device=device, **(smoke if quick else full))
-            except Exception as error:  # one that fails is named at the end and costs the others nothing
+            except Exception as error:  # a failure is reported at the end and does not stop the others
                 traceback.print_exc()
                 failed[label] = f"{type(error).__name__}: {error}".splitlines()[0]
                 continue
@@ -59,14 +63,14 @@ def run(*, quick: bool = False, only: Sequence[str] = ()) -> dict[str, Any]:
 
 
 def devices_of(name: str, *, gpu: bool) -> tuple[str, ...]:
-    """Where a benchmark runs on this machine."""
+    """Return the devices on which a benchmark runs on this machine."""
     if not gpu:
         return ("cpu",)
     return ("cuda:0", "cpu") if name in ON_BOTH else ("cuda:0",)
 
 
 def rows_of(module: Any, result: dict[str, Any]) -> list[dict[str, Any]]:
-    """A benchmark's lines of the table: kept with its figures, or made from them by its own `rows`."""
+    """Return a benchmark's lines of the table. They are in its result, or its module's `rows` makes them."""
     return result["rows"] if "rows" in result else module.rows(result)
 
 
@@ -77,15 +81,15 @@ def _left_out(label: str, result: dict[str, Any]) -> dict[str, str]:
 
 
 def main() -> int:
-    """Exit code 1 if a benchmark failed."""
+    """Run the command line; return 1 if a benchmark failed."""
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--json", type=Path, help="keep every figure here")
-    parser.add_argument("--quick", action="store_true", help="tiny sizes, to see that it runs")
-    parser.add_argument("--only", nargs="+", choices=sorted(BENCHMARKS), default=(), help="these alone")
+    parser.add_argument("--json", type=Path, help="write every figure to this file")
+    parser.add_argument("--quick", action="store_true", help="tiny sizes, to check that everything runs")
+    parser.add_argument("--only", nargs="+", choices=sorted(BENCHMARKS), default=(), help="run only these")
     options = parser.parse_args()
-    torch.set_num_threads(1)  # where a benchmark compares, both sides have one thread
+    torch.set_num_threads(1)  # both sides of a comparison have one thread
     result = run(quick=options.quick, only=options.only)
     save(options.json, document("all", result))
     show("Tandem's benchmarks", result["rows"])

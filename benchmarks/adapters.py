@@ -1,8 +1,8 @@
-"""What the torchrl and mjlab adapters cost in a tick: the bare simulator, torchrl's own step, our Arrival, in turns.
+"""The cost of the torchrl and mjlab adapters per tick, beside the bare simulator and torchrl's own step.
 
     python -m benchmarks.adapters --json adapters.json
 
-Everything happens in one process with one thread. A tick steps every environment once and resets those that ended.
+The cases take turns in one process with one thread. A tick steps every environment once and resets those that ended.
 """
 
 from __future__ import annotations
@@ -22,12 +22,13 @@ from collector_proc.simulators.base import Simulator
 from collector_proc.simulators.registry import build_simulator
 from shared.config import Settings
 
-TICKS = 50  # of one repetition
+TICKS = 50  # per repetition
 GYM = [("Pendulum-v1", 1), ("Pendulum-v1", 8), ("HalfCheetah-v5", 1), ("HalfCheetah-v5", 8)]
 MJLAB = ("Mjlab-Cartpole-Balance", 64)
 
 
 def simulator(backend: str, name: str, num_envs: int) -> Simulator:
+    """Build a simulator of the collector for one task, on the CPU and without an action repeat."""
     settings = Settings()
     settings.env.backend, settings.env.name, settings.env.task = backend, name, ""
     settings.env.num_envs, settings.env.from_pixels, settings.env.frame_skip = num_envs, False, 1
@@ -36,7 +37,7 @@ def simulator(backend: str, name: str, num_envs: int) -> Simulator:
 
 
 def ours(backend: str, name: str, num_envs: int) -> Callable[[], None]:
-    """A tick of the collector's simulator."""
+    """Return a function that does one tick of the collector's simulator."""
     stepped = simulator(backend, name, num_envs)
     stepped.reset()
     action = torch.rand(num_envs, stepped.spec.action_dim) * 2 - 1
@@ -44,7 +45,7 @@ def ours(backend: str, name: str, num_envs: int) -> Callable[[], None]:
 
 
 def bare_gymnasium(name: str, num_envs: int) -> Callable[[], None]:
-    """gymnasium alone: no tensor, no flags."""
+    """Return a function that does one tick of gymnasium alone, without tensors and flags."""
     import gymnasium
 
     envs = [gymnasium.make(name) for _ in range(num_envs)]
@@ -62,7 +63,7 @@ def bare_gymnasium(name: str, num_envs: int) -> Callable[[], None]:
 
 
 def torchrl_alone(name: str, num_envs: int) -> Callable[[], None]:
-    """torchrl's GymEnv, stepped and reset the way its collectors do."""
+    """Return a function that steps and resets torchrl's GymEnv as torchrl's collectors do."""
     from torchrl.envs import GymEnv
 
     envs = [GymEnv(name) for _ in range(num_envs)]
@@ -78,7 +79,7 @@ def torchrl_alone(name: str, num_envs: int) -> Callable[[], None]:
 
 
 def bare_mjlab(name: str, num_envs: int) -> Callable[[], None]:
-    """mjlab alone, resetting inside its own step."""
+    """Return a function that does one tick of mjlab alone, which resets inside its own step."""
     import mjlab.tasks  # noqa: F401  registers every task
     from mjlab.envs import ManagerBasedRlEnv
     from mjlab.tasks.registry import load_env_cfg
@@ -92,11 +93,11 @@ def bare_mjlab(name: str, num_envs: int) -> Callable[[], None]:
 
 
 def _discard(_: Any) -> None:
-    """Ticks are timed, not looked at."""
+    """Drop the result of a tick; only its time counts."""
 
 
 def measure(cases: dict[str, Callable[[], None]], *, repetitions: int) -> dict[str, float]:
-    """Microseconds of CPU time in a tick, median over the repetitions."""
+    """Return the CPU time of a tick in microseconds, as the median over the repetitions."""
 
     def many(tick: Callable[[], None]) -> Callable[[], None]:
         def ticks() -> None:
@@ -110,12 +111,14 @@ def measure(cases: dict[str, Callable[[], None]], *, repetitions: int) -> dict[s
 
 
 def run(*, quick: bool = False, device: str = "cpu") -> dict[str, Any]:
-    """Figures of every task that is installed, on the CPU. quick: one task, seconds."""
-    assert device == "cpu", device  # the adapters' own work is what is timed
+    """Measure every task that is installed, on the CPU; with `quick`, one task for a few seconds."""
+    assert device == "cpu", device  # the adapters' own work runs on the CPU
     torch.set_num_threads(1)
     repetitions, figures = 3 if quick else 15, {}
     for name, num_envs in GYM[:1] if quick else GYM:
-        cases = {"ours": ours("torchrl", f"gym:{name}", num_envs)}  # first: it keeps torchrl from importing isaaclab
+        cases = {
+            "ours": ours("torchrl", f"gym:{name}", num_envs)
+        }  # built first, because it prevents torchrl from importing isaaclab
         cases |= {"bare": bare_gymnasium(name, num_envs), "torchrl": torchrl_alone(name, num_envs)}
         figures[f"gym:{name} x {num_envs}"] = measure(cases, repetitions=repetitions)
     if not quick and importlib.util.find_spec("mjlab") is not None:
@@ -131,8 +134,9 @@ def run(*, quick: bool = False, device: str = "cpu") -> dict[str, Any]:
 
 
 def main() -> None:
+    """Run the command line."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.adapters", description=__doc__)
-    parser.add_argument("--json", type=Path, help="write the figures and where they come from to this file")
+    parser.add_argument("--json", type=Path, help="write the figures and their provenance to this file")
     parser.add_argument("--quick", action="store_true", help="one task, a few seconds")
     options = parser.parse_args()
     os.environ.setdefault("MUJOCO_GL", "disabled")  # state vectors only; read once, when mujoco is first imported

@@ -1,10 +1,10 @@
-"""That the compared updates compute the same thing, as far as they claim to.
+"""Check that the compared updates compute the same losses, as far as both define them alike.
 
-With the project's weights in TorchRL's modules, the same posterior noise and the project's floor under standard
-deviations (softplus + 0.1 where TorchRL clamps softplus at 0.1), three terms are the same mathematics: reconstruction,
-reward and KL, and so is the gradient of their sum. TorchRL's squared errors are twice our negative log-likelihoods less
-a constant, and its reconstruction is a sum over the batch; both are undone here. Nothing of the behaviour is compared:
-its returns are one-step returns of sampled rewards and values, summed over the horizon.
+TorchRL's modules get our weights, the same posterior noise, and our lower bound of standard deviations (softplus + 0.1,
+where TorchRL clamps softplus at 0.1). Then three losses are the same mathematics: reconstruction, reward and KL; so is
+the gradient of their sum. TorchRL's squared error is twice our negative log-likelihood minus a constant, and its
+reconstruction loss is a sum over the batch; both differences are removed here. The behaviour losses are not compared,
+because TorchRL sums one-step returns of sampled rewards and values over the horizon.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ from shared import metrics
 from shared.model.distributions import HALF_LOG_TAU
 from shared.model.rssm import MIN_STD
 
-RTOL = 1e-4  # float32 sums in another order
+RTOL = 1e-4  # the two sides sum float32 values in different orders
 FRAMES = 100
 SEED = 1
-# bfloat16 keeps 8 bits: one rounding is 0.4 %. Losses average over many; norms of gradients do so less
+# One rounding to bfloat16 (8 bits) is an error of 0.4 %. Losses average many of them, gradient norms fewer.
 FAST_RTOL = {
     metrics.LOSS_MODEL: 0.01,
     metrics.LOSS_VALUE: 0.02,
@@ -38,17 +38,19 @@ FAST_RTOL = {
 
 
 class SoftplusPlusFloor(nn.Module):
-    """Mean and standard deviation from a layer's output, the project's way."""
+    """Turns a layer's output into mean and standard deviation with our lower bound."""
 
     def forward(self, raw: Tensor) -> tuple[Tensor, Tensor]:
+        """Return mean and standard deviation."""
         mean, raw_std = raw.chunk(2, -1)
         return mean, F.softplus(raw_std) + MIN_STD
 
 
 def with_torchrl(*, device: torch.device, tiny: bool = False, frames: int = FRAMES) -> dict[str, Any]:
-    """Ours against TorchRL's in float32, term by term: value, the peer's in our units, relative difference.
+    """Compare our losses with TorchRL's in float32, and return both values and the relative difference of each.
 
-    Our side is a whole gradient step as training runs it; its first random numbers are the posterior's noise (L, B, S).
+    TorchRL's values are converted to our units. Our side is a whole gradient step, as in training; the first random
+    numbers that it draws are the posterior's noise (L, B, S).
     """
     settings = settings_for(frames, tiny=tiny)
     settings.optimization.free_nats = 0.0
@@ -56,7 +58,7 @@ def with_torchrl(*, device: torch.device, tiny: bool = False, frames: int = FRAM
     batch = synthetic_batch(frames, device=device)
     torch.manual_seed(SEED)
     noise = torch.randn(batch.shape[1], batch.shape[0], step.policy.rssm.stoch_dim, device=device)
-    theirs = _their_terms(step, batch, noise)  # takes the weights over, so before they move
+    theirs = _their_terms(step, batch, noise)  # copies our weights, so it runs before the step changes them
     torch.manual_seed(SEED)
     numbers = step(batch).to_host()
     ours = {
@@ -71,7 +73,7 @@ def with_torchrl(*, device: torch.device, tiny: bool = False, frames: int = FRAM
 def fast_against_plain(
     *, device: torch.device, compiled: bool = True, tiny: bool = False, frames: int = FRAMES
 ) -> dict[str, Any]:
-    """Our losses in bfloat16, compiled, against uncompiled float32, from the same weights, batch and noise."""
+    """Compare our compiled bfloat16 losses with uncompiled float32, on the same weights, batch and noise."""
     batch = synthetic_batch(frames, device=device)
     results = []
     for precision, fast in (("false", False), ("bfloat16", compiled)):
@@ -120,7 +122,7 @@ def _their_terms(step: GradientStep, batch: Any, noise: Tensor) -> dict[str, flo
 
 
 def sizes_of(step: GradientStep) -> Sizes:
-    """TorchRL's sizes for the networks of a step on vector observations."""
+    """Return the sizes that TorchRL's networks need to match a gradient step on vector observations."""
     rssm, encoder, spec = step.policy.rssm, step.policy.encoder, step.spec
     hidden = step.critic.layers[0].out_features
     assert isinstance(hidden, int)
@@ -139,7 +141,7 @@ def sizes_of(step: GradientStep) -> Sizes:
 
 @torch.no_grad()
 def copy_weights(step: GradientStep, networks: TorchRLNetworks) -> None:
-    """The project's weights into TorchRL's modules, layer by layer, shapes checked."""
+    """Copy our weights into TorchRL's modules, layer by layer, and check every shape."""
     rssm, model, theirs = step.policy.rssm, step.world_model, networks
     _copy_linears(step.policy.encoder, theirs.encoder)
     _copy_linears(model.decoder, theirs.decoder)
@@ -159,7 +161,7 @@ def copy_weights(step: GradientStep, networks: TorchRLNetworks) -> None:
 
 
 def _copy_linears(source: nn.Module, target: nn.Module) -> None:
-    """Every linear layer in order; the same number and shapes on both sides."""
+    """Copy every linear layer in order; both sides must have the same number of layers and the same shapes."""
     pairs = zip(*([m for m in side.modules() if isinstance(m, nn.Linear)] for side in (source, target)), strict=True)
     for ours, theirs in pairs:
         assert ours.weight.shape == theirs.weight.shape, (ours.weight.shape, theirs.weight.shape)

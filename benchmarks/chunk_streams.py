@@ -1,11 +1,12 @@
-"""One sender process and one receiver for each way of moving chunks, with the same chunk and the same duties.
+"""Four ways of moving chunks from a sender process to a receiver, with the same chunk and the same work on both sides.
 
-    ring              granted rows of the learner's memory, written by the collector's ChunkWriter; grant and commit messages
-    tensor queue      torch.multiprocessing queue; each chunk copied into fresh shared memory (on a GPU: a CUDA IPC handle)
+    ring              the collector's ChunkWriter writes granted rows of the learner's memory; grant and commit messages
+    tensor queue      a torch.multiprocessing queue; each chunk is copied into new shared memory (GPU: a CUDA handle)
     tensordict queue  a TensorDict through the same queue
-    pickle queue      multiprocessing queue of numpy arrays
+    pickle queue      a multiprocessing queue of numpy arrays
 
-A sender owns a gathered chunk, stamps its number into the rewards and sends. A receiver ends with the chunk in its ring.
+A sender has a gathered chunk, writes the chunk's number into the rewards and sends it. In the end the chunk is in the
+receiver's ring.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ from shared.run_folder import make_socket_dir, remove_socket_dir
 from shared.stream import DTYPE_BYTES, Layout, ObsSpec, StreamSpec, plan_layout, ring_views
 
 KINDS = ("ring", "tensor queue", "tensordict queue", "pickle queue")
-SECONDS = 60.0  # nothing here takes that long
+SECONDS = 60.0  # deadline of every wait
 CHUNKS_HELD = 4
 _QUIET = structlog.wrap_logger(
     structlog.PrintLogger(), wrapper_class=structlog.make_filtering_bound_logger(logging.CRITICAL)
@@ -48,7 +49,7 @@ _QUIET = structlog.wrap_logger(
 
 @dataclass(frozen=True)
 class ChunkShape:
-    """num_obs: observed numbers of an environment; 0: a 64x64x3 image."""
+    """The size of a chunk. An environment observes `num_obs` numbers; 0 stands for a 64x64x3 image."""
 
     num_envs: int
     ticks: int
@@ -56,24 +57,26 @@ class ChunkShape:
 
     @property
     def spec(self) -> StreamSpec:
+        """Return what is streamed."""
         if self.num_obs:
             return StreamSpec(self.num_envs, {"policy": ObsSpec((self.num_obs,), "float32")}, 12)
         return StreamSpec(self.num_envs, {"pixels": ObsSpec((64, 64, 3), "uint8")}, 6)
 
     @property
     def layout(self) -> Layout:
+        """Return the layout of a ring that holds a few chunks."""
         return plan_layout(self.spec, self.ticks * CHUNKS_HELD)
 
     @property
     def num_bytes(self) -> int:
-        """Of one chunk."""
+        """Return the bytes of one chunk."""
         fields = self.layout.fields
         sizes = (DTYPE_BYTES[f.dtype] * math.prod(f.shape) * (self.num_envs if f.per_env else 1) for f in fields)
         return self.ticks * sum(sizes)
 
 
 class Stream:
-    """The receiver's end; starts its sender. kind: one of KINDS."""
+    """The receiver of one kind of stream (one of KINDS). It starts its sender."""
 
     def __init__(self, kind: str, shape: ChunkShape, *, device: str) -> None:
         self._shape, self._device = shape, torch.device(device)
@@ -81,7 +84,10 @@ class Stream:
         self._received = 0
 
     def receive(self, chunks: int) -> dict[str, float]:
-        """Take that many chunks. Raises: TimeoutError; AssertionError if a chunk is not the one that was sent."""
+        """Receive chunks and return the pace.
+
+        Raises: TimeoutError; AssertionError if a received chunk differs from the one that was sent.
+        """
         wall, cpu = time.perf_counter(), time.process_time()
         row = self._ring.take(chunks)
         if self._device.type == "cuda":
@@ -98,11 +104,12 @@ class Stream:
         }
 
     def close(self) -> None:
+        """End the sender and release the memory."""
         self._ring.close()
 
 
 class _Ring:
-    """The learner's own link and replay."""
+    """Receives through the learner's own link and replay."""
 
     def __init__(self, shape: ChunkShape, device: torch.device) -> None:
         self._sockets, self._shape, self._device = make_socket_dir(), shape, device
@@ -116,7 +123,7 @@ class _Ring:
         end = time.monotonic() + SECONDS
         while not self._link.streaming:
             _check(self._child, end)
-            self._serve()  # the chunk granted after the self-test may arrive in the same pass
+            self._serve()  # the chunk granted after the self-test may arrive in the same call
             self._link.wait(0.01)
 
     @property
@@ -159,7 +166,7 @@ class _Ring:
 
 
 class _Queue:
-    """A queue of two chunks whose contents the receiver copies into a ring of the same layout."""
+    """Receives through a queue of at most two chunks, and copies each into a ring of the same layout."""
 
     def __init__(self, kind: str, shape: ChunkShape, device: torch.device) -> None:
         self._shape = shape
@@ -191,7 +198,7 @@ class _Queue:
 
 
 def _send_to_ring(shape: ChunkShape, sockets: str, device: str) -> None:
-    """The collector's side of the handover and its writer, with chunks that are already gathered."""
+    """Run the collector's side of the handover and its writer, with a chunk that is already gathered."""
     torch.set_num_threads(1)
     channel = connect(sockets, deadline_s=SECONDS, alive=lambda: None)
     channel.send(Hello(PROTOCOL, "benchmark", 0, 1, shape.spec.to_dict()))
@@ -222,7 +229,10 @@ def _send_to_ring(shape: ChunkShape, sockets: str, device: str) -> None:
 
 
 def _send_to_queue(kind: str, shape: ChunkShape, chunks: Any, go: Any, device: str) -> None:
-    """A chunk for every permit, until terminated. A tensor in a queue is shared, so each chunk needs memory of its own."""
+    """Send a chunk for every permit, until terminated.
+
+    A tensor in a queue is shared with the receiver, so each chunk needs its own memory.
+    """
     torch.set_num_threads(1)
     slab = torch.zeros(shape.layout.num_bytes, dtype=torch.uint8, device=device)
     stage: Any = ring_views(slab, shape.layout)[: shape.ticks]
@@ -239,13 +249,15 @@ def _packed(kind: str, stage: TensorDict, shape: ChunkShape) -> Any:
         return stage.clone()
     keys = {entry.name: entry.key for entry in shape.layout.fields}
     if kind == "pickle queue":
-        return {name: stage.get(key).cpu().clone().numpy() for name, key in keys.items()}  # pickled by a thread, later
+        return {
+            name: stage.get(key).cpu().clone().numpy() for name, key in keys.items()
+        }  # a thread of the queue pickles it later
     fresh = {}
     for name, key in keys.items():
         value = stage.get(key)
         fresh[name] = torch.empty(value.shape, dtype=value.dtype, device=value.device)
         if not value.is_cuda:
-            fresh[name].share_memory_()  # before the copy: put() would copy once more
+            fresh[name].share_memory_()  # before the copy, because put() would copy once more
         fresh[name].copy_(value)
     return fresh
 

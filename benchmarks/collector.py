@@ -1,10 +1,10 @@
-"""How much of the bare simulator's pace is left with the policy and with the stream.
+"""How fast the simulator is with the policy and with the stream, compared with the bare simulator.
 
     python -m benchmarks.collector [--json PATH] [--quick] [--device cuda:0] [--threads 1] [--cases pendulum cheetah]
 
 Three loops take turns on the same settings: the simulator alone under random actions; the simulator with the acting
-policy; the real collector process with everything, streaming into the ring of a learner end that grants at once and
-never trains. `python -m benchmarks.collector --scaling` repeats it for 64 to 16,384 environments.
+policy; and the real collector process, which streams into the ring of a stand-in for the learner. The stand-in grants
+at once and never trains. `python -m benchmarks.collector --scaling` repeats this for 64 to 16,384 environments.
 """
 
 from __future__ import annotations
@@ -32,22 +32,22 @@ SCALES = (64, 256, 1024, 4096, 16_384)
 
 @dataclass(frozen=True)
 class Case:
-    """A simulator and its networks. envs: environments; ticks: of one chunk; seconds: of one turn of a loop."""
+    """A simulator and its networks, with `ticks` per chunk and `seconds` per turn of a loop."""
 
     config: str
     overrides: tuple[str, ...]
     envs: int
     ticks: int = 16
     seconds: float = 2.0
-    missing: str = ""  # why this machine cannot run it
+    missing: str = ""  # the reason why this machine cannot run it
 
 
 def cases(device: str) -> dict[str, Case]:
-    """What can be measured; `missing` says what this machine lacks."""
+    """Return every case; `missing` of a case names what this machine lacks for it."""
     full = 4096 if device.startswith("cuda") else 256
     return {
         "pendulum": Case("quickstart", ("env.num_envs=4096", "collector.eval_envs=16"), 4096),
-        "pendulum, full networks": Case(  # a CPU core needs a quarter of a second for one tick of 4,096
+        "pendulum, full networks": Case(  # a CPU core needs 0.25 s for one tick of 4,096
             "quickstart", (f"env.num_envs={full}", *FULL_NETWORKS), full
         ),
         "cheetah": Case(
@@ -67,7 +67,7 @@ def _without_mjlab(device: str) -> str:
 
 
 class Loops:
-    """The simulator and the policy in this process, for the two loops without a stream."""
+    """The simulator and the policy in this process, for the two loops that do not stream."""
 
     def __init__(self, settings: Settings, *, device: str) -> None:
         self.simulator: Simulator = build_simulator(settings, seed=settings.env.seed, device=device)
@@ -80,18 +80,18 @@ class Loops:
         self.action = torch.zeros(self.shape, device=self.device)
 
     def bare(self) -> None:
-        """One tick under random actions."""
+        """Do one tick under random actions."""
         self.simulator.step(torch.rand(self.shape, device=self.simulator.device) * 2 - 1)
 
     def policy(self) -> None:
-        """One tick under the policy."""
+        """Do one tick under the policy."""
         first = self.arrival.is_first.to(self.device)
         action = torch.where(first[:, None], 0.0, self.action)
         self.action = self.acting.act(self.arrival, action, version=1)
         self.arrival = self.simulator.step(self.action.to(self.simulator.device))
 
     def pace(self, loop: str, seconds: float) -> dict[str, float]:
-        """Ticks a second of one of the loops, and this process's CPU milliseconds for each."""
+        """Run one of the loops; return its ticks per second and this process's CPU milliseconds per tick."""
         step, ticks = getattr(self, loop), 0
         self._synchronize()
         wall, cpu = time.perf_counter(), time.process_time()
@@ -108,7 +108,7 @@ class Loops:
 
 
 def measure(case: Case, *, device: str, repetitions: int, seconds: float) -> dict[str, Any]:
-    """All three loops in turn, `repetitions` times: ticks/s, shares of the bare pace turn by turn, CPU time."""
+    """Run all three loops in turn and return ticks/s, the share of the bare pace in each turn, and CPU time."""
     settings = pair_settings(case.config, list(case.overrides), envs=case.envs, ticks=case.ticks)
     turns: dict[str, list[dict[str, float]]] = {"bare": [], "policy": [], "stream": []}
     loops = Loops(settings, device=device)
@@ -150,7 +150,10 @@ def _per_tick(figures: dict[str, float], ticks: int) -> dict[str, float]:
 def run(
     *, quick: bool = False, device: str = "cpu", names: tuple[str, ...] = (), scaling: bool = True
 ) -> dict[str, Any]:
-    """Figures of every case this machine can run (or of `names`), pendulum over environments, and what was left out."""
+    """Measure every case that this machine can run, or the cases in `names`, and report those left out.
+
+    `scaling` adds the pendulum over the number of environments.
+    """
     repetitions, seconds = (1, 0.2) if quick else (3, 2.0)
     found, left_out, lines = {}, {}, []
     for name, case in cases(device).items():
@@ -188,11 +191,12 @@ def _rows(name: str, figures: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def main() -> None:
+    """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", type=Path, help="keep every figure here")
-    parser.add_argument("--quick", action="store_true", help="tiny sizes, to see that it runs")
-    parser.add_argument("--device", default="cpu", help="of simulator, policy and ring")
-    parser.add_argument("--threads", type=int, default=1, help="torch threads of either process")
+    parser.add_argument("--json", type=Path, help="write every figure to this file")
+    parser.add_argument("--quick", action="store_true", help="tiny sizes, to check that it runs")
+    parser.add_argument("--device", default="cpu", help="device of simulator, policy and ring")
+    parser.add_argument("--threads", type=int, default=1, help="torch threads of each process")
     parser.add_argument("--cases", nargs="+", default=(), help="names of cases; default: all")
     parser.add_argument("--scaling", action="store_true", help="pendulum over the number of environments as well")
     options = parser.parse_args()

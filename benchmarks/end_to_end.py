@@ -1,12 +1,12 @@
-"""What collecting and learning cost each other: one real run, in which either side is now and then held still.
+"""How much collecting and learning slow each other down: one real run in which each side is paused in turn.
 
     python -m benchmarks.end_to_end [--json PATH] [--quick] [--presets quickstart] [--no-pin] [key=value ...]
 
-launch.py starts both processes as always, each on a core of its own where there are two (half of the cores each where
-there are more). optimization.replay_ratio=null lets both run as fast as they can. Three phases take turns: both; the
-learner alone (the collector is stopped by SIGSTOP, the replay stays as it is); the collector alone (the learner makes no
-gradient steps, but takes commits and gives grants). Overlap is the pace together over the pace alone, turn by turn; by
-CPU seconds it holds on a machine that others use too.
+launch.py starts both processes as usual, each bound to half of the cores if there are at least two.
+optimization.replay_ratio=null lets both run as fast as they can. Three phases take turns: both; the learner alone
+(SIGSTOP stops the collector, the replay does not change); the collector alone (the learner makes no gradient steps, but
+receives commits and sends grants). Overlap is the pace in the phase "both" divided by the pace alone, turn by turn.
+Measured per CPU second it is meaningful on a machine with other users, too.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ from benchmarks.provenance import REPO, document, save
 from benchmarks.timing import row, show, spread
 from shared.progress import read
 
-START_S = 900.0  # until the first gradient step; a GPU preset compiles first
-SETTLE_S = 0.5  # after a switch: chunks in flight arrive, caches warm up
+START_S = 900.0  # deadline of the first gradient steps; a preset for a GPU compiles first
+SETTLE_S = 0.5  # after a change of phase: pending chunks arrive and caches warm up
 PHASES = ("both", "learner", "collector")
 SHOWN = (
     ("learner", "steps_per_s", "gradient steps/s"),
@@ -47,7 +47,7 @@ FREE = (
     "logger.backend=none",
 )
 PRESETS: dict[str, tuple[str, ...]] = {
-    # Chunks of 64 ticks: two of them must outlast a gradient step, or the collector waits for grants.
+    # Chunks of 64 ticks: collecting two must take longer than a gradient step, or the collector waits for grants.
     "quickstart": ("--config", "quickstart", "collector.frames_per_batch=512", "replay_buffer.buffer_size=102400"),
     "quickstart, 256 envs": (
         *("--config", "quickstart", "env.num_envs=256", "collector.frames_per_batch=8192", "collector.eval_envs=16"),
@@ -63,7 +63,7 @@ PRESETS: dict[str, tuple[str, ...]] = {
 
 
 class Run:
-    """One run of launch.py in a folder of its own, whose phases can be switched. Use as a context manager."""
+    """One run of launch.py in a temporary folder, whose phase can be changed. Use it as a context manager."""
 
     def __init__(self, arguments: list[str], cores: dict[str, str] | None) -> None:
         self._temporary = tempfile.TemporaryDirectory(prefix="tandem-benchmark-")
@@ -80,7 +80,7 @@ class Run:
         try:
             self._await(lambda: (self._row() or (0.0, 0.0))[1] >= 20, START_S, "20 gradient steps")
         except BaseException:
-            self.close()  # `with` leaves only what it has entered
+            self.close()  # __exit__ is not called when __enter__ raises
             raise
         return self
 
@@ -88,7 +88,7 @@ class Run:
         self.close()
 
     def close(self) -> None:
-        """End the run, whatever it is doing: a collector that is held still goes on first."""
+        """End the run in any phase: a stopped collector is continued first."""
         with contextlib.suppress(OSError):
             self._switch("both")
         self._launch.terminate()
@@ -101,7 +101,7 @@ class Run:
         self._temporary.cleanup()
 
     def measure(self, phase: str, seconds: float) -> dict[str, float]:
-        """Pace of one turn of a phase: gradient steps and agent steps, by the clock and by the CPU time of their process."""
+        """Measure gradient steps and agent steps in one turn of a phase, per second and per CPU second."""
         self._switch(phase)
         paused = float(phase == "collector")
         self._await(lambda: self._row()[4] == paused, 60.0, f"the learner to notice the phase {phase!r}")
@@ -132,7 +132,7 @@ class Run:
         return read(self.run_dir / "collector.progress").pid
 
     def _collector_cpu_s(self) -> float:
-        """Of the collector and the workers in its process group."""
+        """Return the CPU seconds of the collector and of the workers in its process group."""
         group, ticks = self._collector(), 0
         for path in Path("/proc").glob("[0-9]*/stat"):
             with contextlib.suppress(OSError):
@@ -141,7 +141,7 @@ class Run:
         return ticks / os.sysconf("SC_CLK_TCK")
 
     def _row(self) -> tuple[float, ...]:
-        """The newest whole line of the learner's ledger, () before there is one."""
+        """Return the newest complete line of the learner's ledger, or () if there is none yet."""
         path = self.run_dir / "ledger.txt"
         if not path.exists():
             return ()
@@ -151,7 +151,7 @@ class Run:
         return tuple(map(float, lines[-1].split())) if lines else ()
 
     def _last_row(self) -> tuple[float, ...]:
-        """Raises: RuntimeError if the learner has written nothing for a minute."""
+        """Return the next line of the ledger. Raises: RuntimeError if the learner writes nothing for a minute."""
         before = time.monotonic()
         self._await(lambda: self._row()[0] >= before, 60.0, "a line of the learner's ledger")
         return self._row()
@@ -161,12 +161,12 @@ class Run:
         while not condition():
             if self._launch.poll() is not None or time.monotonic() > end:
                 self._output.seek(0)
-                raise RuntimeError(f"waited for {what}; launch.py said:\n{self._output.read()[-3000:]}")
+                raise RuntimeError(f"{what} did not come; launch.py printed:\n{self._output.read()[-3000:]}")
             time.sleep(0.02)
 
 
 def core_shares() -> dict[str, str] | None:
-    """Cores for each process as taskset takes them: halves of what this process may use; None with fewer than two."""
+    """Return the cores of each process in taskset's form, half of the available ones each; None with fewer than two."""
     cores = sorted(os.sched_getaffinity(0))
     if len(cores) < 2 or shutil.which("taskset") is None:
         return None
@@ -175,7 +175,7 @@ def core_shares() -> dict[str, str] | None:
 
 
 def measure(preset: str, overrides: list[str], *, turns: int, seconds: float, pin: bool) -> dict[str, Any]:
-    """Paces of the three phases and the overlap of one preset."""
+    """Measure the paces of the three phases and the overlap for one preset."""
     cores = core_shares() if pin else None
     found: dict[str, list[dict[str, float]]] = {phase: [] for phase in PHASES}
     with Run([*PRESETS[preset], *FREE, *overrides], cores) as run:
@@ -204,7 +204,7 @@ def run(
     overrides: tuple[str, ...] = (),
     pin: bool = True,
 ) -> dict[str, Any]:
-    """Figures of the presets; without names, of those that suit the device. launch.py chooses the GPUs itself."""
+    """Measure the presets, by default those that suit the device. launch.py chooses the GPUs itself."""
     gpu = device.startswith("cuda")
     chosen = presets or ("quickstart",) if quick else presets or (tuple(PRESETS) if gpu else tuple(PRESETS)[:2])
     found, lines = {}, []
@@ -223,7 +223,10 @@ def run(
 
 
 def _launch(arguments: list[str]) -> int:
-    """launch.py with the paced learner, each process bound to its cores: `--launch COLLECTOR_CORES LEARNER_CORES ...`."""
+    """Run launch.py with the paced learner and with each process bound to its cores.
+
+    The arguments are COLLECTOR_CORES LEARNER_CORES and then those of launch.py.
+    """
     modules = {"collector": "collector_proc", "learner": "benchmarks.paced_learner"}
     commands: dict[str, tuple[str, ...]] = {role: (sys.executable, "-m", name) for role, name in modules.items()}
     for role, cores in zip(("collector", "learner"), arguments[:2], strict=True):
@@ -234,15 +237,16 @@ def _launch(arguments: list[str]) -> int:
 
 
 def main() -> None:
+    """Run the command line."""
     if sys.argv[1:2] == ["--launch"]:
         sys.exit(_launch(sys.argv[2:]))
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", type=Path, help="keep every figure here")
-    parser.add_argument("--quick", action="store_true", help="one short turn, to see that it runs")
+    parser.add_argument("--json", type=Path, help="write every figure to this file")
+    parser.add_argument("--quick", action="store_true", help="one short turn, to check that it runs")
     parser.add_argument(
-        "--presets", nargs="+", choices=sorted(PRESETS), default=(), help="default: what the machine suits"
+        "--presets", nargs="+", choices=sorted(PRESETS), default=(), help="default: those that suit the machine"
     )
-    parser.add_argument("--no-pin", action="store_true", help="leave the cores to the kernel")
+    parser.add_argument("--no-pin", action="store_true", help="do not bind the processes to cores")
     options, overrides = parser.parse_known_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     result = run(

@@ -1,9 +1,9 @@
-"""The least time a gradient step could take on this machine, from measured rates alone.
+"""The least time that a gradient step could take on this machine, computed from measured rates.
 
-A step's matrix products are counted and recorded, forward and backward, while a plain step runs. Each distinct one is
-then timed by itself, with the very shapes, strides and types it had; their sum is the matrix floor. To it comes what
-Adam must move (parameter, gradient and two moments read, parameter and moments written: 28 bytes each) at the bandwidth
-of a large copy. Everything elementwise counts nothing: it could be fused into the products.
+The matrix products of an uncompiled step are recorded, forward and backward. Each distinct product is then timed alone,
+with the same shapes, strides and types; the sum is the floor of the products. Adam's memory traffic is added at the
+bandwidth of a large copy: it reads parameter, gradient and two moments and writes parameter and moments, 28 bytes per
+parameter. Elementwise operations count as zero, because they could be fused into the products.
 """
 
 from __future__ import annotations
@@ -21,28 +21,28 @@ from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
 ADAM_BYTES = 28
 COPY_BYTES = {"cpu": 1 << 28, "cuda": 1 << 31}
-BATCH_S = 0.01  # calls are repeated to at least this long between two looks at the clock
-BATCHES = 3  # of which the fastest counts
+BATCH_S = 0.01  # calls are repeated for at least this long between two readings of the clock
+BATCHES = 3  # the fastest counts
 MAX_CALLS = 200
 CAPTURED_CALLS = 20
 
 
 @dataclass(frozen=True)
 class Operand:
-    """A tensor as far as a kernel's time depends on it."""
+    """The properties of a tensor on which a kernel's time depends."""
 
     shape: tuple[int, ...]
     stride: tuple[int, ...]
     dtype: torch.dtype
 
     def make(self, device: torch.device) -> Tensor:
-        """Noise in that layout."""
+        """Return noise in that layout."""
         extent = 1 + sum((n - 1) * step for n, step in zip(self.shape, self.stride, strict=True))
         return torch.randn(max(extent, 1), device=device).to(self.dtype).as_strided(self.shape, self.stride)
 
 
 class ProductRecorder(TorchDispatchMode):
-    """Counts every matrix product (and convolution) by operator and operands."""
+    """Counts every matrix product and convolution by operator and operands."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -56,7 +56,7 @@ class ProductRecorder(TorchDispatchMode):
 
 @dataclass(frozen=True)
 class Floor:
-    """`seconds` is the floor of a step; `flops` counts a multiply and an add as two."""
+    """The least time of a step. `flops` counts a multiplication and an addition as two."""
 
     flops: int
     products_s: float
@@ -67,14 +67,16 @@ class Floor:
 
     @property
     def seconds(self) -> float:
+        """Return the floor of a step."""
         return self.products_s + self.optimiser_s
 
     def describe(self) -> dict[str, Any]:
+        """Return the figures for a result file."""
         return {**vars(self), "floor_ms": 1e3 * self.seconds, "products_tflops": self.flops / self.products_s / 1e12}
 
 
 def measure_floor(step: Callable[[], Any], *, num_params: int, device: torch.device, bandwidth: float) -> Floor:
-    """The floor of one call of `step`, which must be uncompiled. Units: bandwidth in bytes per second."""
+    """Return the floor of one call of `step`, which must be uncompiled. Units: bandwidth in bytes per second."""
     with ProductRecorder() as recorder, FlopCounterMode(display=False) as counter:
         step()
     products_s = 0.0
@@ -91,23 +93,23 @@ def measure_floor(step: Callable[[], Any], *, num_params: int, device: torch.dev
 
 
 def copy_bandwidth(device: torch.device) -> float:
-    """Bytes read and written per second by a large copy."""
+    """Return the bytes that a large copy reads and writes per second."""
     source = torch.zeros(COPY_BYTES[device.type], dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     return 2 * source.numel() / seconds_per_call(lambda: target.copy_(source), device)
 
 
 def square_matmul_tflops(dtype: torch.dtype, device: torch.device) -> float:
-    """The rate of one large square product: what this machine can do at best."""
+    """Return the rate of one large square product, which is the best rate of this machine."""
     size = 1024 if device.type == "cpu" else 8192
     a, b = (Operand((size, size), (size, 1), dtype).make(device) for _ in range(2))
     return 2 * size**3 / seconds_per_call(lambda: torch.mm(a, b), device) / 1e12
 
 
 def seconds_per_call(call: Callable[[], Any], device: torch.device) -> float:
-    """The fastest of a few batches of calls; on a GPU within a graph, so that launches cost nothing.
+    """Return the time of one call in the fastest of a few batches; on a GPU inside a graph, without launch costs.
 
-    Units: CPU seconds on one thread, which neighbours do not stretch; wall seconds on several.
+    Units: CPU seconds with one thread, because other processes do not lengthen them; wall seconds with several.
     """
     if device.type == "cuda":
         return _captured_seconds(call)
@@ -127,7 +129,7 @@ def seconds_per_call(call: Callable[[], Any], device: torch.device) -> float:
 def _captured_seconds(call: Callable[[], Any]) -> float:
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
-        call()  # workspaces are made outside the capture
+        call()  # workspaces must be allocated before the capture
     stream.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, stream=stream):

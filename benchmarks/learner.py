@@ -1,13 +1,13 @@
-"""Our gradient step alone: steps/s, achieved TFLOP/s and share of the measured floor, by size, precision and compilation.
+"""Our gradient step alone: steps/s, TFLOP/s and the share of the measured floor, by size, precision and compilation.
 
-    python -m benchmarks.learner                                  # 50, 500, 2,500 frames (10,000 and 50,000 on a GPU)
-    python -m benchmarks.learner --frames 50 --phases             # and where the time goes, phase by phase
-    python -m benchmarks.learner --scaling                        # and steps/s and memory over the batch size
+    python -m benchmarks.learner                                  # 50, 500, 2,500 frames (GPU: 10,000 and 50,000 too)
+    python -m benchmarks.learner --frames 50 --phases             # also the time of every phase
+    python -m benchmarks.learner --scaling                        # also steps/s and memory over the batch size
     python -m benchmarks.learner --device cuda --json out.json
 
-The floor is what the step's own matrix products take one by one, plus Adam's traffic at copy bandwidth (`floor.py`); the
-share is floor / step. On one CPU thread all of it is CPU time; on a GPU wall time with the device synchronised. Captured
-graphs need a GPU.
+The floor is the time of the step's matrix products, each timed alone, plus Adam's memory traffic at copy bandwidth
+(`floor.py`); the share is floor / step. On one CPU thread all times are CPU times; on a GPU they are wall times with
+the device synchronised. Captured graphs need a GPU.
 """
 
 from __future__ import annotations
@@ -37,13 +37,13 @@ GPU_SCALING = (2500, 5000, 10_000, 25_000, 50_000, 100_000, 200_000)
 PRECISIONS = ("false", "bfloat16")
 SPELLED = {"false": "fp32", "bfloat16": "bf16"}
 DTYPES = {"false": torch.float32, "bfloat16": torch.bfloat16}
-REPETITIONS = {50: 30, 500: 10}  # fewer where a step takes seconds
-FEW = 5
+REPETITIONS = {50: 30, 500: 10}  # by size
+FEW = 5  # at all other sizes, where a step takes seconds
 
 
 @dataclass(frozen=True)
 class Variant:
-    """One way to run the step."""
+    """One way of running the step."""
 
     precision: str
     compiled: bool
@@ -51,6 +51,7 @@ class Variant:
 
     @property
     def name(self) -> str:
+        """Return the name used in tables and result files."""
         how = "graph" if self.captured else "compiled" if self.compiled else "eager"
         return f"{SPELLED[self.precision]} {how}"
 
@@ -68,9 +69,9 @@ def run(
     threads: int = 1,
     tiny: bool = False,
 ) -> dict[str, Any]:
-    """The figures of every variant at every size; phases and the scaling curve when asked for.
+    """Measure every variant at every size, and on request the phases and the scaling curve.
 
-    `tiny` shrinks the networks for a smoke run.
+    `tiny` shrinks the networks to check that everything runs.
     """
     torch.set_num_threads(threads)
     where = torch.device(device)
@@ -106,13 +107,13 @@ def run(
 
 
 def no_capture(device: torch.device) -> str | None:
-    """Why the whole step cannot be captured into a CUDA graph here; None if it can."""
+    """Return why the step cannot be captured into a CUDA graph on this device; None if it can."""
     return None if device.type == "cuda" else "no CUDA device"
 
 
 @dataclass(frozen=True)
 class Bench:
-    """One device and how often things are measured on it; bandwidth in bytes per second."""
+    """One device, the number of repetitions on it, and its copy bandwidth in bytes per second."""
 
     device: torch.device
     repetitions: int | None
@@ -121,10 +122,11 @@ class Bench:
 
     @property
     def clock(self) -> str:
+        """Return which clock counts: CPU time on one CPU thread, wall time otherwise."""
         return "cpu" if self.device.type == "cpu" and torch.get_num_threads() == 1 else "wall"
 
     def measure(self, frames: int, variants: Sequence[Variant]) -> list[dict[str, Any]]:
-        """Every variant at one size, in turns."""
+        """Measure every variant at one size, in turns."""
         forget_compiled()
         floors = {
             precision: self.floor(frames, precision) for precision in dict.fromkeys(v.precision for v in variants)
@@ -151,19 +153,21 @@ class Bench:
         return rows
 
     def build(self, frames: int, variant: Variant) -> tuple[Callable[[], Any], float]:
-        """A warm step on its batch, and the seconds of its first call."""
+        """Return a step that was called once on its batch, and the seconds of that call."""
         settings = settings_for(frames, precision=variant.precision, compiled=variant.compiled, tiny=self.tiny)
         if variant.captured:
             call = captured_step(settings, device=self.device)
         else:
             step, batch = our_step(settings, device=self.device), self.batch(frames)
-            call = lambda: step(batch)  # noqa: E731 - a closure over this very step
+            call = lambda: step(batch)  # noqa: E731 - a closure over this step
         return call, first_calls_s(call, calls=1)
 
     def batch(self, frames: int) -> TensorDict:
+        """Return a batch of noise on the device."""
         return synthetic_batch(frames, device=self.device)
 
     def floor(self, frames: int, precision: str) -> Floor:
+        """Measure the floor of an uncompiled step at one size and precision."""
         step = our_step(settings_for(frames, precision=precision, tiny=self.tiny), device=self.device)
         batch, counts = self.batch(frames), step.parameter_counts()
         step(batch)
@@ -171,7 +175,7 @@ class Bench:
         return measure_floor(lambda: step(batch), num_params=num_params, device=self.device, bandwidth=self.bandwidth)
 
     def phases(self, frames: int, variants: Sequence[Variant]) -> list[dict[str, Any]]:
-        """Milliseconds of every phase; a captured step has none to be seen."""
+        """Measure the milliseconds of every phase. Captured steps are left out: their phases cannot be timed."""
         rows = []
         for variant in variants:
             if variant.captured:
@@ -184,13 +188,13 @@ class Bench:
         return rows
 
     def scale(self, frames: int, variant: Variant) -> dict[str, Any]:
-        """Steps/s and peak memory at one size; the error where it does not fit."""
+        """Measure steps/s and peak memory at one size; return the error if it does not fit into memory."""
         forget_compiled()
         forget_peak(self.device)
         try:
             call, _ = self.build(frames, variant)
             if self.device.type == "cpu":
-                forget_peak(self.device)  # compiling takes more than the step does
+                forget_peak(self.device)  # compiling needs more memory than the step
             samples = timing.interleave(
                 {"": call}, repetitions=self.repetitions or FEW, warmup=1, device=self.device.type
             )
@@ -206,7 +210,7 @@ class Bench:
 
 
 def captured_step(settings: Settings, *, device: torch.device) -> Callable[[], Any]:
-    """The whole update, sampling included, as one CUDA graph, over a replay full of noise."""
+    """Return the whole update, sampling included, as one CUDA graph over a replay full of noise."""
     compiling: Any = settings.optimization.compile
     compiling.cudagraphs = True
     sizes = geometry(settings, SPEC.num_envs)
@@ -221,18 +225,20 @@ def captured_step(settings: Settings, *, device: torch.device) -> Callable[[], A
 
 
 def forget_peak(device: torch.device) -> None:
-    """Begin the statistics of `peak_bytes` anew; what is free goes back to the system."""
+    """Reset the peak that `peak_bytes` reports, after returning free memory to the system."""
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)
         return
     ctypes.CDLL(None).malloc_trim(0)
-    Path("/proc/self/clear_refs").write_text("5")  # proc_pid_clear_refs(5): the peak becomes what is resident now
+    Path("/proc/self/clear_refs").write_text(
+        "5"
+    )  # proc_pid_clear_refs(5): the peak becomes the memory that is resident now
 
 
 def peak_bytes(device: torch.device) -> int:
-    """Most memory held since `forget_peak`: the device's, or all of the process on a CPU."""
+    """Return the peak memory since `forget_peak`: of the device, or of the whole process on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     (line,) = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM:")]
@@ -246,7 +252,7 @@ def _fastest(steps: list[dict[str, Any]], variants: Sequence[Variant]) -> Varian
 
 
 def rows(result: dict[str, Any]) -> list[dict[str, Any]]:
-    """Table lines: every variant with its floor as the peer, then phases and scaling."""
+    """Return the table's lines: every variant with its floor as the peer, then phases and scaling."""
     lines, clock = [], result["clock"]
     for row in result["steps"]:
         text = f"{row['tflops']:.3g} TFLOP/s, share {100 * row['share_of_floor']:.0f} %"
@@ -266,17 +272,18 @@ def rows(result: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def main() -> None:
+    """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--frames", type=int, nargs="+", help="batch sizes, in frames")
     parser.add_argument("--precisions", nargs="+", choices=PRECISIONS, default=list(PRECISIONS))
     parser.add_argument("--compiled", nargs="+", choices=("off", "on"), default=["off", "on"])
-    parser.add_argument("--phases", action="store_true", help="time the phases of a step as well")
-    parser.add_argument("--scaling", action="store_true", help="steps/s and memory over the batch size as well")
+    parser.add_argument("--phases", action="store_true", help="also time the phases of a step")
+    parser.add_argument("--scaling", action="store_true", help="also measure steps/s and memory over the batch size")
     parser.add_argument("--scaling-frames", type=int, nargs="+", help="batch sizes of the scaling curve")
     parser.add_argument("--repetitions", type=int, help="turns; default by size")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--json", type=Path, help="keep the figures here")
+    parser.add_argument("--json", type=Path, help="write the figures to this file")
     options = vars(parser.parse_args())
     path = options.pop("json")
     options["compiled"] = [value == "on" for value in options["compiled"]]

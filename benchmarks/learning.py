@@ -1,11 +1,11 @@
-"""Train a task with several seeds and keep the curves: one JSON with provenance, one picture beside the published curve.
+"""Train a task with several seeds and keep the curves as one JSON file and one picture beside the published curve.
 
     python -m benchmarks.learning --config quickstart_dmc --seeds 0 1 2 env.name=cartpole env.task=balance
     python -m benchmarks.learning --config dm_control --seeds 0 env.name=walker env.task=walk --sim-gpu 0 --train-gpu 0
     python -m benchmarks.learning --draw benchmarks/results/learning_quickstart.json
 
-Runs follow one another (`--jobs 2`: two at a time, with one torch thread each). Everything behind the options goes to
-launch.py as it stands.
+Runs follow one another; `--jobs 2` runs two at a time, with one torch thread each. All further arguments are passed to
+launch.py unchanged.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ COLUMNS = (
 
 
 def train(config: str, seed: int, arguments: list[str], runs: Path, *, threads: int | None) -> Path:
-    """One run of launch.py; returns its folder. Raises: CalledProcessError if it fails."""
+    """Run launch.py once and return the run folder. Raises: CalledProcessError if the run fails."""
     folder = runs / f"{config}-seed{seed}-{time.strftime('%Y%m%d-%H%M%S')}"
     command = [
         sys.executable,
@@ -59,7 +59,7 @@ def train(config: str, seed: int, arguments: list[str], runs: Path, *, threads: 
 
 
 def read_run(folder: Path) -> dict[str, Any]:
-    """The run's curve (rows with an evaluation), its seed and its summary."""
+    """Return a run's curve (the rows that have an evaluation), its seed and its summary."""
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     rows = [row for row in rows if row.get("eval_return_mean") is not None]
     summary = json.loads((folder / "summary.json").read_text())
@@ -73,12 +73,12 @@ def read_run(folder: Path) -> dict[str, Any]:
 
 
 def collect(folders: list[Path], *, name: str, command: str) -> dict[str, Any]:
-    """Curves and provenance of finished runs of one setting."""
+    """Return curves and provenance of finished runs with the same settings."""
     run = json.loads((folders[0] / "run.json").read_text())
     env = load_settings(folders[0] / "config.yaml").env
     return {
         "name": name,
-        "task": f"{env.name}_{env.task}".rstrip("_"),  # only dm_control has both
+        "task": f"{env.name}_{env.task}".rstrip("_"),  # only dm_control has name and task
         "observations": "pixels" if env.from_pixels else "state",
         "command": command,
         "git": run["git"],
@@ -90,7 +90,7 @@ def collect(folders: list[Path], *, name: str, command: str) -> dict[str, Any]:
 
 
 def draw(result: dict[str, Any], out: Path) -> None:
-    """Evaluation return of every seed against wall time and env frames, random play and the published curve beside it."""
+    """Draw every seed's evaluation return over wall time and env frames, with random play and the published curve."""
     figure, axes = plt.subplots(1, 2, figsize=(10, 3.6), sharey=True)
     random: list[float] = []
     for run in result["runs"]:
@@ -107,7 +107,7 @@ def draw(result: dict[str, Any], out: Path) -> None:
         axes[1].plot(*zip(*points, strict=True), "k--", label="published V1") if points else None
     for axis in axes:
         if random:
-            axis.axhline(sum(random) / len(random), color="grey", linewidth=1, label="random play, prefill")
+            axis.axhline(sum(random) / len(random), color="grey", linewidth=1, label="random actions (prefill)")
         axis.grid(alpha=0.25)
         axis.spines[["top", "right"]].set_visible(False)
         axis.set_xlim(left=0)
@@ -126,16 +126,17 @@ def _rounded(value: float | None) -> float | None:
 
 
 def main() -> None:
+    """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", default="dm_control", help="preset of configs/")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="one run for each")
-    parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
-    parser.add_argument("--name", help="of the result files; default: learning_<config>")
+    parser.add_argument("--config", default="dm_control", help="a file of configs/")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="one run per seed")
+    parser.add_argument("--jobs", type=int, default=1, help="number of runs at a time")
+    parser.add_argument("--name", help="name of the result files; default: learning_<config>")
     parser.add_argument("--runs", type=Path, default=REPO / "runs", help="where the run folders go")
     parser.add_argument(
-        "--from-runs", type=Path, nargs="+", help="keep the curves of these finished runs, train nothing"
+        "--from-runs", type=Path, nargs="+", help="read the curves of these finished runs; train nothing"
     )
-    parser.add_argument("--draw", type=Path, help="draw a kept result again, train nothing")
+    parser.add_argument("--draw", type=Path, help="draw an existing result again; train nothing")
     options, rest = parser.parse_known_args()
     if options.draw:
         draw(json.loads(options.draw.read_text()), options.draw.with_suffix(".png"))
@@ -150,7 +151,7 @@ def main() -> None:
             )
     name = options.name or f"learning_{options.config}"
     argv = [argument for argument in sys.argv[1:] if argument not in ("--runs", str(options.runs))]
-    argv = [f"runs/{Path(a).name}" if Path(a).is_dir() else a for a in argv]  # where runs lie is nobody's business
+    argv = [f"runs/{Path(a).name}" if Path(a).is_dir() else a for a in argv]  # absolute paths may be private
     result = collect(folders, name=name, command="python -m benchmarks.learning " + shlex.join(argv))
     RESULTS.mkdir(parents=True, exist_ok=True)
     (RESULTS / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n")

@@ -1,14 +1,21 @@
-"""Which options earn their place: one task trained under several named sets of settings, each with the same seeds.
+"""Which options help: train one task with several named sets of settings, each with the same seeds.
 
     python -m benchmarks.options --config quickstart --sets v1 std slow --seeds 0 1 --name options_pendulum
     python -m benchmarks.options --config quickstart --sets continue no_continue --seeds 0 1 2 env.task=balance
     python -m benchmarks.options --draw benchmarks/results/options_pendulum.json
 
-Sets: v1 (plain KL, the actor starts at std 5); kl (v1 with balanced KL under 0.5 nats); std (kl, the actor starts at std 1); slow
-(std with a slow critic); norm (std with returns over their percentile range and an entropy bonus); all (slow and norm);
-all_quiet (all with less exploration noise); continue and no_continue (the config as it is, with and without a continue head).
-They differ in losses and exploration alone; sizes, schedule and step sizes are the config's. Everything behind the
-options goes to launch.py as it stands.
+Sets:
+    v1           plain KL; the actor starts with a standard deviation of 5
+    kl           v1 with a balanced KL and 0.5 free nats
+    std          kl; the actor starts with a standard deviation of 1
+    slow         std with a slow critic
+    norm         std with returns divided by their percentile range, and an entropy bonus
+    all          slow and norm together
+    all_quiet    all with less exploration noise
+    continue, no_continue    the config unchanged, with and without a continue head
+
+The sets differ in losses and exploration only; network sizes, schedule and learning rates come from the config. All
+further arguments are passed to launch.py unchanged.
 """
 
 from __future__ import annotations
@@ -56,20 +63,23 @@ SETS = {
 
 
 def final_return(run: dict[str, Any]) -> float:
-    """Mean evaluation return over the last quarter of the run's gradient steps."""
+    """Return the mean evaluation return over the last quarter of a run's gradient steps."""
     steps, returns = run["curve"]["gradient_steps"], run["curve"]["eval_return_mean"]
     return statistics.mean(r for s, r in zip(steps, returns, strict=True) if s >= 0.75 * steps[-1])
 
 
 def compare(sets: list[str], config: str, seeds: list[int], rest: list[str], runs: Path) -> dict[str, Any]:
-    """Train every set with every seed, one after another; curves by set. Raises: CalledProcessError if a run fails."""
+    """Train every set with every seed, one after another, and return the curves by set.
+
+    Raises: CalledProcessError if a run fails.
+    """
     found: dict[str, Any] = {}
     for name in sets:
         chosen = [f"{key}={value}" for key, value in SETS[name].items()]
         folders = [train(config, seed, [*rest, *chosen], runs / name, threads=1) for seed in seeds]
         found[name] = collect(folders, name=name, command="") | {"settings": SETS[name]}
         returns = ", ".join(f"{final_return(run):.1f}" for run in found[name]["runs"])
-        print(f"{name}: evaluation return of the last quarter {returns}", flush=True)
+        print(f"{name}: evaluation returns in the last quarter: {returns}", flush=True)
     first = next(iter(found.values()))
     shared = {key: first[key] for key in ("task", "observations", "git", "versions", "devices", "hardware")}
     kept = {name: {"settings": one["settings"], "runs": one["runs"]} for name, one in found.items()}
@@ -77,7 +87,7 @@ def compare(sets: list[str], config: str, seeds: list[int], rest: list[str], run
 
 
 def draw(result: dict[str, Any], out: Path) -> None:
-    """Evaluation returns over gradient steps, one colour for each set, one line for each seed."""
+    """Draw evaluation returns over gradient steps, with one colour per set and one line per seed."""
     figure, axis = plt.subplots(figsize=(7, 3.8))
     for index, (name, one) in enumerate(result["sets"].items()):
         for run in one["runs"]:
@@ -95,13 +105,14 @@ def draw(result: dict[str, Any], out: Path) -> None:
 
 
 def main() -> None:
+    """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", default="quickstart", help="preset of configs/ that gives sizes and schedule")
+    parser.add_argument("--config", default="quickstart", help="a file of configs/, which gives sizes and schedule")
     parser.add_argument("--sets", nargs="+", choices=SETS, default=list(SETS)[:7], help="named sets of settings")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="one run for each, in every set")
-    parser.add_argument("--name", default="options", help="of the result files")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="one run per seed and set")
+    parser.add_argument("--name", default="options", help="name of the result files")
     parser.add_argument("--runs", type=Path, default=REPO / "runs", help="where the run folders go")
-    parser.add_argument("--draw", type=Path, help="draw a kept result again, train nothing")
+    parser.add_argument("--draw", type=Path, help="draw an existing result again; train nothing")
     options, rest = parser.parse_known_args()
     if options.draw:
         draw(json.loads(options.draw.read_text()), options.draw.with_suffix(".png"))

@@ -1,8 +1,9 @@
-"""The real learner, which a benchmark may tell to stop and resume its gradient steps. Everything else goes on.
+"""The real learner, whose gradient steps a benchmark can pause. Everything else continues.
 
-Run as `python -m benchmarks.paced_learner --run-dir DIR ...`, like `python -m learner_proc`. While DIR/no_steps exists it
-makes no gradient step: it serves the collector like a learner that waits. DIR/ledger.txt gets a line every 20 ms:
-monotonic seconds, gradient steps, agent steps, CPU seconds of this process, 1 while it makes no steps.
+Run it as `python -m benchmarks.paced_learner --run-dir DIR ...`, like `python -m learner_proc`. While the file
+DIR/no_steps exists, it makes no gradient step; it serves the collector like a learner that waits for data. It writes a
+line to DIR/ledger.txt every 20 ms: monotonic seconds, gradient steps, agent steps, CPU seconds of this process, and 1
+while paused.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ LEDGER_S = 0.02
 
 
 class PacedLearner(learn.Learner):
-    """Looks for the file once every 20 ms, where the learner shows its status anyway."""
+    """Checks for the file every 20 ms, in the call in which the learner shows its status."""
 
     def __init__(self, *args, run_dir: Path, **kwargs) -> None:
         super().__init__(*args, run_dir=run_dir, **kwargs)
@@ -39,6 +40,7 @@ class PacedLearner(learn.Learner):
 
 
 def main() -> int:
+    """Run the learner process with the paced learner."""
     learn.Learner = PacedLearner
     return entry.main()
 

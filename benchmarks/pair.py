@@ -1,4 +1,4 @@
-"""A real collector process beside the smallest learner that can serve it: link, ring and publisher, no gradient step."""
+"""A real collector process and the smallest learner that can serve it: link, ring and publisher, no gradient step."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ from shared.model.policy import Policy
 from shared.run_folder import make_socket_dir, remove_socket_dir
 from shared.stream import StreamSpec
 
-START_S = 600.0  # a simulator may compile its kernels first
-STALLED_S = 300.0  # and others at its first tick
+START_S = 600.0  # some simulators compile their kernels when they start
+STALLED_S = 300.0  # and others in their first tick
 
 
 def pair_settings(config: str, overrides: list[str], *, envs: int, ticks: int) -> Settings:
-    """A preset with chunks of `ticks` ticks and a ring of eight of them; no random actions."""
+    """Return a preset with chunks of `ticks` ticks and a ring of eight chunks, without random actions."""
     frames = envs * ticks
     sizes = [
         f"collector.frames_per_batch={frames}",
@@ -48,9 +48,9 @@ def pair_settings(config: str, overrides: list[str], *, envs: int, ticks: int) -
 
 
 class LearnerEnd:
-    """Starts a collector in a process of its own and serves it from this one. Use as a context manager.
+    """Starts a collector process and serves it from this process. Use it as a context manager.
 
-    Raises: RuntimeError if the collector ends, or says nothing for minutes.
+    Raises: RuntimeError if the collector ends, or sends nothing for minutes.
     """
 
     def __init__(self, settings: Settings, *, device: str = "cpu", module: str = "collector_proc") -> None:
@@ -77,7 +77,7 @@ class LearnerEnd:
         try:
             self._start()
         except BaseException:
-            self.close()  # `with` leaves only what it has entered
+            self.close()  # __exit__ is not called when __enter__ raises
             raise
         return self
 
@@ -95,10 +95,10 @@ class LearnerEnd:
         policy = Policy(self.link.spec, self.settings.networks).to(self.device)
         self.publisher = Publisher(policy, socket_dir=self._sockets, run_id="benchmark")
         self.publisher.publish()
-        self.run_chunks(1)  # the chunk granted after the self-test; everything is warm after it
+        self.run_chunks(1)  # takes the chunk granted after the self-test; caches are warm afterwards
 
     def close(self) -> None:
-        """End the collector and remove what was made for it."""
+        """End the collector and remove its folders and sockets."""
         self._child.terminate()
         try:
             self._child.wait(timeout=10.0)
@@ -115,11 +115,12 @@ class LearnerEnd:
 
     @property
     def replay(self) -> Replay:
+        """Return the replay that the collector writes to."""
         assert self.link.replay is not None
         return self.link.replay
 
     def serve(self, *, grant: bool = True) -> list[Commit]:
-        """One pass of a learner's loop without its gradient step: commits into the ring, room for the next chunks."""
+        """Do one pass of the learner's loop without a gradient step: take commits, and grant the next chunks."""
         commits = self.link.poll()
         for commit in commits:
             self.replay.commit(commit.row)
@@ -131,7 +132,7 @@ class LearnerEnd:
         return commits
 
     def run_chunks(self, count: int) -> dict[str, float]:
-        """Let the collector stream at least `count` chunks as fast as it can; wall and CPU seconds, and its memory."""
+        """Let the collector stream at least `count` chunks at full speed; return wall time, CPU time and its memory."""
         memory = 0
         done, end, published = 0, time.monotonic() + STALLED_S, time.monotonic()
         wall, own, child = time.perf_counter(), time.process_time(), self.child_cpu_s()
@@ -144,7 +145,7 @@ class LearnerEnd:
             self._check(end)
             if self.publisher is not None and done == 0 and time.monotonic() - published > 0.2:
                 published = time.monotonic()
-                self.publisher.republish()  # a subscriber that came late missed the first push
+                self.publisher.republish()  # a subscriber that connected late missed the first weights
             self.link.wait(0.01)
         return {
             "chunks": done,
@@ -155,12 +156,12 @@ class LearnerEnd:
         }
 
     def child_cpu_s(self) -> float:
-        """CPU seconds the collector has used, over all its threads (10 ms ticks)."""
+        """Return the CPU seconds of the collector over all its threads, in steps of 10 ms."""
         fields = Path(f"/proc/{self._child.pid}/stat").read_text().rpartition(")")[2].split()
         return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
     def trace(self) -> dict[str, dict[int, float]]:
-        """What `benchmarks.traced_collector` wrote down: event -> number -> monotonic seconds."""
+        """Return what `benchmarks.traced_collector` wrote: event -> number -> monotonic seconds."""
         events: dict[str, dict[int, float]] = {"commit": {}, "adopt": {}}
         for line in (self.run_dir / "trace.txt").read_text().splitlines():
             what, number, when = line.split()
@@ -174,12 +175,12 @@ class LearnerEnd:
         returncode = self._child.poll()
         if returncode is None and time.monotonic() <= end:
             return
-        what = "is silent" if returncode is None else f"ended with {returncode}"
-        said = (self.run_dir / "collector.out").read_text()[-2000:]
-        raise RuntimeError(f"the collector {what}; wanted a message within minutes; it said:\n{said}")
+        what = "sent no message in time" if returncode is None else f"ended with exit code {returncode}"
+        output = (self.run_dir / "collector.out").read_text()[-2000:]
+        raise RuntimeError(f"the collector {what}; its output ends with:\n{output}")
 
 
 def per_chunk(figures: dict[str, float]) -> dict[str, Any]:
-    """Milliseconds for each chunk out of `LearnerEnd.run_chunks`."""
+    """Return the milliseconds per chunk of the figures of `LearnerEnd.run_chunks`."""
     names = ("wall_s", "learner_cpu_s", "collector_cpu_s")
     return {f"{name[:-1]}ms": round(figures[name] / figures["chunks"] * 1e3, 4) for name in names}

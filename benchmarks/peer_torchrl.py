@@ -1,18 +1,18 @@
-"""Our gradient step beside TorchRL's: the same networks, the same batch, one process, one thread, turn by turn.
+"""Our gradient step beside TorchRL's: the same networks and batch, in one process with one thread, in turns.
 
-    python -m benchmarks.peer_torchrl                                 # 50, 500 and 2,500 frames, every mode of both
+    python -m benchmarks.peer_torchrl                                 # 50, 500 and 2,500 frames, all modes
     python -m benchmarks.peer_torchrl --frames 50 500 --modes eager --json out.json
-    python -m benchmarks.peer_torchrl --networks recipe               # TorchRL with the layers of its own recipe
+    python -m benchmarks.peer_torchrl --networks recipe               # TorchRL with its own recipe's layers
     python -m benchmarks.peer_torchrl --frames 10000 50000 --device cuda
 
-TorchRL runs as its recipe does: eager, with the RSSM step compiled, with actor and value loss compiled, with all three;
-each in float32 and under bfloat16 autocast. Compiling its whole world-model loss is left out: it unrolls 50 steps and
-took a quarter of an hour for one window.
+TorchRL runs in the modes that its recipe offers: eager, with the RSSM step compiled, with actor and value loss
+compiled, and with all three compiled; each in float32 and under bfloat16 autocast. Compiling its whole world-model loss
+is left out: the compiler unrolls 50 steps, and one window took a quarter of an hour.
 
-Every mode is first timed alone, with nothing else compiled in the process (compiled code is found by its source, so two
-modes of one loss would meet in one cache). Then the fastest of each side is built again and both take turns; that duel
-is the comparison, by CPU time, on a GPU by wall time. First calls, with compilation, are not timed; their seconds are in
-the result.
+Every mode is first timed alone, with nothing else compiled in the process: torch finds compiled code by its source, so
+two modes of one loss would share a cache entry. Then the fastest mode of each side is built again and both take turns.
+This duel is the comparison, in CPU time, or in wall time on a GPU. First calls include compilation and are not timed;
+the result lists their seconds separately.
 """
 
 from __future__ import annotations
@@ -32,39 +32,41 @@ from learner_proc.startup import keep_freed_memory
 
 NAME = "peer_torchrl"
 FRAMES, GPU_FRAMES = (50, 500, 2500), (50, 500, 2500, 10_000, 50_000)
-BARS = {50: 2.5}
+BARS = {50: 2.5}  # target ratios by size
 BAR = 2.0  # at every other size
 PRECISIONS = ("false", "bfloat16")
 SPELLED = {"false": "fp32", "bfloat16": "bf16"}
 NETWORKS = {"same": OURS, "recipe": RECIPE}
 TINY = Sizes(state=4, deter=8, hidden=16, embed=16, encoder_activated=True, decoder_depth=3, actor_depth=4, horizon=3)
-REPETITIONS = {50: 30, 500: 10}  # fewer where a step takes seconds
-FEW = 5
-LEFT_OUT = ["torchrl, whole world-model loss compiled: a quarter of an hour for one window of 50 steps"]
+REPETITIONS = {50: 30, 500: 10}  # by size
+FEW = 5  # at all other sizes, where a step takes seconds
+LEFT_OUT = ["torchrl, whole world-model loss compiled: one window of 50 steps takes a quarter of an hour"]
 Case = Callable[[], Callable[[], Any]]  # builds a step on its batch
 
 
 @dataclass(frozen=True)
 class Bench:
-    """What is measured at every size. Modes other than "eager" compile our step too."""
+    """What is measured at every size. With a mode other than "eager", our step is measured compiled, too."""
 
     modes: Sequence[str] = MODES
     precisions: Sequence[str] = PRECISIONS
     networks: str = "same"
     repetitions: int | None = None
     device: str = "cpu"
-    tiny: bool = False  # small networks, for a smoke run
+    tiny: bool = False  # small networks, to check that everything runs
 
     @property
     def clock(self) -> str:
+        """Return which clock counts."""
         return "cpu" if self.device == "cpu" else "wall"
 
     def turns(self, frames: int) -> int:
+        """Return the number of turns at one size."""
         return self.repetitions or REPETITIONS.get(frames, FEW)
 
 
 def run(frames: Sequence[int] | None = None, *, threads: int = 1, **options: Any) -> dict[str, Any]:
-    """Every size in turn: each mode alone, the duel of the fastest, and how far the losses agree.
+    """Measure every size: each mode alone, then the duel of the fastest. Also compare the losses of both sides.
 
     `options` are the fields of `Bench`.
     """
@@ -72,9 +74,9 @@ def run(frames: Sequence[int] | None = None, *, threads: int = 1, **options: Any
     torch.set_num_threads(threads)
     device = torch.device(bench.device)
     if device.type == "cpu":
-        keep_freed_memory()  # as the learner does; it serves both sides
+        keep_freed_memory()  # as the learner does; it helps both sides
     else:
-        torch.set_float32_matmul_precision("high")  # the recipe's, for both
+        torch.set_float32_matmul_precision("high")  # as in the recipe, for both sides
     compiled = any(mode != "eager" for mode in bench.modes)
     return {
         "networks": bench.networks,
@@ -88,7 +90,7 @@ def run(frames: Sequence[int] | None = None, *, threads: int = 1, **options: Any
 
 
 def _cases(frames: int, bench: Bench) -> dict[str, Case]:
-    """Every step to be timed at one size, by name, not yet built."""
+    """Return every step to be timed at one size, by name. Steps are not built yet."""
     device = torch.device(bench.device)
     sizes = TINY if bench.tiny else NETWORKS[bench.networks]
     batch = synthetic_batch(frames, device=device)
@@ -120,7 +122,7 @@ def _measure(frames: int, bench: Bench) -> dict[str, Any]:
     for name, case in cases.items():
         try:
             alone[name] = _alone(case, min(FEW, bench.turns(frames)), bench)
-        except Exception as error:  # a mode that does not compile is named in the result and costs the others nothing
+        except Exception as error:  # a failure is reported in the result and does not stop the others
             failed[name] = f"{type(error).__name__}: {str(error).splitlines()[0]}"
             continue
         print(f"  {frames} frames, {name}: {alone[name][median]:.4g} ms {bench.clock}", flush=True)
@@ -159,7 +161,7 @@ def _warm(case: Case) -> tuple[Callable[[], Any], float]:
 
 
 def rows(result: dict[str, Any]) -> list[dict[str, Any]]:
-    """One table line for each duel, mode and comparison."""
+    """Return one line of the table per duel, mode and comparison."""
     lines = []
     for size in result["sizes"]:
         lines += _size_rows(size)
@@ -186,15 +188,24 @@ def _size_rows(size: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def main() -> None:
+    """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--frames", type=int, nargs="+", help="batch sizes, in frames; default by device")
-    parser.add_argument("--modes", nargs="+", choices=MODES, default=list(MODES), help="of TorchRL; eager: ours too")
+    parser.add_argument(
+        "--modes",
+        nargs="+",
+        choices=MODES,
+        default=list(MODES),
+        help="of TorchRL; with eager alone, ours is not compiled either",
+    )
     parser.add_argument("--precisions", nargs="+", choices=PRECISIONS, default=list(PRECISIONS))
-    parser.add_argument("--networks", choices=NETWORKS, default="same", help="TorchRL's layers: ours, or its recipe's")
+    parser.add_argument(
+        "--networks", choices=NETWORKS, default="same", help="TorchRL's layers: like ours, or its recipe's"
+    )
     parser.add_argument("--repetitions", type=int, help="turns; default by size")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--json", type=Path, help="keep the figures here")
+    parser.add_argument("--json", type=Path, help="write the figures to this file")
     options = vars(parser.parse_args())
     path = options.pop("json")
     result = run(**options)

@@ -1,4 +1,4 @@
-"""Where the time of a gradient step goes: its named parts are timed from outside, the sources stay as they are."""
+"""The time of each phase of a gradient step. The step's methods are wrapped in timers; its sources do not change."""
 
 from __future__ import annotations
 
@@ -27,17 +27,20 @@ REST = "rest"
 
 
 class PhaseClock:
-    """Adds up seconds by phase, inner phases taken out of outer ones; on a GPU a phase ends when the device is done."""
+    """Adds up seconds by phase. The time of an inner phase does not count for the outer one.
+
+    On a GPU a phase ends when the device has finished its work.
+    """
 
     def __init__(self, device: torch.device, clock: str) -> None:
         self.device = device
         self.now = time.process_time if clock == "cpu" else time.perf_counter
         self.seconds: defaultdict[str, float] = defaultdict(float)
-        self._running: list[tuple[str, str | None]] = []  # phases under way, each with the part it belongs to
+        self._running: list[tuple[str, str | None]] = []  # the running phases, each with the part that it belongs to
         self._since = 0.0
 
     def timed(self, phase: str, function: Callable[..., Any], part: str | None = None) -> Callable[..., Any]:
-        """`function`, its own time counted under `phase`."""
+        """Return `function` with its time counted as `phase`."""
 
         def call(*args: Any, **kwargs: Any) -> Any:
             return self._within(phase, part, lambda: function(*args, **kwargs))
@@ -45,11 +48,11 @@ class PhaseClock:
         return call
 
     def timed_backward(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        """`torch.autograd.grad`, counted as the backward of the part that calls it."""
+        """Return `torch.autograd.grad` with its time counted as the backward of the part that calls it."""
 
         def call(*args: Any, **kwargs: Any) -> Any:
             phase, part = self._running[-1]
-            # what traces a function calls it wherever it is compiled: in no part's backward
+            # the compiler calls it while tracing, outside of every part; that time counts for the running phase
             return self._within(BACKWARDS.get(part, phase), part, lambda: function(*args, **kwargs))
 
         return call
@@ -64,7 +67,7 @@ class PhaseClock:
             self._running.pop()
 
     def _charge(self) -> None:
-        """What went by since the last change belongs to the innermost phase."""
+        """Add the time since the last change to the innermost phase."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         now = self.now()
@@ -74,13 +77,13 @@ class PhaseClock:
 
 
 def phase_ms(step: GradientStep, batch: TensorDict, *, repetitions: int, clock: str) -> dict[str, float]:
-    """Median milliseconds of every phase over some steps, after two that are not counted; `clock` is cpu or wall.
+    """Return the median milliseconds of every phase, after two steps that are not counted; `clock` is cpu or wall.
 
-    The step keeps its clocks. Raises: AttributeError if the step no longer has these parts.
+    The step keeps the timers. Raises: AttributeError if the step has no method of such a name.
     """
     assert batch.device is not None
     watch = PhaseClock(batch.device, clock)
-    parts: Any = step  # its private parts, by name
+    parts: Any = step  # Any, because the parts are private
     for name, phase in PARTS.items():
         *path, last = name.split(".")
         owner = attrgetter(*path)(parts) if path else parts

@@ -1,9 +1,9 @@
-"""Where figures come from: sources, versions, hardware and command, in the sections every result file here has.
+"""The provenance of figures. Every result file has four sections.
 
 run        benchmark, command, started, git
 versions   python and the packages that matter
-hardware   processor, cores, memory, GPUs, load when it began
-runtime    the figures, one entry for each benchmark
+hardware   processor, cores, memory, GPUs, load at the start
+runtime    the figures, one entry per benchmark
 """
 
 from __future__ import annotations
@@ -26,11 +26,12 @@ REPO = Path(__file__).resolve().parent.parent
 
 
 def document(name: str, runtime: dict[str, Any]) -> dict[str, Any]:
-    """A whole result file: provenance of this process beside its figures. Runs stay comparable, paths stay private."""
+    """Return a whole result file: the figures, and where they come from. It holds no absolute path."""
+    module = "benchmarks" if name == "all" else f"benchmarks.{name}"
     return {
         "run": {
             "benchmark": name,
-            "command": f"python -m benchmarks{'' if name == 'all' else f'.{name}'} {command_line(sys.argv[1:])}".strip(),
+            "command": f"python -m {module} {command_line(sys.argv[1:])}".strip(),
             "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
             "git": git_state(REPO),
         },
@@ -41,7 +42,7 @@ def document(name: str, runtime: dict[str, Any]) -> dict[str, Any]:
 
 
 def hardware() -> dict[str, Any]:
-    """The machine under this process, as far as figures depend on it."""
+    """Return the properties of this machine that figures depend on."""
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     pages = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     return {
@@ -55,6 +56,7 @@ def hardware() -> dict[str, Any]:
 
 
 def cpu_name() -> str:
+    """Return the model name of the processor."""
     lines = Path("/proc/cpuinfo").read_text().splitlines()
     return next(
         (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.processor()
@@ -62,12 +64,14 @@ def cpu_name() -> str:
 
 
 def command_line(arguments: list[str]) -> str:
-    """Arguments as one line, absolute paths cut to their last part: where files lie is nobody's business."""
+    """Return the arguments as one line. Absolute paths are cut to their last part, because they may be private."""
     return shlex.join([Path(argument).name if argument.startswith("/") else argument for argument in arguments])
 
 
 def save(path: Path | None, content: dict[str, Any]) -> None:
-    """Write a result file at once or not at all; None keeps nothing."""
+    """Write a result file completely or not at all. With path None, write nothing."""
     if path is not None:
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_json(path, json.loads(json.dumps(content)))  # fails here, not half-written, on what JSON cannot hold
+        write_json(
+            path, json.loads(json.dumps(content))
+        )  # values that JSON cannot hold raise here, before anything is written

@@ -1,7 +1,8 @@
-"""Published returns of Dreamer V1 from pixels, to stand beside ours.
+"""Published returns of Dreamer V1 from pixels, for comparison with ours.
 
-Source: the scores file of the authors' TensorFlow 2 code (danijar/dreamer, scores/dreamer.json), mean over five seeds at
-105k, 205k, 505k, 1.005M and 2.005M env frames; they come from earlier hyper-parameters of that code (its issue 55).
+Source: the scores file of the authors' TensorFlow 2 code (danijar/dreamer, scores/dreamer.json), mean over five seeds
+at 105k, 205k, 505k, 1.005M and 2.005M env frames. The authors made them with earlier hyper-parameters of that code
+(issue 55 there).
 """
 
 from __future__ import annotations

@@ -1,11 +1,15 @@
-"""Write and sample of the replay against TorchRL's buffer, same shapes, taking turns.
+"""Writing to and sampling from the replay, compared with TorchRL's buffer at the same shapes, in turns.
 
     python -m benchmarks.replay [--json PATH] [--quick] [--device cuda:0] [--threads 1] [--rows recipe]
 
-1024 environments x 50-tick chunks, one million rows. Write: a gathered chunk into the ring against `extend` of a gathered
-chunk. Sample: windows of 50 steps against TorchRL's SliceSampler: as it comes, as the Dreamer recipe sets it
-(strict_length=False), and in its best case (strict_length and cache_values). Trajectories are as long as the buffer. Rows: "stream" is what our collector sends (48 observations, 12 actions, reward, flags), "recipe" is as
-large as a frame of TorchRL's Dreamer recipe (observations twice, belief and stochastic state).
+There are 1024 environments, chunks of 50 ticks and one million rows. Trajectories are as long as the buffer.
+
+    write     a gathered chunk into the ring, against `extend` with a gathered chunk
+    sample    windows of 50 steps, against TorchRL's SliceSampler with its defaults, with the settings of the Dreamer
+              recipe (strict_length=False), and in its best case (strict_length and cache_values)
+
+    --rows stream    a row is what our collector sends: 48 observations, 12 actions, reward, flags
+    --rows recipe    a row is as large as a frame of TorchRL's recipe: two observations, belief, stochastic state
 """
 
 from __future__ import annotations
@@ -32,7 +36,7 @@ from learner_proc.replay import Replay
 from shared.handover import create_memfd_slab
 from shared.stream import DTYPE_BYTES, ObsSpec, StreamSpec, plan_layout
 
-logging.getLogger("torchrl").setLevel(logging.WARNING)  # it announces every storage
+logging.getLogger("torchrl").setLevel(logging.WARNING)  # torchrl logs a line for every storage
 LENGTH = 50  # steps in a window, ticks in a chunk
 TRAJECTORY = ("collector", "traj_ids")
 ROWS = {"stream": {"policy": 48}, "recipe": {"policy": 48, "policy_next": 48, "belief": 200, "stoch": 30}}
@@ -45,7 +49,7 @@ BARS = {2500: ">= 2x", 50_000: ">= 1x"}
 
 
 class Ours:
-    """The ring and the collector's writer, filled to its capacity."""
+    """The ring, filled to its capacity, and the collector's writer."""
 
     def __init__(self, spec: StreamSpec, capacity: int, chunk: TensorDict, *, device: torch.device) -> None:
         layout = plan_layout(spec, capacity)
@@ -63,22 +67,22 @@ class Ours:
             self.write()
 
     def gather(self) -> None:
-        """What the collector does between ticks: one row after the other into the stage."""
+        """Copy rows into the stage one after the other, as the collector does between ticks."""
         self.writer.num_rows = 0
         for arrival, action in zip(self._arrivals, self._actions, strict=True):
             self.writer.add(arrival, action, 1)
 
     def write(self) -> None:
-        """Grant, copy of the gathered chunk into the ring, commit."""
+        """Grant rows, copy the gathered chunk into the ring, and commit it."""
         self.writer.num_rows = LENGTH
         grant = self.replay.grant()
         self.writer.write(grant)
-        self.writer.wait()  # on a GPU the copies run on a stream of their own
+        self.writer.wait()  # on a GPU the copies run on a separate stream
         self.replay.commit(grant)
 
 
 class Peer:
-    """TorchRL's buffer for slices, filled to its capacity. options: of the SliceSampler."""
+    """TorchRL's buffer for slices, filled to its capacity. `options` are those of the SliceSampler."""
 
     def __init__(self, capacity: int, chunk: TensorDict, frames: int, *, device: torch.device, **options: Any) -> None:
         num_envs = chunk.shape[0]
@@ -93,18 +97,20 @@ class Peer:
         self._ticks = [chunk[:, tick].contiguous() for tick in range(LENGTH)]
 
     def gather(self) -> None:
-        """What TorchRL's collector does at the end of a chunk: its ticks stacked into memory it keeps."""
+        """Stack ticks into existing memory, as TorchRL's collector does at the end of a chunk."""
         torch.stack(self._ticks, 1, out=self._gathered)  # pyright: ignore[reportCallIssue, reportArgumentType]
 
     def write(self) -> None:
+        """Add a gathered chunk to the buffer."""
         self.buffer.extend(self._chunk)
 
     def sample(self) -> TensorDict:
+        """Return sampled windows."""
         return self.buffer.sample()
 
 
 def make_chunk(spec: StreamSpec, *, device: torch.device) -> TensorDict:
-    """A chunk [E, 50] of random rows, trajectories of one environment each, as long as the buffer."""
+    """Return a chunk (E, 50) of random rows. Each environment has one trajectory, as long as the buffer."""
     num_envs = spec.num_envs
     chunk = TensorDict({}, [num_envs, LENGTH], device=device)
     for entry in spec.fields():
@@ -120,7 +126,7 @@ def make_chunk(spec: StreamSpec, *, device: torch.device) -> TensorDict:
 
 
 def measure_write(ours: Ours, peer: Peer, *, repetitions: int, device: str) -> dict[str, Any]:
-    """A gathered chunk into the memory that is sampled, and the gathering of its ticks."""
+    """Time writing a gathered chunk into the memory that is sampled, and gathering its ticks."""
     cases = {"ours": ours.write, "torchrl": peer.write, "ours gather": ours.gather, "torchrl gather": peer.gather}
     samples = interleave(cases, repetitions=repetitions, device=device)
     result: dict[str, Any] = {name: sample.describe() for name, sample in samples.items()}
@@ -131,7 +137,7 @@ def measure_write(ours: Ours, peer: Peer, *, repetitions: int, device: str) -> d
 
 
 def measure_sample(ours: Ours, peers: dict[str, Peer], frames: int, *, repetitions: int, device: str) -> dict[str, Any]:
-    """Windows of 50 steps, `frames` in all; on a GPU with the number of host synchronisations of one sample."""
+    """Time sampling windows of 50 steps, `frames` steps in total; on a GPU also count host synchronisations."""
     cases = {"ours": lambda: ours.replay.sample(frames // LENGTH, LENGTH)}
     cases |= {name: peer.sample for name, peer in peers.items()}
     samples = interleave(cases, repetitions=repetitions, device=device)
@@ -147,7 +153,7 @@ def measure_sample(ours: Ours, peers: dict[str, Peer], frames: int, *, repetitio
 
 
 def count_synchronisations(case: Callable[[], Any]) -> int:
-    """How often a call makes the host wait for the GPU, by torch's own warnings."""
+    """Return how often a call makes the host wait for the GPU, by counting torch's warnings."""
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("warn")
     try:
@@ -160,7 +166,7 @@ def count_synchronisations(case: Callable[[], Any]) -> int:
 
 
 def run(*, quick: bool = False, device: str = "cpu", rows: str = "stream") -> dict[str, Any]:
-    """Figures of both sides at both batch sizes; quick: 64 environments, seconds."""
+    """Measure both sides at both batch sizes; with `quick`, 64 environments for a few seconds."""
     num_envs, capacity = (64, 4 * LENGTH) if quick else (1024, 1_000_000 // 1024 // LENGTH * LENGTH)
     spec = StreamSpec(num_envs, {name: ObsSpec((size,), "float32") for name, size in ROWS[rows].items()}, 12)
     where = torch.device(device)
@@ -216,18 +222,19 @@ def _rows(result: dict[str, Any], kind: str) -> list[dict[str, Any]]:
 
 
 def _arrival(rows: TensorDict) -> Arrival:
-    """One tick of a chunk as a simulator brings it."""
+    """Return one tick of a chunk in the form that a simulator returns."""
     obs = {name: entry.contiguous() for name, entry in rows.get("obs").items()}
     return Arrival(obs, *(rows[name].contiguous() for name in ("reward", "is_first", "is_last", "is_terminal")))
 
 
 def main() -> None:
+    """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", type=Path, help="keep every figure here")
-    parser.add_argument("--quick", action="store_true", help="tiny sizes, to see that it runs")
-    parser.add_argument("--device", default="cpu", help="where both buffers lie")
+    parser.add_argument("--json", type=Path, help="write every figure to this file")
+    parser.add_argument("--quick", action="store_true", help="tiny sizes, to check that it runs")
+    parser.add_argument("--device", default="cpu", help="device of both buffers")
     parser.add_argument("--threads", type=int, default=1, help="torch threads")
-    parser.add_argument("--rows", choices=sorted(ROWS), default="stream", help="what a row holds")
+    parser.add_argument("--rows", choices=sorted(ROWS), default="stream", help="the content of a row")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     result = run(quick=options.quick, device=options.device, rows=options.rows)

@@ -1,4 +1,4 @@
-"""One picture of how both processes scale: pace and memory over the batch size, and over the number of environments.
+"""Draw how both processes scale: pace and memory over the batch size and over the number of environments.
 
 python -m benchmarks.learner --scaling --json benchmarks/results/learner.json
 python -m benchmarks.collector --scaling --json benchmarks/results/collector.json
@@ -19,7 +19,7 @@ import matplotlib.pyplot as plt
 
 
 def draw(learner: dict[str, Any], collector: dict[str, Any], out: Path) -> None:
-    """learner, collector: kept results of `benchmarks.learner --scaling` and `benchmarks.collector --scaling`."""
+    """Draw the results of `benchmarks.learner --scaling` and `benchmarks.collector --scaling`."""
     steps = [row for row in learner["runtime"]["scaling"]["rows"] if "failed" not in row]
     ticks = collector["runtime"]["scaling"]
     frames, envs = [row["frames"] for row in steps], [int(count) for count in ticks]
@@ -57,18 +57,19 @@ def draw(learner: dict[str, Any], collector: dict[str, Any], out: Path) -> None:
 
 
 def hardware(document: dict[str, Any]) -> str:
-    """What it was measured on, in a few words."""
+    """Return a short description of the machine."""
     runtime, found = document["runtime"], document["hardware"]
     if runtime["device"] != "cpu":
         return ", ".join(str(gpu) for gpu in found["gpus"])
-    return f"{found['cpu']}, {runtime['threads']} thread a process"
+    return f"{found['cpu']}, {runtime['threads']} thread per process"
 
 
 def main() -> None:
+    """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("learner", type=Path, help="kept by benchmarks.learner --scaling --json")
-    parser.add_argument("collector", type=Path, help="kept by benchmarks.collector --scaling --json")
-    parser.add_argument("--out", type=Path, required=True, help="the picture")
+    parser.add_argument("learner", type=Path, help="the result of benchmarks.learner --scaling --json")
+    parser.add_argument("collector", type=Path, help="the result of benchmarks.collector --scaling --json")
+    parser.add_argument("--out", type=Path, required=True, help="the picture to write")
     options = parser.parse_args()
     draw(json.loads(options.learner.read_text()), json.loads(options.collector.read_text()), options.out)
 

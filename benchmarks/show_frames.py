@@ -1,4 +1,4 @@
-"""Write images sampled from a run's replay into one PNG: rows are sampled windows, columns their steps.
+"""Write images sampled from a run's replay into one PNG. Its rows are sampled windows, its columns their steps.
 
 python -m benchmarks.show_frames runs/cheetah --out frames.png
 """
@@ -16,22 +16,26 @@ from shared.errors import SettingError
 
 
 def sample_frames(run_dir: Path, windows: int, steps: int) -> torch.Tensor:
-    """Images (windows, steps, 64, 64, C) uint8, drawn by the learner's own sampler from the newest checkpoint."""
+    """Return images (windows, steps, 64, 64, C) in uint8, drawn from the newest checkpoint by the learner's sampler.
+
+    Raises: SettingError if the run observes no pixels or has no usable checkpoint.
+    """
     batch = open_run(run_dir)[2].sample(windows, steps)
     if ("obs", "pixels") not in batch.keys(include_nested=True):
-        met = ", ".join(sorted(map(str, batch.get("obs").keys())))
+        names = ", ".join(sorted(map(str, batch.get("obs").keys())))
         raise SettingError(
-            f"{run_dir} observes {met} and no pixels; wanted a run with env.from_pixels=true; name another"
+            f"{run_dir} observes {names} and no pixels; expected a run with env.from_pixels=true; name such a run"
         )
     return batch["obs", "pixels"]
 
 
 def main() -> None:
+    """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("run", type=Path, help="run folder of a run from pixels that has a checkpoint")
-    parser.add_argument("--out", type=Path, required=True, help="picture to write")
-    parser.add_argument("--windows", type=int, default=4, help="sampled windows, one row each")
-    parser.add_argument("--steps", type=int, default=8, help="consecutive steps of a window")
+    parser.add_argument("run", type=Path, help="folder of a run from pixels that has a checkpoint")
+    parser.add_argument("--out", type=Path, required=True, help="the picture to write")
+    parser.add_argument("--windows", type=int, default=4, help="number of sampled windows, one per row of the picture")
+    parser.add_argument("--steps", type=int, default=8, help="number of consecutive steps in a window")
     arguments = parser.parse_args()
     try:
         frames = sample_frames(arguments.run, arguments.windows, arguments.steps)

@@ -1,4 +1,4 @@
-"""What the gradient-step benchmarks share: one problem (ANYmal-like state observations), our step on it, its batches."""
+"""The problem of all gradient-step benchmarks: observations like ANYmal's, our gradient step and its batches."""
 
 from __future__ import annotations
 
@@ -20,9 +20,10 @@ SPEC = StreamSpec(1, {OBS_NAME: ObsSpec((OBS_DIM,), "float32")}, ACTION_DIM)
 
 
 def settings_for(frames: int, *, precision: str = "false", compiled: bool = False, tiny: bool = False) -> Settings:
-    """Dreamer V1 at the sizes of TorchRL's recipe: state 30, deterministic 200, hidden 400, horizon 15, windows of 50.
+    """Return settings with the sizes of TorchRL's recipe.
 
-    `tiny` shrinks widths and horizon for smoke runs. `precision` as `optimization.autocast`.
+    The sizes are state 30, deterministic 200, hidden 400, horizon 15 and windows of 50.
+    `tiny` shrinks widths and horizon to check that everything runs. `precision` is a value of `optimization.autocast`.
     """
     networks = NetworkSettings(state_dim=4, rssm_hidden_dim=8, hidden_dim=16) if tiny else NetworkSettings()
     optimization = OptimizationSettings(
@@ -33,7 +34,7 @@ def settings_for(frames: int, *, precision: str = "false", compiled: bool = Fals
 
 
 def synthetic_batch(frames: int, *, device: torch.device, seed: int = 0) -> TensorDict:
-    """Windows of up to 50 steps of noise, [B, L], in the arrival layout; no window holds a reset."""
+    """Return windows (B, L) of up to 50 steps of noise, in the layout of the replay. No window contains a reset."""
     length = min(LENGTH, frames)
     lead = (frames // length, length)
     generator = torch.Generator().manual_seed(seed)
@@ -48,13 +49,13 @@ def synthetic_batch(frames: int, *, device: torch.device, seed: int = 0) -> Tens
 
 
 def our_step(settings: Settings, *, device: torch.device) -> GradientStep:
-    """Our update, from one seed, so that steps of other precision start from the same weights."""
+    """Return our gradient step with a fixed seed: steps of different precision start from the same weights."""
     torch.manual_seed(0)
     return GradientStep(SPEC, settings, device=device)
 
 
 def first_calls_s(call: Callable[[], Any], *, calls: int) -> float:
-    """Wall seconds of the first calls, compilation included."""
+    """Return the wall seconds of the first calls, which include compilation."""
     started = time.perf_counter()
     for _ in range(calls):
         call()
@@ -64,7 +65,10 @@ def first_calls_s(call: Callable[[], Any], *, calls: int) -> float:
 
 
 def forget_compiled() -> None:
-    """Drop what is compiled: another size would be taken for a dynamic shape, another mode meet it in the cache."""
+    """Drop all compiled code.
+
+    Otherwise torch would treat another size as a dynamic shape, and another mode would find old code in the cache.
+    """
     torch._dynamo.reset()
     gc.collect()
     if torch.cuda.is_available():

@@ -1,11 +1,11 @@
-"""The peer: TorchRL's Dreamer V1 update, put together from TorchRL's own modules and losses as its recipe does.
+"""TorchRL's Dreamer V1 update, built from TorchRL's own modules and losses as its recipe builds it.
 
-Nothing here is used by the project itself. The wiring (keys, distributions, three optimisers, one backward each) follows
-pytorch/rl, sota-implementations/dreamer, for state observations; sizes are the recipe's or, layer by layer, ours.
+Only benchmarks use it. The wiring (keys, distributions, three optimisers with one backward each) follows pytorch/rl,
+sota-implementations/dreamer, for state observations. The sizes are the recipe's, or match ours layer by layer.
 """
 
 # pyright: reportArgumentType=false, reportCallIssue=false
-# (TorchRL's annotations do not admit what its own recipe passes)
+# (TorchRL's annotations do not allow the arguments that its own recipe passes)
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from tensordict.nn import (
 from torch import Tensor, nn
 
 with warnings.catch_warnings():
-    warnings.simplefilter("ignore")  # its C extension is built against another torch; nothing here uses it
+    warnings.simplefilter("ignore")  # its C extension was built for another torch version; it is not used here
     from torchrl._utils import compile_with_warmup
     from torchrl.data import Bounded, Composite, Unbounded
     from torchrl.envs.model_based.dreamer import DreamerEnv
@@ -48,13 +48,13 @@ with warnings.catch_warnings():
     from torchrl.objectives.dreamer import DreamerActorLoss, DreamerModelLoss, DreamerValueLoss
 
 UNIT_NORMAL = {"scale": 1.0, "event_dim": 1}
-EAGER_CALLS = 3  # that the recipe's losses make before they are compiled
+EAGER_CALLS = 3  # the recipe's losses are compiled after so many calls
 MODES = ("eager", "rssm", "losses", "rssm+losses")
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """Layers and widths; depths count hidden layers."""
+    """Layers and widths. Depths count hidden layers."""
 
     obs: int = 48
     action: int = 12
@@ -71,7 +71,7 @@ class Sizes:
 
 
 RECIPE = Sizes()
-# layer for layer the project's networks
+# matches our networks layer by layer
 OURS = Sizes(embed=400, encoder_activated=True, decoder_depth=3, actor_depth=4)
 
 
@@ -87,7 +87,7 @@ class Losses:
 
 
 class TorchRLNetworks:
-    """Modules as the recipe wires them; `noise_key` lets the posterior's noise come with the batch."""
+    """TorchRL's modules, wired as in its recipe. With `noise_key` the posterior reads its noise from the batch."""
 
     def __init__(self, sizes: Sizes, *, compile_rssm: bool = False, noise_key: bool = False) -> None:
         elu, width = nn.ELU, sizes.hidden
@@ -183,6 +183,7 @@ class TorchRLNetworks:
         )
 
     def to(self, device: torch.device) -> TorchRLNetworks:
+        """Move every module to a device and return the networks."""
         for module in (self.world_model, self.env, self.actor_module, self.value_module):
             module.to(device)
         return self
@@ -198,18 +199,18 @@ def _unit_normal(net: nn.Module, in_keys: list, loc: Any, out: Any) -> Probabili
 
 
 class TorchRLUpdate:
-    """One update of world model, actor and value net by TorchRL's losses: zero_grad, backward, clip, step for each."""
+    """One update of world model, actor and value network, with zero_grad, backward, clip and step for each loss."""
 
     def __init__(
         self, sizes: Sizes = RECIPE, *, precision: str = "false", mode: str = "eager", device: torch.device
     ) -> None:
-        """`mode`: what is compiled, of `MODES`, with the recipe's settings of each; `precision`: "false", "bfloat16"."""
+        """Compile what `mode` names (one of MODES) with the recipe's settings. `precision` is "false" or "bfloat16"."""
         assert mode in MODES and precision in ("false", "bfloat16"), (mode, precision)
         torch.manual_seed(0)
         self.networks = TorchRLNetworks(sizes, compile_rssm="rssm" in mode).to(device)
         self.device, self.precision = device, precision
         nets = self.networks
-        # per-entry averages: what the recipe for vector observations passes
+        # averages over all entries, as in the recipe for vector observations
         self.model_loss: Any = DreamerModelLoss(nets.world_model, global_average=True)
         self.model_loss.set_keys(pixels="policy", reco_pixels="reco_policy")
         actor_loss = DreamerActorLoss(nets.actor_module, nets.value_module, nets.env, imagination_horizon=sizes.horizon)
@@ -230,7 +231,7 @@ class TorchRLUpdate:
         }
 
     def __call__(self, batch: TensorDict) -> Losses:
-        """Shapes: batch [B, L] of `to_torchrl`."""
+        """Do one update. Shapes: batch (B, L) in the keys of `to_torchrl`."""
         torch.compiler.cudagraph_mark_step_begin()
         with self._autocast():
             model, replayed = self.model_loss(batch)
@@ -263,9 +264,9 @@ class TorchRLUpdate:
 
 
 def to_torchrl(batch: TensorDict, sizes: Sizes) -> TensorDict:
-    """Our batch of windows in TorchRL's keys: row t's observation and reward are what action t led to ("next").
+    """Return our batch of windows in TorchRL's keys: row t's observation and reward follow action t ("next").
 
-    The stored beliefs are blank, as ours are at a window's start.
+    The stored beliefs are zero, as ours are at the start of a window.
     """
     lead, device = batch.shape, batch.device
     return TensorDict(

@@ -1,7 +1,8 @@
-"""The real collector, writing down when it sends a commit and when it adopts weights. Torch-free until its simulator runs.
+"""The real collector, which also records when it sends a commit and when it adopts weights.
 
-Run as `python -m benchmarks.traced_collector --run-dir DIR ...`, like `python -m collector_proc`. DIR/trace.txt gets one
-line for each event: what happened, its number (commit's seq, policy version), time.monotonic() seconds.
+Run it as `python -m benchmarks.traced_collector --run-dir DIR ...`, like `python -m collector_proc`. It writes one line
+per event to DIR/trace.txt: the event, its number (the commit's seq or the policy version), and time.monotonic() in
+seconds. Like the collector, it imports torch only after the simulator has started.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 
 
 def main() -> int:
+    """Run the collector process with tracing."""
     run_dir = Path(sys.argv[sys.argv.index("--run-dir") + 1])
     trace = (run_dir / "trace.txt").open("w", buffering=1)
     build, connect = entry.build_simulator, entry.connect
@@ -29,7 +31,7 @@ def main() -> int:
 
     def build_and_trace(*args, **kwargs):
         simulator = build(*args, **kwargs)
-        _trace_adoption(trace)  # imports torch, which may come now
+        _trace_adoption(trace)  # imports torch, which is allowed now
         return simulator
 
     entry.connect, entry.build_simulator = connect_and_trace, build_and_trace
@@ -37,7 +39,7 @@ def main() -> int:
 
 
 class _TracedChannel(Channel):
-    """Writes down every commit just before it is sent."""
+    """Records every commit, with the time just before it was sent."""
 
     def __init__(self, channel: Channel, trace: TextIO) -> None:
         super().__init__(channel._socket)
@@ -51,7 +53,7 @@ class _TracedChannel(Channel):
 
 
 def _trace_adoption(trace: TextIO) -> None:
-    """Write down every version just after it was adopted."""
+    """Record every policy version just after it was adopted."""
     from collector_proc.weights_receiver import WeightsReceiver
 
     adopt = WeightsReceiver.adopt

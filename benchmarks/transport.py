@@ -1,14 +1,15 @@
-"""Chunks and weights between two real processes: what a chunk costs the learner, and how long either way takes.
+"""Chunks and weights between two real processes: the cost of a chunk for the learner, and the latency of each way.
 
     python -m benchmarks.transport [--json PATH] [--quick] [--device cuda:0] [--only chunks latency]
 
-Chunks: our ring (memfd, on a GPU CUDA IPC; collector's writer, commit, grant) against a torch.multiprocessing queue of
-shared tensors, a TensorDict through the same queue, and a multiprocessing queue that pickles arrays. Every receiver ends
-with the chunk in its replay memory, every sender may be two chunks ahead, and every chunk carries its number, which the
-receiver checks. The sides take turns.
+Chunks: our ring (memfd, or CUDA IPC on a GPU; with the collector's writer, commits and grants) is compared with a
+torch.multiprocessing queue of shared tensors, with a TensorDict through the same queue, and with a multiprocessing
+queue that pickles arrays. In each case the chunk is in the receiver's replay memory in the end, and the sender may be
+two chunks ahead. Every chunk contains its number, which the receiver checks. The four take turns.
 
-Latency: the real collector process on the pendulum. Weights: from the call of `Publisher.publish` to the adopted
-policy. Commits: from just before the send to a finished `Replay.sample` that has the chunk in its reach.
+Latency: the real collector process steps the pendulum. For weights it is the time from the call of `Publisher.publish`
+to the adopted policy. For commits it is the time from just before the send to the end of a `Replay.sample` that can
+draw from the chunk.
 """
 
 from __future__ import annotations
@@ -35,15 +36,15 @@ QUICK = {"tiny": ChunkShape(8, 10, 48)}
 
 
 def measure_chunks(shape: ChunkShape, *, device: str, rounds: int, chunks: int) -> dict[str, Any]:
-    """Every kind of stream in turn: chunks/s, GB/s, CPU milliseconds the receiver spends on a chunk."""
-    # the ring's end waits for its sender: the other senders import meanwhile
+    """Measure every kind of stream in turn: chunks/s, GB/s, and the receiver's CPU milliseconds per chunk."""
+    # the ring is last: it waits for its sender, and the other senders import their modules meanwhile
     streams = {kind: Stream(kind, shape, device=device) for kind in reversed(KINDS)}
     turns: dict[str, list[dict[str, float]]] = {kind: [] for kind in KINDS}
     try:
         for turn in range(rounds + 1):
             for kind, stream in streams.items():
                 figures = stream.receive(chunks)
-                if turn:  # the first round pays for page faults
+                if turn:  # the first round includes page faults and is not counted
                     turns[kind].append(figures)
     finally:
         for stream in streams.values():
@@ -59,7 +60,10 @@ def measure_chunks(shape: ChunkShape, *, device: str, rounds: int, chunks: int) 
 
 
 def measure_latency(*, device: str, pushes: int, step_s: float, envs: int, ticks: int) -> dict[str, Any]:
-    """Milliseconds of both ways. step_s: a gradient step's stand-in (sleep) between two passes of the learner's loop."""
+    """Measure the latency of both ways in milliseconds.
+
+    `step_s` is how long the learner sleeps between two passes of its loop, in place of a gradient step.
+    """
     settings = pair_settings("quickstart", [f"env.num_envs={envs}"], envs=envs, ticks=ticks)
     published: dict[int, float] = {}
     sampled: dict[int, float] = {}
@@ -73,7 +77,7 @@ def measure_latency(*, device: str, pushes: int, step_s: float, envs: int, ticks
                 began = time.monotonic()
                 end.publisher.publish()
                 published[end.publisher.version] = began
-                due = began + 0.013  # out of step with ticks and passes
+                due = began + 0.013  # no multiple of the time of a tick or a pass
             end.replay.sample(50, ticks)
             if device.startswith("cuda"):
                 torch.cuda.synchronize()
@@ -90,7 +94,7 @@ def measure_latency(*, device: str, pushes: int, step_s: float, envs: int, ticks
 
 
 def _drain(end: LearnerEnd) -> None:
-    """Let the collector finish what it was granted, so that its trace is whole."""
+    """Let the collector finish the granted chunks, so that its trace is complete."""
     until = time.monotonic() + 10.0
     while end.replay.num_granted and time.monotonic() < until:
         end.serve(grant=False)
@@ -107,7 +111,7 @@ def _describe(seconds: list[float]) -> dict[str, float]:
 
 
 def run(*, quick: bool = False, device: str = "cpu", only: tuple[str, ...] = ("chunks", "latency")) -> dict[str, Any]:
-    """Figures of both parts, as far as `only` names them."""
+    """Measure the parts that `only` names."""
     result: dict[str, Any] = {"device": device, "threads": torch.get_num_threads(), "chunks": {}, "latency": {}}
     if "chunks" in only:
         rounds, chunks = (1, 4) if quick else (5, 30)
@@ -140,10 +144,11 @@ def _rows(result: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def main() -> None:
+    """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", type=Path, help="keep every figure here")
-    parser.add_argument("--quick", action="store_true", help="tiny sizes, to see that it runs")
-    parser.add_argument("--device", default="cpu", help="where chunks are gathered and where the replay lies")
+    parser.add_argument("--json", type=Path, help="write every figure to this file")
+    parser.add_argument("--quick", action="store_true", help="tiny sizes, to check that it runs")
+    parser.add_argument("--device", default="cpu", help="device of the gathered chunks and of the replay")
     parser.add_argument("--threads", type=int, default=1, help="torch threads of the receiver")
     parser.add_argument("--only", nargs="+", choices=("chunks", "latency"), default=("chunks", "latency"))
     options = parser.parse_args()

@@ -1,4 +1,4 @@
-"""Every benchmark runs at tiny sizes and leaves figures with their provenance; how fast anything is, is not tested."""
+"""Every benchmark runs at tiny sizes and writes figures with their provenance. No test checks a speed."""
 
 from __future__ import annotations
 
@@ -46,18 +46,18 @@ def test_the_replay_and_torchrls_buffer_are_measured_on_the_same_rows():
 
 
 def test_every_way_of_moving_chunks_delivers_each_chunk_once_and_in_order():
-    figures = transport.run(quick=True, only=("chunks",))  # the receiver asserts the number that each chunk carries
+    figures = transport.run(quick=True, only=("chunks",))  # the receiver checks the number in each chunk
     tiny = figures["chunks"]["tiny"]
     assert set(transport.KINDS) <= set(tiny)
     assert all(tiny[kind]["chunks_per_s"]["median"] > 0 for kind in transport.KINDS)
     assert_positive_rows(figures, 8)
 
 
-def test_latencies_of_weights_and_commits_come_from_two_processes_and_are_positive():
+def test_the_latencies_of_weights_and_commits_are_positive():
     latency = transport.run(quick=True, only=("latency",))["latency"]["idle learner"]
     for way in ("push", "commit"):
         assert latency[way]["count"] > 0
-        assert 0 < latency[way]["median_ms"] <= latency[way]["p99_ms"] <= latency[way]["max_ms"] < 60_000
+        assert 0 < latency[way]["median_ms"] <= latency[way]["p99_ms"] <= latency[way]["max_ms"]
 
 
 def test_the_collector_is_measured_bare_with_policy_and_with_stream():
@@ -67,7 +67,7 @@ def test_the_collector_is_measured_bare_with_policy_and_with_stream():
     assert all(figures[loop]["ticks_per_s"]["min"] > 0 for loop in ("bare", "policy", "stream")) and figures["fps"] > 0
 
 
-def test_a_real_run_is_measured_together_and_with_either_side_held_still():
+def test_a_real_run_is_measured_with_both_sides_and_with_each_side_paused():
     figures = end_to_end.run(quick=True)["presets"]["quickstart"]
     assert figures["both"]["steps_per_s"]["median"] > 0 and figures["both"]["frames_per_s"]["median"] > 0
     assert figures["learner"]["steps_per_s"]["median"] > 0
@@ -76,7 +76,7 @@ def test_a_real_run_is_measured_together_and_with_either_side_held_still():
     assert figures["collector"]["steps_per_s"]["median"] == 0, "a paused learner makes no gradient step"
 
 
-def test_a_run_that_never_trains_is_ended_with_everything_it_started(monkeypatch):
+def test_a_run_that_never_trains_is_ended_with_all_its_processes(monkeypatch):
     monkeypatch.setattr(end_to_end, "START_S", 0.0)
     run = end_to_end.Run([*end_to_end.PRESETS["quickstart"], *end_to_end.FREE], None)
     with pytest.raises(RuntimeError, match="20 gradient steps"), run:
@@ -84,7 +84,7 @@ def test_a_run_that_never_trains_is_ended_with_everything_it_started(monkeypatch
     assert run._launch.returncode is not None and not run.run_dir.parent.exists()
 
 
-def test_a_collector_that_cannot_start_ends_the_learner_end_and_shows_its_words():
+def test_a_collector_that_cannot_start_ends_the_measurement_with_its_output():
     settings = pair_settings("quickstart", ["env.num_envs=8"], envs=8, ticks=4)
     end = LearnerEnd(settings, module="benchmarks.nowhere")
     with pytest.raises(RuntimeError, match="No module named"), end:
@@ -93,22 +93,22 @@ def test_a_collector_that_cannot_start_ends_the_learner_end_and_shows_its_words(
 
 
 @pytest.mark.parametrize("preset", end_to_end.PRESETS)
-def test_every_preset_of_the_whole_run_passes_the_checks_of_a_run(preset):
+def test_every_preset_of_the_end_to_end_benchmark_passes_the_checks_of_a_run(preset):
     _, config, *overrides = end_to_end.PRESETS[preset]
     settings = compose(config, [*overrides, *end_to_end.FREE])
     check_settings(settings, num_envs(settings))
-    assert settings.optimization.replay_ratio is None, "both sides run free"
+    assert settings.optimization.replay_ratio is None, "neither side waits for the other"
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda:0"])
-def test_every_collector_case_that_can_run_has_a_ring_that_holds_its_chunks(device):
+def test_every_collector_case_has_a_ring_of_eight_chunks(device):
     for name, case in collector.cases(device).items():
         settings = pair_settings(case.config, list(case.overrides), envs=case.envs, ticks=case.ticks)
         sizes = geometry(settings, num_envs(settings))
         assert (sizes.num_envs, sizes.ticks_per_chunk, sizes.capacity) == (case.envs, case.ticks, 8 * case.ticks), name
 
 
-def test_a_result_file_has_its_sections_and_no_machine_path(tmp_path, monkeypatch):
+def test_a_result_file_has_four_sections_and_no_absolute_path(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["x", "--json", str(tmp_path / "out.json"), "--quick"])
     save(tmp_path / "kept" / "out.json", document("replay", {"rows": [timing.row("a", 1.0, "ms")]}))
     text = (tmp_path / "kept" / "out.json").read_text()
@@ -120,7 +120,7 @@ def test_a_result_file_has_its_sections_and_no_machine_path(tmp_path, monkeypatc
     assert command_line(["--json", "/a/b/c.json"]) == "--json c.json"
 
 
-def test_cases_take_turns_and_ratios_compare_neighbours():
+def test_cases_take_turns_and_a_ratio_compares_the_same_turn():
     order: list[str] = []
 
     def case(name: str) -> Callable[[], None]:
@@ -135,9 +135,9 @@ def test_cases_take_turns_and_ratios_compare_neighbours():
     assert timing.percentile([5.0], 0.99) == 5.0
 
 
-def test_one_command_names_what_it_left_out_and_what_failed(monkeypatch, tmp_path, capsys):
+def test_the_command_reports_what_it_left_out_and_what_failed(monkeypatch, tmp_path, capsys):
     def broken(**options: Any) -> dict[str, Any]:
-        raise RuntimeError("no such luck")
+        raise RuntimeError("a broken benchmark")
 
     def fine(**options: Any) -> dict[str, Any]:
         return {"rows": [timing.row("figure", 2.0, "ms")], "left_out": {"half": "no room"}}
@@ -148,14 +148,16 @@ def test_one_command_names_what_it_left_out_and_what_failed(monkeypatch, tmp_pat
     out = tmp_path / "all.json"
     monkeypatch.setattr(sys, "argv", ["x", "--quick", "--only", "replay", "transport", "--json", str(out)])
     assert together.main() == 1
-    said = capsys.readouterr().out
-    assert "left out: replay: half: no room" in said and "FAILED: transport: RuntimeError: no such luck" in said
-    assert "left out: every figure of a GPU: no CUDA device" in said
+    output = capsys.readouterr().out
+    assert (
+        "left out: replay: half: no room" in output and "FAILED: transport: RuntimeError: a broken benchmark" in output
+    )
+    assert "left out: every figure of a GPU: no CUDA device" in output
     runtime = json.loads(out.read_text())["runtime"]
     assert list(runtime["benchmarks"]) == ["replay"] and runtime["rows"][0]["name"] == "replay: figure"
 
 
-def test_the_benchmarks_run_as_a_command_and_print_one_table(tmp_path):
+def test_the_command_prints_one_table(tmp_path):
     out = tmp_path / "all.json"
     command = [sys.executable, "-m", "benchmarks", "--quick", "--only", "replay", "--json", str(out)]
     answer = subprocess.run(command, cwd=REPO, capture_output=True, text=True, timeout=300)

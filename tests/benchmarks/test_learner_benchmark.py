@@ -1,3 +1,5 @@
+"""The benchmark of the gradient step: its floor, its phases, its memory figures and its report."""
+
 import json
 
 import pytest
@@ -12,7 +14,7 @@ from learner_proc import startup
 CPU = torch.device("cpu")
 
 
-def test_recorded_products_carry_shapes_strides_types_and_counts():
+def test_every_product_is_recorded_with_its_shapes_strides_types_and_count():
     a, weight = torch.randn(3, 5), torch.randn(7, 5)
     with ProductRecorder() as recorder:
         for _ in range(2):
@@ -41,16 +43,16 @@ def test_a_floor_counts_every_product_forward_and_backward():
 
 
 @pytest.mark.parametrize("stride", [(5, 1), (1, 3), (0, 1)])
-def test_an_operand_is_made_in_its_layout(stride):
+def test_an_operand_is_recreated_in_its_layout(stride):
     made = Operand((3, 5), stride, torch.bfloat16).make(CPU)
     assert made.shape == (3, 5) and made.stride() == stride and made.dtype == torch.bfloat16
 
 
-def test_the_adam_floor_is_bytes_of_seven_passes():
+def test_the_adam_floor_counts_seven_float32_values_per_parameter():
     assert ADAM_BYTES == 7 * 4
 
 
-def test_a_run_reports_every_variant_its_phases_and_its_scaling(tmp_path):
+def test_a_run_reports_every_variant_with_its_phases_and_its_scaling(tmp_path):
     result = learner.run(
         [20], compiled=[False], phases=True, scaling=True, scaling_frames=[20, 50], repetitions=2, tiny=True
     )
@@ -66,15 +68,15 @@ def test_a_run_reports_every_variant_its_phases_and_its_scaling(tmp_path):
     assert json.loads((tmp_path / "out.json").read_text())["runtime"]["steps"] == result["steps"]
 
 
-def test_without_a_gpu_captured_graphs_are_named_as_left_out():
+def test_without_a_gpu_captured_graphs_are_reported_as_left_out():
     result = learner.run([20], precisions=["false"], compiled=[False], repetitions=1, tiny=True)
     assert result["left_out"] == ["captured graphs: no CUDA device"]
 
 
-def test_an_inner_phase_is_taken_out_of_the_outer_one():
+def test_the_time_of_an_inner_phase_does_not_count_for_the_outer_one():
     watch = PhaseClock(CPU, "wall")
     ticks = iter(range(100))
-    watch.now = lambda: float(next(ticks))  # every look at the clock is one second later
+    watch.now = lambda: float(next(ticks))  # every reading of the clock is one second later
     inner = watch.timed("inner", lambda: None)
     watch.timed("outer", lambda: (inner(), inner()))()
     assert watch.seconds == {"outer": 3.0, "inner": 2.0}
@@ -94,7 +96,7 @@ def test_a_captured_step_gets_a_full_replay_of_noise(monkeypatch):
     assert not batch["is_first"].any()
 
 
-def test_memory_is_that_of_the_step_and_not_of_what_came_before():
+def test_peak_memory_does_not_include_memory_freed_before_the_step():
     torch.ones(100 << 20, dtype=torch.uint8)
     learner.forget_peak(CPU)
     before = learner.peak_bytes(CPU)

@@ -7,7 +7,7 @@ pytest.importorskip("matplotlib")
 from benchmarks.options import SETS
 
 
-def test_no_two_sets_are_the_same_and_a_combination_holds_both_its_parts() -> None:
+def test_all_sets_differ_and_a_combined_set_contains_both_of_its_parts() -> None:
     sets = {name: tuple(sorted(settings.items())) for name, settings in SETS.items()}
     assert len(set(sets.values())) == len(sets), sets
     both = SETS["all"]

@@ -1,3 +1,5 @@
+"""The comparison with TorchRL: both sides compute the same losses, and every mode is timed and reported."""
+
 import pytest
 import torch
 from torch import nn
@@ -13,14 +15,14 @@ def num_parameters(module: nn.Module) -> int:
     return sum(param.numel() for param in module.parameters())
 
 
-def test_the_recipes_networks_have_the_recipes_parameter_counts():
+def test_our_copy_of_the_recipes_networks_has_the_recipes_parameter_counts():
     networks = TorchRLNetworks(RECIPE)
     counts = [num_parameters(m) for m in (networks.world_model, networks.actor_module, networks.value_module)]
-    assert counts == [1_674_993, 422_824, 413_601]  # counted on the recipe itself, 48 observations and 12 actions
+    assert counts == [1_674_993, 422_824, 413_601]  # counted in the recipe, with 48 observations and 12 actions
 
 
 @pytest.mark.parametrize("tiny", [True, False], ids=["tiny", "full"])
-def test_with_the_same_weights_and_noise_the_model_terms_and_their_gradient_are_torchrls(tiny):
+def test_with_the_same_weights_and_noise_the_model_losses_and_their_gradient_equal_torchrls(tiny):
     terms = {term["name"]: term for term in agreement.with_torchrl(device=CPU, tiny=tiny)["terms"]}
     assert set(terms) == {"reconstruction", "reward", "kl", "gradient norm"}
     for term in terms.values():
@@ -28,7 +30,7 @@ def test_with_the_same_weights_and_noise_the_model_terms_and_their_gradient_are_
         assert term["agrees"], term
 
 
-def test_other_noise_breaks_the_agreement(monkeypatch):
+def test_with_different_noise_the_losses_differ(monkeypatch):
     theirs = agreement._their_terms
     monkeypatch.setattr(agreement, "_their_terms", lambda step, batch, noise: theirs(step, batch, -noise))
     terms = agreement.with_torchrl(device=CPU, tiny=True)["terms"]
@@ -38,10 +40,10 @@ def test_other_noise_breaks_the_agreement(monkeypatch):
 def test_bfloat16_losses_stay_within_their_tolerances_of_float32():
     for term in agreement.fast_against_plain(device=CPU, compiled=False, tiny=True)["terms"]:
         assert term["agrees"], term
-        assert term["ours"] != term["other"], term  # else nothing ran in bfloat16
+        assert term["ours"] != term["other"], term  # equal values would mean that nothing ran in bfloat16
 
 
-def test_copied_heads_answer_alike():
+def test_copied_networks_return_the_same_values():
     step = our_step(settings_for(20, tiny=True), device=CPU)
     networks = TorchRLNetworks(agreement.sizes_of(step))
     agreement.copy_weights(step, networks)
@@ -54,11 +56,11 @@ def test_copied_heads_answer_alike():
     torch.testing.assert_close(scale, std, rtol=1e-4, atol=1e-5)
 
 
-def test_every_torchrl_mode_is_one_of_eager_or_what_its_recipe_compiles():
+def test_the_torchrl_modes_are_eager_and_what_its_recipe_compiles():
     assert MODES == ("eager", "rssm", "losses", "rssm+losses")
 
 
-def test_an_update_moves_all_three_networks_by_finite_losses():
+def test_an_update_changes_all_three_networks_and_its_losses_are_finite():
     update = TorchRLUpdate(peer_torchrl.TINY, device=CPU)
     before = {name: [p.clone() for p in params] for name, (_, params) in update.optimizers.items()}
     losses = update(to_torchrl(synthetic_batch(20, device=CPU), peer_torchrl.TINY))
@@ -81,7 +83,7 @@ def test_a_run_reports_both_sides_at_every_size():
     assert "20 frames" in names and "same weights, noise: kl" in names
 
 
-def test_a_mode_that_fails_is_named_and_costs_the_others_nothing(monkeypatch):
+def test_a_mode_that_fails_is_reported_and_the_others_are_still_measured(monkeypatch):
     class Broken(TorchRLUpdate):
         def __call__(self, batch):
             if self.precision == "bfloat16":
