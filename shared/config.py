@@ -24,7 +24,7 @@ def setting(
 @dataclass
 class EnvSettings:
     backend: str = setting(
-        "dm_control", "simulator backend", choices=("dm_control", "pendulum", "isaaclab", "mjlab", "torchrl")
+        "dm_control", "simulator backend: a name in the table of collector_proc/simulators/registry.py"
     )
     name: str = setting(
         "cheetah",

@@ -18,11 +18,17 @@ MAY_IMPORT = {
     "launcher": {"launcher", "collector_proc", "learner_proc", "shared"},
     "launch": {"launcher", "collector_proc", "learner_proc", "shared"},
 }
+SIMULATORS = REPO / "collector_proc" / "simulators"
 TORCH_FREE = [
     "launch",
     *sorted(f"shared.{path.stem}" for path in (REPO / "shared").glob("*.py") if path.stem != "__init__"),
     *sorted(f"launcher.{path.stem}" for path in (REPO / "launcher").glob("*.py")),
-    "collector_proc.simulators.registry",
+    *sorted(f"collector_proc.simulators.{path.stem}" for path in SIMULATORS.glob("*.py") if path.stem != "__init__"),
+    *sorted(f"collector_proc.simulators.{path.parent.name}.checks" for path in SIMULATORS.glob("*/checks.py")),
+    *(
+        f"collector_proc.simulators.{name}"
+        for name in ("isaaclab.simulator", "dm_control.workers", "torchrl.user_module")
+    ),
     "collector_proc.__main__",
 ]
 

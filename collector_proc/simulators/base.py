@@ -15,8 +15,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from torch import Tensor
 
+    from shared.config import Settings
     from shared.stream import StreamSpec
 
 
@@ -61,3 +64,9 @@ class Simulator(Protocol):
     def close(self) -> None:
         """Free everything; never hangs."""
         ...
+
+
+class SimulatorClass(Protocol):
+    """How the class of a backend is called. The settings have passed the backend's checks; see `build_simulator`."""
+
+    def __call__(self, settings: Settings, *, seed: int, device: str, crash_dir: Path | None) -> Simulator: ...

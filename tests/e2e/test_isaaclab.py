@@ -120,7 +120,7 @@ def test_sigterm_that_the_launcher_would_swallow_ends_the_run(tmp_path: Path) ->
 def test_an_unknown_task_ends_the_run_at_once_with_its_name(tmp_path: Path) -> None:
     launch = start(tmp_path / "run", "env.name=Fake-Manger-v0")
     output = finish(launch)
-    assert launch.returncode == 2 and "env.name=Fake-Manger-v0 is no task" in output and "Fake-Manager-v0" in output
+    assert launch.returncode == 2 and "env.name=Fake-Manger-v0 is not a task" in output and "Fake-Manager-v0" in output
     assert len(launches(tmp_path / "run")) == 1
 
 

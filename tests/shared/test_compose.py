@@ -83,7 +83,7 @@ WRONG = {
     "optimization.gamma=nan": ["optimization.gamma=nan", "finite"],
     "optimization.grad_clip=inf": ["optimization.grad_clip=inf", "finite"],
     "env.seed=-1": ["env.seed=-1", "at least 0"],
-    "env.backend=dm_contrl": ["env.backend=dm_contrl", "pendulum", "set env.backend=dm_control"],
+    "collector.mode=lockstp": ["collector.mode=lockstp", "async", "set collector.mode=lockstep"],
     "env.name=${env.nothing}": ["env.name", "env.nothing"],
     "walker": ["'walker'", "write key=value"],
     "=3": ["'=3'", "has no key"],

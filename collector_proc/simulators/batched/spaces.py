@@ -8,7 +8,6 @@ This file imports torch, so it is imported after the simulator has started.
 
 from __future__ import annotations
 
-import difflib
 import functools
 import operator
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -17,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from collector_proc.simulators.setting_checks import unknown
 from shared.errors import SettingError, SimulatorError
 from shared.stream import ObsSpec
 
@@ -166,10 +166,11 @@ def chosen_groups(sample: Mapping[str, Any], wanted: Sequence[str] | None) -> li
         return next(([name] for name in DEFAULT_GROUPS if name in sample), there)
     for name in wanted:
         if name not in sample:
-            nearest = difflib.get_close_matches(name, there, n=1, cutoff=0.0)[0]
-            raise SettingError(
-                f"env.obs_groups names {name!r}, which the task does not have; expected some of {', '.join(there)}; "
-                f"set env.obs_groups=[{nearest}]"
+            raise unknown(
+                f"env.obs_groups names {name!r}, which the task does not have",
+                name,
+                there,
+                setting="env.obs_groups=[{}]",
             )
     return list(wanted)
 

@@ -16,6 +16,8 @@ from collector_proc.simulators.dm_control.workers import WorkerPool
 from shared.stream import StreamSpec
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from torch import Tensor
 
     from shared.config import Settings
@@ -41,12 +43,16 @@ class LocalPool:
 class DmControlSimulator:
     """E = max(1, collector.num_collectors) x env.n_parallel_envs environments, each with its own stream from `seed`.
 
-    Always on the CPU: `device` says so, whatever device the policy runs on.
+    The environments are always on the CPU, also where the policy runs on a GPU.
     """
 
     device = "cpu"
 
-    def __init__(self, settings: Settings, *, seed: int) -> None:
+    def __init__(self, settings: Settings, *, seed: int, device: str = "cpu", crash_dir: Path | None = None) -> None:
+        """device and crash_dir have no effect: MuJoCo has no other device, and states that diverge are not written.
+
+        Raises: SimulatorError if a worker or an environment does not start.
+        """
         import torch
 
         env, workers = settings.env, settings.collector.num_collectors

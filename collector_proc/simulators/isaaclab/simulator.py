@@ -9,13 +9,13 @@ Importing this file needs neither torch nor Isaac. Building the simulator starts
 
 from __future__ import annotations
 
-import difflib
 import importlib
 import sys
 import traceback
 from typing import TYPE_CHECKING, Any
 
 from collector_proc.simulators.isaaclab.kit import simulator_device, start_kit
+from collector_proc.simulators.setting_checks import unknown
 from shared.errors import SettingError, SimulatorError
 from shared.stream import StreamSpec
 
@@ -281,11 +281,8 @@ def _registered_task(name: str, registry: Any) -> str:
             ) from error
     known = [id for id, spec in registry.items() if "env_cfg_entry_point" in spec.kwargs]
     if task not in known:
-        nearest = difflib.get_close_matches(task, known, n=4, cutoff=0.0)
-        raise SettingError(
-            f"env.name={name} is not a task of this Isaac Lab; expected one of its {len(known)} registered ids, such "
-            f"as {', '.join(nearest)}, or my_package.tasks:Id; set env.name to it"
-        )
+        prefix = f"{package}:" if package else ""
+        raise unknown(f"env.name={name} is not a task of this Isaac Lab", task, known, setting=f"env.name={prefix}{{}}")
     return task
 
 

@@ -19,6 +19,8 @@ from collector_proc.simulators.base import Arrival
 from shared.stream import ObsSpec, StreamSpec
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from torch import Tensor
 
     from shared.config import Settings
@@ -64,7 +66,8 @@ class PendulumSimulator:
 
     num_diverged = 0
 
-    def __init__(self, settings: Settings, *, seed: int, device: str) -> None:
+    def __init__(self, settings: Settings, *, seed: int, device: str, crash_dir: Path | None = None) -> None:
+        """crash_dir has no effect: the state of a pendulum is always finite."""
         import torch
 
         num_envs = settings.env.num_envs

@@ -16,10 +16,8 @@ import inspect
 import math
 import os
 import sys
-import traceback
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -27,8 +25,8 @@ from torch import Tensor
 
 from collector_proc.simulators.batched.spaces import ActionMap, ObservationMap
 from collector_proc.simulators.batched.step import ManagerStep
-from collector_proc.simulators.checks import TORCHRL_WRAPPERS
 from collector_proc.simulators.dm_control.environment import UNLIMITED, environment_seed, renderer_variables
+from collector_proc.simulators.torchrl.checks import WRAPPERS
 from collector_proc.simulators.torchrl.layers import MAKE_VECTOR, refuse_own_resets, resets_any_row
 from collector_proc.simulators.torchrl.specs import (
     Key,
@@ -37,11 +35,13 @@ from collector_proc.simulators.torchrl.specs import (
     chosen_observations,
     refuse_missing_ends,
 )
+from collector_proc.simulators.torchrl.user_module import place_of
 from shared.errors import SettingError, SimulatorError
 from shared.stream import StreamSpec
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
+    from pathlib import Path
 
     from torchrl.envs import EnvBase
 
@@ -280,7 +280,7 @@ def _make_all(env: EnvSettings, *, num_envs: int, seed: int, device: str) -> lis
 def _maker(env: EnvSettings, *, num_envs: int, device: str) -> Callable[[int], EnvBase]:
     """Return a function that creates one environment from a seed."""
     prefix, _, name = env.name.partition(":")
-    wrapper = TORCHRL_WRAPPERS.get(prefix)
+    wrapper = WRAPPERS.get(prefix)
     _leave_isaaclab_alone()
     if wrapper is None:
         return _imported_maker(prefix, name, num_envs=num_envs, device=device)
@@ -296,23 +296,7 @@ def _maker(env: EnvSettings, *, num_envs: int, device: str) -> Callable[[int], E
 def _imported_maker(module: str, name: str, *, num_envs: int, device: str) -> Callable[[int], EnvBase]:
     from torchrl.envs import EnvBase
 
-    try:
-        target = getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError) as error:
-        raise SettingError(
-            f"env.name={module}:{name} cannot be imported: {error}; expected module:callable; set env.name to a "
-            "function or an EnvBase class that Python can find, and check PYTHONPATH"
-        ) from error
-    except Exception as error:
-        raise SettingError(
-            f"env.name={module}:{name} cannot be imported: {type(error).__name__}: {error} ({_place(error)}); "
-            "expected a module that can be imported; fix the code at that line"
-        ) from error
-    if not callable(target):
-        raise SettingError(
-            f"env.name={module}:{name} is a {type(target).__name__}; expected a function or a class that creates an "
-            "environment; set env.name to one"
-        )
+    target = getattr(importlib.import_module(module), name)
     # Classes of torchrl have a metaclass whose signature hides that of __init__.
     taken = inspect.signature(target.__init__ if inspect.isclass(target) else target).parameters
 
@@ -338,17 +322,9 @@ def _explained(env: EnvSettings) -> Iterator[None]:
         raise
     except Exception as error:  # libraries and users' functions can raise anything
         raise SimulatorError(
-            f"{env.name} cannot be created and reset: {type(error).__name__}: {error} ({_place(error)}); expected an "
+            f"{env.name} cannot be created and reset: {type(error).__name__}: {error} ({place_of(error)}); expected an "
             "environment that torchrl can reset; read that library's message, or fix the function at that line"
         ) from error
-
-
-def _place(error: BaseException) -> str:
-    """Return the innermost line that does not belong to an installed library, or the innermost line of all."""
-    frames = traceback.extract_tb(error.__traceback__)
-    own = [frame for frame in frames if "site-packages" not in frame.filename and frame.filename != __file__]
-    frame = (own or frames)[-1]
-    return f"{Path(frame.filename).name}:{frame.lineno}"
 
 
 def _leave_isaaclab_alone() -> None:

@@ -309,7 +309,7 @@ def test_isaac_lab_3_is_refused_by_name_without_importing_it(monkeypatch: pytest
     (tmp_path / "isaaclab_tasks" / "__init__.py").write_text("raise RuntimeError('imported')")
     (tmp_path / "isaaclab_tasks" / "utils" / "sim_launcher.py").touch()
     monkeypatch.syspath_prepend(str(tmp_path))
-    with pytest.raises(SettingError, match=r"met Isaac Lab 3 in .*wanted Isaac Lab 2\.3; install isaaclab 2\.3\.2"):
+    with pytest.raises(SettingError, match=r"found Isaac Lab 3 in .*expected Isaac Lab 2\.3; install isaaclab 2\.3\.2"):
         check_env(compose("isaaclab"))
 
 

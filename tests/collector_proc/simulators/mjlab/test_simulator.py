@@ -177,10 +177,13 @@ def test_a_horizon_without_a_time_out_is_refused() -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        (settings_for(name="Mjlab-Cartpole-Ballance"), r"is not registered; .*set env.name=Mjlab-Cartpole-Balance"),
-        (settings_for(frame_skip=2), r"env.frame_skip=2 with env.backend=mjlab: .*decimation.*set env.frame_skip=1"),
+        (
+            settings_for(name="Mjlab-Cartpole-Ballance"),
+            r"is not a task of mjlab; .*set env.name=Mjlab-Cartpole-Balance",
+        ),
+        (settings_for(frame_skip=2), r"env.frame_skip=2 with env.backend=mjlab, .*decimation.*set env.frame_skip=1"),
         (settings_for(num_envs=None), r"env.num_envs=null .*set env.num_envs=8"),
-        (settings_for(task="run"), r"env.task=run .*wanted none; set env.task=''"),
+        (settings_for(task="run"), r"env.task=run .*; expected an empty env.task; set env.task=''"),
     ],
 )
 def test_settings_that_cannot_work_are_refused_before_anything_starts(settings: Settings, message: str) -> None:
@@ -190,7 +193,7 @@ def test_settings_that_cannot_work_are_refused_before_anything_starts(settings: 
 
 def test_groups_the_task_does_not_have_are_refused() -> None:
     with pytest.raises(
-        SettingError, match=r"names 'aktor', .*expected some of actor, critic; set env.obs_groups=\[actor\]"
+        SettingError, match=r"names 'aktor', .*expected one of actor, critic; set env.obs_groups=\[actor\]"
     ):
         simulator_of(obs_groups=["aktor"])
 
