@@ -54,7 +54,7 @@ def main() -> int:
         code = ExitCode.FINISHED
     except (SettingError, SimulatorError, TransportError) as error:
         process.log.error("failed", error=str(error))
-        code = _code_for(error, simulator_started=simulator is not None, incarnation=arguments.incarnation)
+        code = exit_code(error, simulator_started=simulator is not None, incarnation=arguments.incarnation)
         if code == ExitCode.REFUSED:
             process.progress.refuse(str(error))
     finally:
@@ -104,7 +104,7 @@ def _collect(process: Process, simulator: Simulator, *, device: str, incarnation
     return ExitCode.OUTGROWN if collector.outgrown else ExitCode.FINISHED
 
 
-def _code_for(error: Exception, *, simulator_started: bool, incarnation: int) -> ExitCode:
+def exit_code(error: Exception, *, simulator_started: bool, incarnation: int) -> ExitCode:
     """Return REFUSED if another start would fail in the same way, else FAILED."""
     if simulator_started:
         return ExitCode.REFUSED if isinstance(error, SettingError) else ExitCode.FAILED

@@ -16,14 +16,14 @@ from collector_proc.collect import Collector
 from collector_proc.connect import open_replay
 from collector_proc.simulators.base import Arrival
 from shared.config import Geometry, NetworkSettings, Settings
-from shared.errors import SettingError, SimulatorError, TransportError
+from shared.errors import SettingError, SimulatorError
 from shared.handover import Channel, Disconnected, create_memfd_slab
 from shared.lifetime import StopFlag
 from shared.memory import Memory, MemoryMeter, own_rss_bytes
 from shared.messages import Commit, Grant, Welcome
-from shared.metrics import CollectorStatus
 from shared.progress import Progress
 from shared.stream import ObsSpec, StreamSpec, plan_layout, ring_views
+from tests.fakes.fake_progress import FakeProgress
 from tests.fakes.late_copier import LateCopier
 
 E, K, CAPACITY = 2, 3, 12
@@ -60,23 +60,6 @@ class TickCounter:
         reward = torch.where(first, 0.0, 1.0)
         obs = {"policy": (1000.0 * torch.arange(E) + self.tick)[:, None]}
         return Arrival(obs, reward, first, last, torch.zeros_like(last))
-
-
-class FakeProgress:
-    """Keeps the last status. `on_advance` is called whenever the collector reports that it moves."""
-
-    def __init__(self) -> None:
-        self.on_advance: Callable[[], None] = lambda: None
-        self.last_status: CollectorStatus | None = None
-
-    def advance(self) -> None:
-        self.on_advance()
-
-    def phase(self, name: str) -> None:
-        """Ignore the phase."""
-
-    def status(self, numbers: CollectorStatus) -> None:
-        self.last_status = numbers
 
 
 class GrowingMeter:
@@ -245,17 +228,6 @@ def test_the_loop_ends_if_the_learner_ends_while_a_copy_is_running(tmp_path):
     scene = Scene(tmp_path, before, step_s=10.0)
     scene.collector.run()
     assert scene.copier.num_pending == 2, "the copies of the rows and of the episode numbers"
-
-
-@pytest.mark.parametrize("stopped", [False, True])
-def test_a_copy_that_is_never_done_is_reported_with_its_row(tmp_path, stopped):
-    def before(tick: int) -> None:
-        scene.stop.requested = stopped and tick == 4
-
-    limits: dict[str, Any] = {"step_s": 100.0, "stop_s": 0.2} if stopped else {"step_s": 0.1}
-    scene = Scene(tmp_path, before, **limits)
-    with pytest.raises(TransportError, match=f"row {ROWS[0]} of the replay is not done after .* s; expected"):
-        scene.collector.run()
 
 
 def test_in_lockstep_no_tick_happens_while_a_chunk_is_uncommitted(tmp_path):

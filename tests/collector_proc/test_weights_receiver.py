@@ -1,0 +1,96 @@
+"""Weights that a publisher sends reach the receiver's policy: the newest ones, in place, and only those of this run."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from collector_proc.weights_receiver import WeightsReceiver
+from learner_proc.publisher import Publisher
+from shared.weights import acting_tensors
+
+
+class Network(nn.Module):
+    def __init__(self, seed: int) -> None:
+        super().__init__()
+        torch.manual_seed(seed)
+        self.first, self.second = nn.Linear(3, 5), nn.Linear(5, 2)
+        self.count: torch.Tensor
+        self.register_buffer("count", torch.tensor(float(seed)))
+
+
+def connect_pair(folder, source: Any, target: Any, run_id: str = "run") -> tuple[Publisher, WeightsReceiver]:
+    publisher = Publisher(source, socket_dir=folder, run_id="run")
+    receiver = WeightsReceiver(target, socket_dir=folder, run_id=run_id)
+    return publisher, receiver
+
+
+def adopt_version(receiver: WeightsReceiver, publisher: Publisher, version: int) -> None:
+    end = time.monotonic() + 10
+    while receiver.version < version and time.monotonic() < end:
+        receiver.adopt()
+        publisher.flush()
+        time.sleep(0.005)
+    assert receiver.version == version
+
+
+def test_only_the_newest_weights_are_adopted_and_they_keep_the_parameters_memory(tmp_path):
+    source, target = Network(1), Network(2)
+    publisher, receiver = connect_pair(tmp_path, source, target)
+    publisher.publish()
+    end = time.monotonic() + 10
+    while not receiver.adopt():  # the first message is lost if the subscription is not complete yet
+        assert time.monotonic() < end
+        publisher.republish()
+        time.sleep(0.01)
+    addresses = [tensor.data_ptr() for tensor in acting_tensors(target).values()]
+    for step in range(50):
+        with torch.no_grad():
+            source.first.weight.fill_(float(step))
+        publisher.publish()
+    adopt_version(receiver, publisher, 51)
+    assert (target.first.weight == 49.0).all() and target.count == 1.0
+    assert [tensor.data_ptr() for tensor in acting_tensors(target).values()] == addresses
+    publisher.republish()
+    time.sleep(0.05)
+    assert not receiver.adopt(), "the same version must not be adopted twice"
+    publisher.close()
+    receiver.close()
+
+
+def test_weights_of_another_run_are_refused_and_counted(tmp_path):
+    source, target = Network(1), Network(2)
+    before = target.first.weight.clone()
+    publisher, receiver = connect_pair(tmp_path, source, target, run_id="other")
+    end = time.monotonic() + 10
+    while receiver.num_refused == 0 and time.monotonic() < end:
+        publisher.publish()
+        receiver.adopt()
+        time.sleep(0.01)
+    assert receiver.num_refused > 0 and receiver.version == 0
+    assert torch.equal(target.first.weight, before)
+    publisher.close()
+    receiver.close()
+
+
+@pytest.mark.gpu
+def test_work_that_is_queued_after_an_adoption_uses_the_new_weights(tmp_path):
+    source, target = Network(1), Network(2).to("cuda:0")
+    publisher, receiver = connect_pair(tmp_path, source, target)
+    for version in range(1, 6):
+        with torch.no_grad():
+            source.first.weight.fill_(float(version))
+        publisher.publish()
+        end = time.monotonic() + 10
+        while receiver.version < version:
+            assert time.monotonic() < end
+            receiver.adopt()
+            publisher.republish()
+            time.sleep(0.005)
+        assert (target.first.weight == float(version)).all() and target.count == 1.0
+    publisher.close()
+    receiver.close()
