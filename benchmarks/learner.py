@@ -28,7 +28,8 @@ from benchmarks.floor import Floor, copy_bandwidth, measure_floor, square_matmul
 from benchmarks.phases import phase_ms
 from benchmarks.step_cases import SPEC, first_calls_s, forget_compiled, our_step, settings_for, synthetic_batch
 from learner_proc import startup
-from shared.config import Settings, geometry
+from shared.config import Settings
+from shared.geometry import Geometry
 
 NAME = "learner"
 CPU_FRAMES, GPU_FRAMES = (50, 500, 2500), (50, 500, 2500, 10_000, 50_000)
@@ -213,15 +214,15 @@ def captured_step(settings: Settings, *, device: torch.device) -> Callable[[], A
     """Return the whole update, sampling included, as one CUDA graph over a replay full of noise."""
     compiling: Any = settings.optimization.compile
     compiling.cudagraphs = True
-    sizes = geometry(settings, SPEC.num_envs)
-    replay, _ = startup.allocate_replay(SPEC, settings, sizes, device=device)
+    geometry = Geometry.of(settings, SPEC.num_envs)
+    replay, _ = startup.allocate_replay(SPEC, settings, geometry, device=device)
     for name in SPEC.obs:
         replay.views["obs", name].normal_()
     replay.views["action"].uniform_(-1, 1)
     replay.views["reward"].normal_()
-    replay.restore(sizes.capacity)
+    replay.restore(geometry.capacity)
     step = our_step(settings, device=device)
-    return startup.build_step(step, replay, settings, sizes, device=device)
+    return startup.build_step(step, replay, settings, geometry, device=device)
 
 
 def forget_peak(device: torch.device) -> None:

@@ -20,8 +20,9 @@ from learner_proc.publisher import Publisher
 from learner_proc.replay import Replay
 from learner_proc.startup import allocate_replay
 from shared.compose import compose, save_settings
-from shared.config import Geometry, Settings, geometry, num_envs
+from shared.config import Settings
 from shared.files import write_json
+from shared.geometry import Geometry
 from shared.logs import configure
 from shared.messages import Commit
 from shared.model.policy import Policy
@@ -55,14 +56,14 @@ class LearnerEnd:
 
     def __init__(self, settings: Settings, *, device: str = "cpu", module: str = "collector_proc") -> None:
         self.settings, self.device = settings, torch.device(device)
-        self.sizes: Geometry = geometry(settings, num_envs(settings))
+        self.geometry = Geometry.of(settings)
         self._temporary = tempfile.TemporaryDirectory(prefix="tandem-benchmark-")
         self.run_dir = Path(self._temporary.name) / "run"
         self._lock, self._sockets = create_run_folder(self.run_dir), make_socket_dir()
         write_json(self._lock.folder.run_json, {"run_id": "benchmark", "socket_dir": str(self._sockets)})
         save_settings(settings, self._lock.folder.config)
         self.link = CollectorLink(
-            self._sockets, run_id="benchmark", num_envs=self.sizes.num_envs, allocate=self._allocate,
+            self._sockets, run_id="benchmark", num_envs=self.geometry.num_envs, allocate=self._allocate,
             random_frames=lambda: 0, agent_steps=lambda: 0, log=configure(self.run_dir, "learner"),
         )  # fmt: skip
         self._output = (self.run_dir / "collector.out").open("w")
@@ -169,7 +170,7 @@ class LearnerEnd:
         return events
 
     def _allocate(self, spec: StreamSpec) -> tuple[Replay, int | None]:
-        return allocate_replay(spec, self.settings, self.sizes, device=self.device)
+        return allocate_replay(spec, self.settings, self.geometry, device=self.device)
 
     def _check(self, end: float) -> None:
         returncode = self._child.poll()

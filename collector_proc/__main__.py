@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING
 
 from collector_proc.simulators import ending
 from collector_proc.simulators.registry import build_simulator
-from shared.config import geometry, num_envs
 from shared.errors import SettingError, SimulatorError, TransportError
+from shared.geometry import Geometry
 from shared.handover import Disconnected, connect
 from shared.lifetime import ExitCode, StopRequested, die_first_when_memory_ends
 from shared.process import Process, start_process
@@ -92,7 +92,7 @@ def _collect(process: Process, simulator: Simulator, *, device: str, incarnation
         run_id=run.run_id, incarnation=incarnation, device=acting_device, alive=process.alive,
     )  # fmt: skip
     collector = Collector(
-        settings, geometry(settings, num_envs(settings)), simulator, connection,
+        settings, Geometry.of(settings), simulator, connection,
         socket_dir=run.socket_dir, run_id=run.run_id, incarnation=incarnation, seed=seed + 7919, device=acting_device,
         progress=process.progress, stop=process.stop,
     )  # fmt: skip

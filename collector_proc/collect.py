@@ -24,7 +24,8 @@ from collector_proc.simulators.base import Arrival, Simulator
 from collector_proc.status import StatusReporter
 from collector_proc.weights_receiver import WeightsReceiver
 from collector_proc.writer import ChunkWriter
-from shared.config import Geometry, Settings
+from shared.config import Settings
+from shared.geometry import Geometry
 from shared.handover import Disconnected
 from shared.lifetime import StopRequested
 from shared.memory import MemoryMeter

@@ -22,8 +22,9 @@ from collector_proc.simulators import ending
 from collector_proc.simulators.registry import build_simulator, check_env
 from launcher.devices import list_gpus, visible_gpus
 from shared.compose import compose
-from shared.config import Settings, num_envs
+from shared.config import Settings
 from shared.errors import SettingError, SimulatorError
+from shared.geometry import count_envs
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -106,7 +107,7 @@ def _say_versions(report: Report, settings: Settings, device: str) -> None:
     report.say(", ".join(found))
     env = settings.env
     report.say(
-        f"{env.backend} {env.name} {env.task}, {num_envs(settings)} environments, {device}, horizon {env.horizon}"
+        f"{env.backend} {env.name} {env.task}, {count_envs(settings)} environments, {device}, horizon {env.horizon}"
     )
 
 

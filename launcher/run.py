@@ -22,9 +22,9 @@ from launcher.run_folder import ResumeUndo, create_run_folder, default_run_dir, 
 from launcher.settings import read_settings
 from launcher.watch import Outcome, Watch
 from shared.compose import save_settings
-from shared.config import geometry_notes, num_envs
 from shared.errors import SettingError
 from shared.files import write_json
+from shared.geometry import geometry_notes
 from shared.lifetime import ExitCode, install_stop_flag
 from shared.logs import configure
 from shared.run_folder import checkpoint_step, make_socket_dir, newest_checkpoint, read_run, remove_socket_dir
@@ -132,7 +132,7 @@ def _opening_lines(starter: Starter, settings: Settings) -> list[str]:
     if devices.train is not None:
         names = devices.names()
         lines.append(f"simulator on {names['sim']}, learner on {names['train']}")
-    lines += geometry_notes(settings, num_envs(settings))
+    lines += geometry_notes(settings)
     saved = newest_checkpoint(starter.folder.checkpoints)
     if starter.resume and saved is not None:
         lines.append(f"continuing from step {checkpoint_step(saved):,}")

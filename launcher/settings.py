@@ -13,8 +13,9 @@ from launcher.forwarding import check_logger
 from launcher.options import DEFAULT_CONFIG, Options
 from launcher.run_folder import check_unfinished
 from shared.compose import compose, load_settings
-from shared.config import Settings, check_settings, num_envs
+from shared.config import Settings
 from shared.errors import SettingError
+from shared.geometry import check_settings
 from shared.run_folder import RunFolder
 
 
@@ -32,7 +33,7 @@ def read_settings(options: Options, show: Callable[[str], None]) -> Settings:
         settings = compose(options.config or DEFAULT_CONFIG, options.overrides)
     with _current_folder_importable():
         check_env(settings, show)
-    check_settings(settings, num_envs(settings))
+    check_settings(settings)
     check_logger(settings)
     check_compiler(settings)
     return settings

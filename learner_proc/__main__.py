@@ -7,8 +7,8 @@ import os
 import sys
 from pathlib import Path
 
-from shared.config import geometry, num_envs
 from shared.errors import SettingError, TransportError
+from shared.geometry import Geometry
 from shared.lifetime import ExitCode
 from shared.process import start_process
 from shared.run_folder import remove_socket_dir
@@ -41,7 +41,7 @@ def main() -> int:
     Path(run.socket_dir).mkdir(mode=0o700, exist_ok=True)
     try:
         learner = Learner(
-            settings, geometry(settings, num_envs(settings)), run, run_dir=arguments.run_dir,
+            settings, Geometry.of(settings), run, run_dir=arguments.run_dir,
             device=torch.device(arguments.device), progress=progress, stop=process.stop, log=log, resume=arguments.resume,
         )  # fmt: skip
         learner.run()

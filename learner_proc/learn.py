@@ -23,8 +23,9 @@ from learner_proc.return_check import ReturnCheck
 from learner_proc.startup import allocate_replay, build_gradient_step, build_step
 from shared import metrics
 from shared.checksum import checksum
-from shared.config import Geometry, Settings
+from shared.config import Settings
 from shared.errors import SettingError, TransportError
+from shared.geometry import Geometry
 from shared.messages import Commit
 from shared.stream import StreamSpec
 

@@ -13,7 +13,8 @@ from learner_proc.captured_step import CapturedStep, SampledStep, Update
 from learner_proc.gradient_step import GradientStep
 from learner_proc.replay import Replay
 from shared.compose import load_settings
-from shared.config import Geometry, Settings, geometry
+from shared.config import Settings
+from shared.geometry import Geometry
 from shared.handover import create_memfd_slab, pin_slab
 from shared.stream import StreamSpec, plan_layout
 
@@ -21,13 +22,13 @@ _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD = -1, -2, -3  # of malloc.h
 
 
 def allocate_replay(
-    spec: StreamSpec, settings: Settings, sizes: Geometry, *, device: torch.device
+    spec: StreamSpec, settings: Settings, geometry: Geometry, *, device: torch.device
 ) -> tuple[Replay, int | None]:
     """The ring in the train device's memory, or in host memory with the descriptor to hand over.
 
     Called before anything else is put on the GPU, so that the slab's CUDA segment holds nothing but the slab.
     """
-    layout = plan_layout(spec, sizes.capacity)
+    layout = plan_layout(spec, geometry.capacity)
     fd = None
     if device.type == "cuda" and settings.replay_buffer.gpu_storage:
         slab = torch.zeros(layout.num_bytes, dtype=torch.uint8, device=device)
@@ -35,7 +36,7 @@ def allocate_replay(
         slab, fd = create_memfd_slab(layout.num_bytes)
         if device.type == "cuda":
             pin_slab(slab)
-    replay = Replay(slab, layout, ticks_per_chunk=sizes.ticks_per_chunk, seed=settings.env.seed, device=device)
+    replay = Replay(slab, layout, ticks_per_chunk=geometry.ticks_per_chunk, seed=settings.env.seed, device=device)
     return replay, fd
 
 
@@ -46,16 +47,16 @@ def build_gradient_step(spec: StreamSpec, settings: Settings, *, device: torch.d
 
 
 def build_step(
-    step: GradientStep, replay: Replay, settings: Settings, sizes: Geometry, *, device: torch.device
+    step: GradientStep, replay: Replay, settings: Settings, geometry: Geometry, *, device: torch.device
 ) -> Update:
     """What the loop calls: compiled and captured as the settings say, by steps that leave no trace."""
     options = settings.optimization.compile
-    shape = {"num_sequences": sizes.num_sequences, "length": sizes.sequence_length}
+    shape = {"num_sequences": geometry.num_sequences, "length": geometry.sequence_length}
     captured = device.type == "cuda" and options.cudagraphs
     if not (captured or options.enabled):
         return SampledStep(step, replay, **shape)
     snapshot, random_state = step.state_dict(), checkpoint.random_state(replay, device)
-    blank = blank_batch(step.spec, sizes, device=device)
+    blank = blank_batch(step.spec, geometry, device=device)
     if captured:
         update: Update = CapturedStep(step, replay, **shape, blank=blank)
     else:
@@ -75,8 +76,8 @@ def open_run(run_dir: Path) -> tuple[Settings, GradientStep, Replay]:
     settings.optimization.compile.enabled = False
     folder, device = checkpoint.newest(run_dir / "checkpoints"), torch.device("cpu")
     spec = checkpoint.stream_spec(folder)
-    sizes = geometry(settings, spec.num_envs)
-    replay, _ = allocate_replay(spec, settings, sizes, device=device)
+    geometry = Geometry.of(settings, spec.num_envs)
+    replay, _ = allocate_replay(spec, settings, geometry, device=device)
     checkpoint.load_replay(folder, replay, spec_digest=spec.digest())
     step = build_gradient_step(spec, settings, device=device)
     step.load_state_dict(checkpoint.load_state(folder)["gradient_step"])
@@ -95,9 +96,9 @@ def keep_freed_memory() -> None:
         mallopt(_M_TOP_PAD, 256 << 20)
 
 
-def blank_batch(spec: StreamSpec, sizes: Geometry, *, device: torch.device) -> TensorDict:
+def blank_batch(spec: StreamSpec, geometry: Geometry, *, device: torch.device) -> TensorDict:
     """A batch of the shapes to come; its values do not matter."""
-    lead = (sizes.num_sequences, sizes.sequence_length)
+    lead = (geometry.num_sequences, geometry.sequence_length)
     batch = TensorDict({"obs": TensorDict({}, lead)}, lead, device=device)
     for entry in spec.fields():
         batch[entry.key] = torch.zeros(*lead, *entry.shape, dtype=getattr(torch, entry.dtype), device=device)

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from shared.compose import compose
-from shared.config import check_settings, num_envs
+from shared.geometry import check_settings
 
 CONFIGS = sorted(path.stem for path in (Path(__file__).parents[1] / "configs").glob("*.yaml"))
 
@@ -15,4 +15,4 @@ CONFIGS = sorted(path.stem for path in (Path(__file__).parents[1] / "configs").g
 @pytest.mark.parametrize("name", CONFIGS)
 def test_a_preset_composes_and_its_sizes_fit(name: str) -> None:
     settings = compose(name, [])
-    check_settings(settings, num_envs(settings))
+    check_settings(settings)

@@ -21,8 +21,8 @@ from collector_proc.simulators.setting_checks import (
     refuse_image_range,
     unknown,
 )
-from shared.config import num_envs
 from shared.errors import SettingError
+from shared.geometry import count_envs
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -82,7 +82,7 @@ def check_env(settings: Settings, report: Callable[[str], None] = lambda line: N
         )
     refuse_ignored(settings, backend.ignores)
     refuse_image_range(env)
-    num_envs(settings)  # raises if the backend needs env.num_envs and it is null
+    count_envs(settings)  # raises if the backend needs env.num_envs and it is null
     importlib.import_module(f"{backend.package}.checks").check(settings, report)
 
 

@@ -17,7 +17,7 @@ from benchmarks import collector, end_to_end, replay, timing, transport
 from benchmarks.pair import LearnerEnd, pair_settings
 from benchmarks.provenance import command_line, document, save
 from shared.compose import compose
-from shared.config import check_settings, geometry, num_envs
+from shared.geometry import Geometry, check_settings
 
 REPO = Path(__file__).parents[2]
 
@@ -96,7 +96,7 @@ def test_a_collector_that_cannot_start_ends_the_measurement_with_its_output():
 def test_every_preset_of_the_end_to_end_benchmark_passes_the_checks_of_a_run(preset):
     _, config, *overrides = end_to_end.PRESETS[preset]
     settings = compose(config, [*overrides, *end_to_end.FREE])
-    check_settings(settings, num_envs(settings))
+    check_settings(settings)
     assert settings.optimization.replay_ratio is None, "neither side waits for the other"
 
 
@@ -104,7 +104,7 @@ def test_every_preset_of_the_end_to_end_benchmark_passes_the_checks_of_a_run(pre
 def test_every_collector_case_has_a_ring_of_eight_chunks(device):
     for name, case in collector.cases(device).items():
         settings = pair_settings(case.config, list(case.overrides), envs=case.envs, ticks=case.ticks)
-        sizes = geometry(settings, num_envs(settings))
+        sizes = Geometry.of(settings)
         assert (sizes.num_envs, sizes.ticks_per_chunk, sizes.capacity) == (case.envs, case.ticks, 8 * case.ticks), name
 
 

@@ -86,8 +86,8 @@ def test_a_captured_step_gets_a_full_replay_of_noise(monkeypatch):
     settings = settings_for(20, tiny=True)
     settings.replay_buffer.buffer_size = 2000
 
-    def build(step, replay, settings, sizes, *, device):
-        return lambda: replay.sample(sizes.num_sequences, sizes.sequence_length)
+    def build(step, replay, settings, geometry, *, device):
+        return lambda: replay.sample(geometry.num_sequences, geometry.sequence_length)
 
     monkeypatch.setattr(startup, "build_step", build)
     batch = learner.captured_step(settings, device=CPU)()

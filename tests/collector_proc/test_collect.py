@@ -15,8 +15,9 @@ import torch
 from collector_proc.collect import Collector
 from collector_proc.connect import open_replay
 from collector_proc.simulators.base import Arrival
-from shared.config import Geometry, NetworkSettings, Settings
+from shared.config import NetworkSettings, Settings
 from shared.errors import SettingError, SimulatorError
+from shared.geometry import Geometry
 from shared.handover import Channel, Disconnected, create_memfd_slab
 from shared.lifetime import StopFlag
 from shared.memory import Memory, MemoryMeter, own_rss_bytes

@@ -22,7 +22,7 @@ import pytest
 
 from launcher.options import parse_options
 from shared.compose import compose
-from shared.config import check_settings, num_envs
+from shared.geometry import check_settings
 from tests.docs.pages import PAGES, REPO, Block, blocks, inline_code
 
 LIMIT_S = 300.0
@@ -121,7 +121,7 @@ def test_every_command_in_the_text_stands_in_a_marked_block_too() -> None:
 def test_every_launch_command_has_options_and_settings_that_exist(place: str, words: list[str]) -> None:
     options = parse_options(words[1 if words[0] == "tandem" else 2 :])
     settings = compose(options.config or "dm_control", options.overrides)
-    check_settings(settings, num_envs(settings))
+    check_settings(settings)
 
 
 def test_every_module_that_a_command_runs_exists() -> None:

@@ -19,8 +19,8 @@ from launcher.run_folder import create_run_folder
 from learner_proc import learn, startup
 from learner_proc.numbers import Numbers
 from shared.compose import compose, save_settings
-from shared.config import geometry, num_envs
 from shared.files import write_json
+from shared.geometry import Geometry
 from shared.lifetime import StopFlag
 from shared.logs import configure
 from shared.metrics import SKIPPED
@@ -197,7 +197,7 @@ def test_no_sampled_window_is_ever_torn_stale_or_unwritten_while_collectors_are_
 ):
     settings = compose("quickstart", OVERRIDES)
     save_settings(settings, run_dir / "config.yaml")
-    sizes = geometry(settings, num_envs(settings))
+    geometry = Geometry.of(settings)
     before = set(os.listdir("/dev/shm"))
     made: list[Checker] = []
 
@@ -220,10 +220,10 @@ def test_no_sampled_window_is_ever_torn_stale_or_unwritten_while_collectors_are_
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     learner = learn.Learner(
-        settings, sizes, read_run(run_dir), run_dir=run_dir, device=torch.device("cpu"), resume=False,
+        settings, geometry, read_run(run_dir), run_dir=run_dir, device=torch.device("cpu"), resume=False,
         progress=Progress.create(run_dir / "learner.progress"), stop=stop, log=configure(run_dir, "learner"),
     )  # fmt: skip
-    table = Table(sizes.capacity, sizes.ticks_per_chunk)
+    table = Table(geometry.capacity, geometry.ticks_per_chunk)
     take = learner._commit
 
     def recording(commit):

@@ -12,12 +12,13 @@ from learner_proc.gradient_step import GradientStep
 from learner_proc.replay import Replay
 from learner_proc.startup import build_gradient_step, build_step
 from shared import metrics
-from shared.config import Geometry, Settings
+from shared.config import Settings
+from shared.geometry import Geometry
 from shared.stream import ObsSpec, StreamSpec, plan_layout
 
 B, L, E, K, CAPACITY = 4, 8, 3, 4, 64
 SPEC = StreamSpec(E, {"policy": ObsSpec((5,), "float32"), "pixels": ObsSpec((64, 64, 3), "uint8")}, 2)
-SIZES = Geometry(E, K, CAPACITY, 2, B, L)
+GEOMETRY = Geometry(E, K, CAPACITY, 2, B, L)
 CPU = torch.device("cpu")
 CAPTURES: list[tuple[str, bool, bool]] = [
     ("false", False, False),
@@ -58,7 +59,7 @@ def replay_on(device: torch.device, *, slab_device: torch.device | None = None) 
 
 def learner(settings: Settings, device: torch.device = CPU, **where: Any) -> tuple[GradientStep, Replay, Any]:
     step, replay = build_gradient_step(SPEC, settings, device=device), replay_on(device, **where)
-    return step, replay, build_step(step, replay, settings, SIZES, device=device)
+    return step, replay, build_step(step, replay, settings, GEOMETRY, device=device)
 
 
 def measured(update: Update, num_steps: int) -> torch.Tensor:
@@ -82,7 +83,7 @@ def test_building_a_compiled_update_leaves_no_trace() -> None:
     settings = settings_of(compiled=True)
     step, replay = build_gradient_step(SPEC, settings, device=CPU), replay_on(CPU)
     before, random_before = copy.deepcopy(step.state_dict()), checkpoint.random_state(replay, CPU)
-    build_step(step, replay, settings, SIZES, device=CPU)
+    build_step(step, replay, settings, GEOMETRY, device=CPU)
     for group, tensors in step.state_dict().items():
         assert all(torch.equal(value, before[group][name]) for name, value in tensors.items()), group
     for name, state in checkpoint.random_state(replay, CPU).items():

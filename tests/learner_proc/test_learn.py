@@ -17,8 +17,8 @@ from learner_proc import learn
 from learner_proc.checkpoint import random_state
 from learner_proc.learn import Learner
 from shared.compose import compose
-from shared.config import geometry, num_envs
 from shared.errors import TransportError
+from shared.geometry import Geometry
 from shared.handover import Channel, Disconnected, connect, map_memfd_slab
 from shared.lifetime import StopFlag
 from shared.logs import configure
@@ -101,7 +101,7 @@ def learner(tmp_path):
     settings = compose("quickstart", OVERRIDES)
     lock = create_run_folder(tmp_path / "run")
     made = Learner(
-        settings, geometry(settings, num_envs(settings)), Run("run", str(tmp_path)), run_dir=lock.folder.path,
+        settings, Geometry.of(settings), Run("run", str(tmp_path)), run_dir=lock.folder.path,
         device=torch.device("cpu"), progress=Progress.create(lock.folder.progress("learner")), stop=StopFlag(),
         log=configure(lock.folder.path, "learner"), resume=False,
     )  # fmt: skip

@@ -14,8 +14,9 @@ import pytest
 from collector_proc.simulators.mjlab import checks as mjlab_checks
 from collector_proc.simulators.pendulum.simulator import PendulumSimulator
 from collector_proc.simulators.registry import BACKENDS, build_simulator, check_env
-from shared.config import Settings, num_envs
+from shared.config import Settings
 from shared.errors import SettingError
+from shared.geometry import count_envs
 
 ROOT = Path(__file__).resolve().parents[3]
 LIGHT = """
@@ -205,10 +206,10 @@ def test_the_number_of_environments_follows_from_the_backend() -> None:
     settings = settings_with(n_parallel_envs=8)
     for workers, expected in ((7, 56), (1, 8), (0, 8)):
         settings.collector.num_collectors = workers
-        assert num_envs(settings) == expected
-    assert num_envs(pendulum_with(num_envs=64)) == 64
+        assert count_envs(settings) == expected
+    assert count_envs(pendulum_with(num_envs=64)) == 64
     with pytest.raises(SettingError, match=r"env.num_envs=null .* at least 1; set env.num_envs=8"):
-        num_envs(pendulum_with(num_envs=None))
+        count_envs(pendulum_with(num_envs=None))
 
 
 def test_the_settings_choose_the_simulator() -> None:

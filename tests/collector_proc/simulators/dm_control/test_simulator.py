@@ -13,7 +13,8 @@ import torch
 
 from collector_proc.simulators.dm_control.simulator import DmControlSimulator
 from collector_proc.simulators.registry import build_simulator
-from shared.config import Settings, num_envs
+from shared.config import Settings
+from shared.geometry import count_envs
 
 ROOT = Path(__file__).resolve().parents[4]
 # dm_control chooses its renderer once in a process: pictures to compare with are made in a process of their own.
@@ -75,7 +76,7 @@ def rollout(settings: Settings, num_ticks: int) -> list[np.ndarray]:
 def test_workers_and_one_process_stream_the_same_arrivals() -> None:
     alone, pooled = settings_for(workers=0, envs=4), settings_for(workers=2, envs=2)
     alone.env.horizon = pooled.env.horizon = 5
-    assert num_envs(alone) == num_envs(pooled) == 4
+    assert count_envs(alone) == count_envs(pooled) == 4
     first, second = rollout(alone, 14), rollout(pooled, 14)
     assert len(first) == 14
     np.testing.assert_array_equal(np.stack(first), np.stack(second))
