@@ -20,12 +20,14 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from collector_proc.simulators.registry import BACKENDS
 from shared.compose import config_names, setting_keys
 from shared.metrics import FAMILIES, METRICS, Metric, MetricFamily
 
 DOCS = Path(__file__).resolve().parent
 REPO = DOCS.parent
 PART = re.compile(r"(<!-- generated: (\w+) ?(\S*) -->\n).*?(<!-- end of generated part -->)", re.DOTALL)
+SMALLEST = 1e-5  # a minimum below this stands for "above 0"
 LANGUAGES = {".py": "python", ".yaml": "yaml", ".sh": "bash", ".sbatch": "bash"}
 
 
@@ -57,6 +59,12 @@ def presets(_: str) -> str:
     return table(["`--config`", "what it is"], ([code(name), _first_sentence(text)] for name, text in texts.items()))
 
 
+def backends(_: str) -> str:
+    """Return the table of simulator backends with the settings that each of them ignores."""
+    rows = ([code(name), ", ".join(map(code, backend.ignores))] for name, backend in BACKENDS.items())
+    return table(["`env.backend`", "settings that it does not read"], rows)
+
+
 def metrics(_: str) -> str:
     """Return one section for each group of metrics, in the order in which they are declared."""
     groups: dict[str, list[Metric | MetricFamily]] = {}
@@ -79,6 +87,7 @@ def body(path: str) -> str:
 PARTS: dict[str, Callable[[str], str]] = {
     "settings": settings,
     "presets": presets,
+    "backends": backends,
     "metrics": metrics,
     "file": file,
     "body": body,
@@ -130,6 +139,8 @@ def _allowed(field: dataclasses.Field[Any]) -> str:
         return ", ".join(map(code, choices))
     if low is not None and high is not None:
         return f"{low:g} to {high:g}"
+    if low is not None and 0 < low < SMALLEST:
+        return "above 0"
     return f"at least {low:g}" if low is not None else ""
 
 
