@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from collector_proc.simulators.base import Arrival
-from launcher.probe import _Seen
+from launcher.probe import StreamCheck
 from shared.progress import read
 from shared.stream import ObsSpec, StreamSpec
 from tests.fakes.isaac_worlds import environment
@@ -127,13 +127,13 @@ def test_an_unknown_task_ends_the_run_at_once_with_its_name(tmp_path: Path) -> N
 @pytest.mark.parametrize(
     ("arguments", "code", "words"),
     [
-        (["--config", "isaaclab", "env.name=Fake-Manager-v0", "env.num_envs=4"], 0, ["everything held", "closed in"]),
+        (["--config", "isaaclab", "env.name=Fake-Manager-v0", "env.num_envs=4"], 0, ["all checks passed", "closed in"]),
         (
             ["--config", "isaaclab", "env.name=Fake-Endless-v0", "env.num_envs=4", "--ticks", "2"],
             0,
-            ["no time-out in 2 ticks"],
+            ["no episode ended in 2 ticks"],
         ),
-        (["--config", "quickstart"], 0, ["everything held", "pendulum swingup, 8 environments"]),
+        (["--config", "quickstart"], 0, ["all checks passed", "pendulum swingup, 8 environments"]),
         (["--config", "isaaclab", "env.name=Fake-Discrete-v0", "env.num_envs=4"], 1, ["FAILED", "Discrete(3)"]),
     ],
 )
@@ -149,7 +149,7 @@ def test_the_probe_warns_of_last_observations_that_repeat_the_row_before() -> No
     obs[1]["policy"][1] = 10.0  # environment 1 ends with what it showed before
     flags = torch.tensor([[True, True], [False, False], [True, True]])
     spec = StreamSpec(2, {"policy": ObsSpec((1,), "float32")}, 1)
-    seen = _Seen(Arrival(obs[0], torch.zeros(2), flags[0], flags[1], flags[1], acting_obs=obs[0]), spec)
+    seen = StreamCheck(Arrival(obs[0], torch.zeros(2), flags[0], flags[1], flags[1], acting_obs=obs[0]), spec)
     fresh = {"policy": torch.full((2, 1), 7.0)}
     seen.add(Arrival(obs[1], torch.ones(2), flags[1], flags[2], flags[1], acting_obs=fresh))
     assert (seen.num_ends, seen.num_stale, seen.num_same) == (2, 1, 0)
@@ -162,6 +162,8 @@ def test_the_probe_finds_divergence(tmp_path: Path) -> None:
     done = subprocess.run(command, cwd=REPO, env=env, capture_output=True, text=True, timeout=DEADLINE_S)
     assert done.returncode == 1 and "FAILED 1 rows diverged" in done.stdout, done.stdout + done.stderr
     (where,) = [
-        line.split()[-1] for line in done.stdout.splitlines() if line.startswith("states that are not finite go to")
+        line.split()[-1]
+        for line in done.stdout.splitlines()
+        if line.startswith("states that are not finite are written to")
     ]
     assert len(list(Path(where).glob("diverged-*.npz"))) == 1
