@@ -31,10 +31,7 @@ class Geometry:
 
     @staticmethod
     def of(settings: Settings, num_envs: int | None = None) -> Geometry:
-        """Return the sizes for a number of environments, by default the number that the settings choose.
-
-        Raises: SettingError if `num_envs` is None and the settings choose no number of environments.
-        """
+        """Return the sizes for a number of environments, by default the number that the settings choose."""
         collector, replay = settings.collector, settings.replay_buffer
         envs = count_envs(settings) if num_envs is None else num_envs
         ticks = max(1, round(collector.frames_per_batch / envs))
@@ -66,18 +63,12 @@ class Geometry:
 def count_envs(settings: Settings) -> int:
     """Return E, the number of environments.
 
-    It is env.num_envs. For dm_control it is the number of workers (0 counts as 1) times the environments of each.
-
-    Raises: SettingError if it is env.num_envs, which is null.
+    It is env.num_envs. If that is null, the simulator has worker processes, and E is their number (0 counts as 1)
+    times the environments of each.
     """
-    if settings.env.backend == "dm_control":
-        return max(1, settings.collector.num_collectors) * settings.env.n_parallel_envs
-    if settings.env.num_envs is None:
-        raise SettingError(
-            f"env.num_envs=null with env.backend={settings.env.backend}; expected at least 1; set env.num_envs=8 "
-            "(env.n_parallel_envs and collector.num_collectors are for dm_control)"
-        )
-    return settings.env.num_envs
+    if settings.env.num_envs is not None:
+        return settings.env.num_envs
+    return max(1, settings.collector.num_collectors) * settings.env.n_parallel_envs
 
 
 def geometry_notes(settings: Settings) -> list[str]:

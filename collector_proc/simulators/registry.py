@@ -17,12 +17,12 @@ from typing import TYPE_CHECKING
 from collector_proc.simulators.setting_checks import (
     ENV_COUNTS,
     IMAGE_RANGE,
+    refuse_env_count,
     refuse_ignored,
     refuse_image_range,
     unknown,
 )
 from shared.errors import SettingError
-from shared.geometry import count_envs
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -48,6 +48,11 @@ class Backend:
     simulator: str
     ignores: tuple[str, ...] = ()
     horizon_needs_time_out: bool = False
+
+    @property
+    def one_batch(self) -> bool:
+        """Whether env.num_envs is the number of environments. Otherwise, worker processes have some each."""
+        return set(ENV_COUNTS) <= set(self.ignores)
 
 
 BACKENDS = {
@@ -82,7 +87,7 @@ def check_env(settings: Settings, report: Callable[[str], None] = lambda line: N
         )
     refuse_ignored(settings, backend.ignores)
     refuse_image_range(env)
-    count_envs(settings)  # raises if the backend needs env.num_envs and it is null
+    refuse_env_count(env, one_batch=backend.one_batch)
     importlib.import_module(f"{backend.package}.checks").check(settings, report)
 
 

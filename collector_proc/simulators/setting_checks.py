@@ -50,6 +50,20 @@ def refuse_ignored(settings: Settings, ignored: Sequence[str]) -> None:
         raise together(wrong)
 
 
+def refuse_env_count(env: EnvSettings, *, one_batch: bool) -> None:
+    """Raises: SettingError if env.num_envs is null with one batch of environments, or a number with worker processes."""
+    if one_batch and env.num_envs is None:
+        raise SettingError(
+            f"env.num_envs=null with env.backend={env.backend}; expected at least 1; set env.num_envs=8 "
+            f"({' and '.join(ENV_COUNTS)} are for simulators with worker processes)"
+        )
+    if not one_batch and env.num_envs is not None:
+        raise SettingError(
+            f"env.num_envs={env.num_envs} with env.backend={env.backend}, which has {' x '.join(ENV_COUNTS)} "
+            "environments; expected null; set env.num_envs=null and those two"
+        )
+
+
 def refuse_image_range(env: EnvSettings) -> None:
     """Raises: SettingError if env.image_low is not below env.image_high."""
     if not env.image_low < env.image_high:

@@ -22,11 +22,6 @@ RENDERERS = ("egl", "osmesa", "glfw")
 def check(settings: Settings, report: Callable[[str], None]) -> None:
     """Raises: SettingError if there is no such task, no renderer for images, or dm_control does not import."""
     env = settings.env
-    if env.num_envs is not None:
-        raise SettingError(
-            f"env.num_envs={env.num_envs} with env.backend=dm_control, which has collector.num_collectors x "
-            "env.n_parallel_envs environments; expected null; set env.num_envs=null and those two"
-        )
     _check_renderer(env)
     tasks = suite_tasks(env)
     domains = {domain for domain, _ in tasks}

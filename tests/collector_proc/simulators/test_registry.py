@@ -16,7 +16,6 @@ from collector_proc.simulators.pendulum.simulator import PendulumSimulator
 from collector_proc.simulators.registry import BACKENDS, build_simulator, check_env
 from shared.config import Settings
 from shared.errors import SettingError
-from shared.geometry import count_envs
 
 ROOT = Path(__file__).resolve().parents[3]
 LIGHT = """
@@ -200,16 +199,6 @@ def test_checks_import_no_simulator_and_leave_the_process_as_it_was() -> None:
     subprocess.run([sys.executable, "-c", LIGHT], env=variables, check=True, timeout=60)
     if time.monotonic() - start > 10:  # about one second on a quiet machine
         pytest.skip("this machine is too busy to tell whether the checks are fast")
-
-
-def test_the_number_of_environments_follows_from_the_backend() -> None:
-    settings = settings_with(n_parallel_envs=8)
-    for workers, expected in ((7, 56), (1, 8), (0, 8)):
-        settings.collector.num_collectors = workers
-        assert count_envs(settings) == expected
-    assert count_envs(pendulum_with(num_envs=64)) == 64
-    with pytest.raises(SettingError, match=r"env.num_envs=null .* at least 1; set env.num_envs=8"):
-        count_envs(pendulum_with(num_envs=None))
 
 
 def test_the_settings_choose_the_simulator() -> None:
