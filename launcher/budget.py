@@ -1,58 +1,68 @@
-"""How many deaths of the collector a run survives, and when they are forgotten. Torch-free."""
+"""The restart budget: which ends of a collector count as deaths, and how many deaths a run survives. Torch-free.
+
+    how the collector ended                                         does it count as a death?
+    it crashed, or it hung and was killed                           yes
+    it exceeded collector.max_rss_gb and had done useful work       no
+    it exceeded collector.max_rss_gb before that                    yes
+
+A collector has done useful work if it has collected for ten times as long as its start took, or for
+collector.healthy_after_s if that is shorter. Without this rule, a limit that is too low would restart collectors forever.
+
+The run ends at the first death beyond collector.max_restarts. All deaths are forgotten as soon as the collectors since the
+last death have collected for collector.healthy_after_s in total; restarts that are no deaths do not reset this time.
+
+Example with collector.healthy_after_s=3600: a collector crashes. The next one collects for 50 minutes and exceeds the
+memory limit: no death. The one after it collects for 10 minutes: now the crash is forgotten.
+"""
 
 from __future__ import annotations
 
 from shared.progress import Snapshot
 
-STREAMING = ("collecting", "waiting")  # phases of a collector that has come through its start
-USEFUL = 10  # times its start that a collector has to collect for, before it may end for memory without a count
+COLLECTING_PHASES = ("collecting", "waiting")  # the phases of a collector whose start is complete
+USEFUL_FACTOR = 10
 
 
 class RestartBudget:
-    """Deaths of the collector against a maximum; `healthy_after_s` seconds of collecting since the last one clear them.
+    """Counts the deaths of a run's collectors. All times are time.monotonic() seconds."""
 
-    Collecting lasts from an incarnation's first account in a phase of STREAMING to when it last moved in one. An end for
-    memory that was excused does not interrupt it: what the incarnations before and after it collected is added up.
-
-    Example, healthy_after_s=3600: a death, 50 minutes of collecting, an excused end, 10 minutes: the death is forgotten.
-    """
-
-    def __init__(self, maximum: int, *, healthy_after_s: float) -> None:
-        self._maximum, self._healthy_after_s = maximum, healthy_after_s
-        self._began = 0.0
-        self._streaming_since: float | None = None
-        self._streamed_s = 0.0  # by this incarnation
-        self._streamed_before_s = 0.0  # by those before it, since the last death
+    def __init__(self, max_restarts: int, *, healthy_after_s: float) -> None:
+        self._max_restarts, self._healthy_after_s = max_restarts, healthy_after_s
+        self._started_at = 0.0  # of the present collector
+        self._collecting_since: float | None = None  # None until the present collector collects
+        self._collected_s = 0.0  # by the present collector
+        self._collected_before_s = 0.0  # by earlier collectors since the last death
         self.deaths = 0
 
     def started(self, *, at: float) -> None:
-        """An incarnation starts; what is observed from here is its own. at: time.monotonic()."""
-        self._began, self._streaming_since, self._streamed_s = at, None, 0.0
+        """A new collector starts: what is observed from now on is about this one."""
+        self._started_at, self._collecting_since, self._collected_s = at, None, 0.0
 
     def observe(self, collector: Snapshot) -> None:
-        """Take note of the collector's latest account."""
-        if collector.phase not in STREAMING:
+        """Measure how long the present collector has collected, up to its last progress, and forget deaths if due."""
+        if collector.phase not in COLLECTING_PHASES:
             return
-        if self._streaming_since is None:
-            self._streaming_since = collector.phase_since
-        self._streamed_s = collector.changed_at - self._streaming_since
-        if self._streamed_before_s + self._streamed_s >= self._healthy_after_s:
+        if self._collecting_since is None:
+            self._collecting_since = collector.phase_since
+        self._collected_s = collector.changed_at - self._collecting_since
+        if self._collected_before_s + self._collected_s >= self._healthy_after_s:
             self.deaths = 0
 
-    def excuses(self) -> bool:
-        """Whether an incarnation that ended for memory had collected for a useful time, so that no death is to be counted.
+    def exceeded_memory(self) -> bool:
+        """The present collector ended because of its memory. Return whether it had done useful work.
 
-        Useful is USEFUL times its own start, or `healthy_after_s` if that is shorter: a run that only ever starts ends.
+        If it had not, the caller counts a death with `died`.
         """
-        if self._streaming_since is None:
+        if self._collecting_since is None:
             return False
-        if self._streamed_s < min(USEFUL * (self._streaming_since - self._began), self._healthy_after_s):
+        start_s = self._collecting_since - self._started_at
+        if self._collected_s < min(USEFUL_FACTOR * start_s, self._healthy_after_s):
             return False
-        self._streamed_before_s += self._streamed_s
+        self._collected_before_s += self._collected_s
         return True
 
-    def allows_another(self) -> bool:
-        """Count a death; whether the collector may be started once more."""
-        self._streamed_before_s = 0.0
+    def died(self) -> bool:
+        """Count a death of the present collector. Return whether the budget allows another start."""
+        self._collected_before_s = 0.0
         self.deaths += 1
-        return self.deaths <= self._maximum
+        return self.deaths <= self._max_restarts

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import os
-import signal
 import site
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from launcher.child_process import ChildProcess
@@ -24,7 +23,7 @@ COMMANDS: Mapping[str, Sequence[str]] = {
 
 @dataclass(frozen=True)
 class Starter:
-    """Starts either process of one run. `commands` are the commands without their arguments.
+    """Starts the processes of one run. `commands` are the commands of both, without their arguments.
 
     The processes work in the user's current folder: relative paths and the user's own modules are found from there.
     """
@@ -34,12 +33,19 @@ class Starter:
     environ: Mapping[str, str]
     resume: bool
     commands: Mapping[str, Sequence[str]]
+    started: list[ChildProcess] = field(default_factory=list)
 
-    def start(self, role: str, incarnation: int = 0) -> ChildProcess:
-        """Start "learner" or "collector". incarnation: how many collectors of this launch came before."""
+    @property
+    def restarts(self) -> int:
+        """How many collectors were started after the first one; the number of the newest incarnation."""
+        return max(0, sum(child.name == "collector" for child in self.started) - 1)
+
+    def start(self, role: str) -> ChildProcess:
+        """Start the "learner", or the next "collector"."""
+        incarnation = sum(child.name == role for child in self.started)
         # The first progress page is written here: the deadline of a process that hangs in its imports counts from now.
         Progress.create(self.folder.progress(role), pid=0)
-        return ChildProcess(
+        child = ChildProcess(
             role,
             [*self.commands[role], *self._arguments(role, incarnation)],
             output=self.folder.logs / f"{role}.out",
@@ -47,6 +53,13 @@ class Starter:
             cwd=Path.cwd(),
             note=f"incarnation {incarnation}",
         )
+        self.started.append(child)
+        return child
+
+    def kill_all(self) -> None:
+        """Kill what still runs of the started processes."""
+        for child in self.started:
+            child.kill()
 
     def _arguments(self, role: str, incarnation: int) -> list[str]:
         arguments = ["--run-dir", str(self.folder.path), "--device", self.devices.kind]
@@ -63,15 +76,3 @@ def python_path(outer: Mapping[str, str], *, root: Path = ROOT) -> str:
     """
     installed = root in {Path(folder).resolve() for folder in (*site.getsitepackages(), site.getusersitepackages())}
     return os.pathsep.join(part for part in ("" if installed else str(root), outer.get("PYTHONPATH", "")) if part)
-
-
-def describe_exit(returncode: int | None) -> str:
-    """Return how a process ended: `exit code 1`, `SIGKILL`, or that not even SIGKILL ended it (None)."""
-    if returncode is None:
-        return "still alive after SIGKILL"
-    if returncode >= 0:
-        return f"exit code {returncode}"
-    try:
-        return signal.Signals(-returncode).name
-    except ValueError:
-        return f"signal {-returncode}"

@@ -139,6 +139,24 @@ class Forwarder(Protocol):
         """Send what is left and end."""
 
 
+class RowRelay:
+    """Passes the new rows of metrics.jsonl to a forwarder. `newest` is the newest row, also of an earlier launch."""
+
+    def __init__(self, path: Path, forwarder: Forwarder, log: FilteringBoundLogger) -> None:
+        self._tail, self._forwarder = MetricsTail(path, log), forwarder
+        self.newest = last_row(path)
+        self.num_rows = 0  # passed on by this launch
+
+    def forward(self) -> list[dict[str, Any]]:
+        """Pass on the rows that are new, and return them."""
+        rows = self._tail.new_rows()
+        for row in rows:
+            self.newest = row
+            self.num_rows += 1
+            self._forwarder.add(row)
+        return rows
+
+
 class NoForwarder:
     """Sends nothing (logger.backend=none): metrics.jsonl is the only record."""
 

@@ -15,12 +15,13 @@ from rich.console import Console
 from launcher.children import ROOT, Starter
 from launcher.devices import find_devices
 from launcher.display import Display, duration
-from launcher.forwarding import last_row, open_forwarder, summarize
+from launcher.ending import Outcome
+from launcher.forwarding import RowRelay, last_row, open_forwarder, summarize
 from launcher.options import command_name
 from launcher.provenance import describe_run
 from launcher.run_folder import ResumeUndo, create_run_folder, default_run_dir, open_run_folder
 from launcher.settings import read_settings
-from launcher.watch import Outcome, Watch
+from launcher.watch import run_processes
 from shared.compose import save_settings
 from shared.errors import SettingError
 from shared.files import write_json
@@ -99,13 +100,13 @@ def _watch(starter: Starter, settings: Settings, forwarder: Forwarder) -> tuple[
     """
     folder, began = starter.folder, time.monotonic()
     log, stop, display = configure(folder.path, "launch"), install_stop_flag(), Display(Console())
-    watch = Watch(starter, settings, stop=stop, log=log, display=display, forwarder=forwarder)
+    relay = RowRelay(folder.metrics, forwarder, log)
     outcome = Outcome(ExitCode.FAILED, "launch failed")
     for line in _opening_lines(starter, settings):
         display.say(line)
     display.start()
     try:
-        outcome = watch.run()
+        outcome = run_processes(starter, settings, stop=stop, log=log, display=display, relay=relay)
     except Exception as error:
         outcome = Outcome(ExitCode.FAILED, f"launch failed: {error!r}")
         raise
@@ -114,7 +115,7 @@ def _watch(starter: Starter, settings: Settings, forwarder: Forwarder) -> tuple[
         own = {
             "exit_reason": outcome.reason,
             "launch_s": round(time.monotonic() - began, 3),
-            "collector_restarts": watch.restarts,
+            "collector_restarts": starter.restarts,
             "devices": starter.devices.names(),
         }
         write_json(folder.summary, summarize(last_row(folder.metrics), own))
@@ -122,7 +123,7 @@ def _watch(starter: Starter, settings: Settings, forwarder: Forwarder) -> tuple[
         for line in _closing_lines(outcome, folder, time.monotonic() - began):
             display.say(line)
         stop.restore()
-    return outcome, watch.num_rows
+    return outcome, relay.num_rows
 
 
 def _opening_lines(starter: Starter, settings: Settings) -> list[str]:

@@ -168,7 +168,7 @@ def test_a_collector_beyond_its_restarts_ends_the_run_after_the_learner_saved(tm
     run = tmp_path / "run"
     assert _launch(run, "serve", "die:9", "collector.max_restarts=1") == 1
     summary = _summary(run)
-    assert summary["exit_reason"].startswith("collector died 2 times, the last time by exit code 9")
+    assert summary["exit_reason"].startswith("collector died 2 times (the last time: exit code 9)")
     assert (summary["collector_restarts"], summary["gradient_steps"]) == (1, 40)  # the row it wrote when asked to end
     _assert_nothing_is_left(run)
 
@@ -188,8 +188,8 @@ def test_a_collector_that_outgrew_its_memory_after_useful_work_is_replaced_witho
     assert _launch(run, "serve:collector-is-good", "outgrow-until:2", *settings) == 0
     assert _summary(run)["collector_restarts"] == 2
     assert not [event for event in _events(run) if "died" in event["event"]]
-    told = [event for event in _events(run) if "outgrew" in event["event"]]
-    assert [(event["level"], event["held_gb"], event["limit_gb"]) for event in told] == [("warning", 2.5, 2.0)] * 2
+    warned = [event for event in _events(run) if "used more memory" in event["event"]]
+    assert [(event["level"], event["used_gb"], event["limit_gb"]) for event in warned] == [("warning", 2.5, 2.0)] * 2
 
 
 def test_collectors_that_outgrow_their_memory_at_once_use_the_budget_up(tmp_path: Path) -> None:
@@ -198,9 +198,9 @@ def test_collectors_that_outgrow_their_memory_at_once_use_the_budget_up(tmp_path
     assert _launch(run, "serve", "outgrow-until:9", *settings) == 1
     summary = _summary(run)
     for part in (
-        "collector died 2 times, the last time by holding 2.50 GB, more than collector.max_rss_gb=2, before",
+        "collector died 2 times (the last time: it used 2.50 GB, more than collector.max_rss_gb=2, before",
         "set collector.max_rss_gb=5.0, or null",
-        "collector.max_restarts=1 allows no further start",
+        "expected at most collector.max_restarts=1 such deaths",
     ):
         assert part in summary["exit_reason"]
     assert summary["collector_restarts"] == 1
@@ -211,14 +211,14 @@ def test_without_a_limit_of_memory_its_exit_code_is_a_death(tmp_path: Path) -> N
     run = tmp_path / "run"
     settings = ("collector.max_restarts=1", "collector.healthy_after_s=1000")
     assert _launch(run, "serve", "outgrow-until:9", *settings) == 1
-    assert _summary(run)["exit_reason"].startswith("collector died 2 times, the last time by exit code 75")
+    assert _summary(run)["exit_reason"].startswith("collector died 2 times (the last time: exit code 75)")
 
 
 def test_a_collector_that_cannot_work_as_it_is_set_ends_the_run_after_the_learner_saved(tmp_path: Path) -> None:
     run = tmp_path / "run"
     assert _launch(run, "save", "refuse") == 2
     summary = _summary(run)
-    assert summary["exit_reason"] == "the collector cannot start or go on: the lines above say why"
+    assert summary["exit_reason"] == "the collector cannot start or continue: its last lines of output are above"
     assert (summary["collector_restarts"], summary["gradient_steps"]) == (0, 60)
     assert (run / "checkpoints" / "latest").read_text() == "00000060"
     _assert_nothing_is_left(run)
@@ -324,7 +324,7 @@ def test_a_second_interrupt_kills_at_once(tmp_path: Path) -> None:
     process = _start(run, "stubborn", "deadlines.save_s=600", "deadlines.step_s=600")
     process.send_signal(signal.SIGINT)
     assert process.stdout
-    while "once more kills both at once" not in (line := process.stdout.readline()):
+    while "a second Ctrl-C kills both at once" not in (line := process.stdout.readline()):
         assert line, "launch ended before it said that it is stopping"
     process.send_signal(signal.SIGINT)
     assert process.wait(timeout=DEADLINE_S) == 130

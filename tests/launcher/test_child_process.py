@@ -71,11 +71,11 @@ def test_the_childs_own_children_end_with_it(how: str, tmp_path: Path) -> None:
     wait_until_gone(worker)
 
 
-def test_stop_does_not_wait_for_its_deadline_once_it_is_asked_to_hurry(tmp_path: Path) -> None:
+def test_stop_gives_up_before_its_deadline_if_asked_to(tmp_path: Path) -> None:
     script = "import signal, time\nsignal.signal(signal.SIGTERM, signal.SIG_IGN)\nwhile True: time.sleep(1)\n"
     child = _child(tmp_path, script)
     began = time.monotonic()
-    assert child.stop(60.0, hurry=lambda: time.monotonic() > began + 0.1) is not None
+    assert child.stop(60.0, give_up=lambda: time.monotonic() > began + 0.1) is not None
     assert time.monotonic() - began < DEADLINE_S
 
 
