@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import re
 import subprocess
 import sys
@@ -85,6 +86,36 @@ def test_every_metric_that_the_explanations_name_exists() -> None:
     for name in names:
         known = find(name) or find(f"{name}policy_5")  # `open_loop_*_5` stands for all entries
         assert known is not None, f"docs/metrics.md explains {name}, which is no metric"
+
+
+def test_every_message_in_troubleshooting_is_one_that_the_code_writes() -> None:
+    page = (REPO / "docs" / "troubleshooting.md").read_text()
+    symptoms = [row.partition(" | ")[0] for row in page.splitlines() if row.startswith("| ")]
+    quoted = [code for symptom in symptoms for code in re.findall(r"`([^`]+)`", symptom) if " " in code]
+    assert len(quoted) > 5
+    messages = _messages()
+    for message in quoted:
+        parts = [part for part in re.split(r"\.\.\.|\d[\d.]*", message) if part.strip()]
+        found = any(all(part in text for part in parts) for text in messages)
+        assert found, f"docs/troubleshooting.md quotes {message!r}, which no file of the project writes"
+
+
+def _messages() -> list[str]:
+    """Return the text of every string in the code, with a gap for each value that it is filled with."""
+    sources = [
+        path
+        for package in ("launcher", "shared", "collector_proc", "learner_proc")
+        for path in (REPO / package).rglob("*.py")
+    ]
+    found = []
+    for node in (node for path in sources for node in ast.walk(ast.parse(path.read_text()))):
+        if isinstance(node, ast.JoinedStr):
+            found.append(
+                "".join(str(part.value) if isinstance(part, ast.Constant) else " ... " for part in node.values)
+            )
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+            found.append(node.value)
+    return found
 
 
 def test_the_tree_in_the_readme_names_what_is_there() -> None:
