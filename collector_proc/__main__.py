@@ -66,7 +66,9 @@ def main() -> int:
 
 
 def _parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m collector_proc", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="python -m collector_proc", description="Run one collector of a run. launch.py starts it."
+    )
     parser.add_argument("--run-dir", type=Path, required=True, help="run folder made by launch.py")
     parser.add_argument("--device", default="cpu", help="device of the simulator and the acting policy")
     parser.add_argument("--incarnation", type=int, default=0, help="how many collectors of this run came before")
@@ -91,11 +93,10 @@ def _collect(process: Process, simulator: Simulator, *, device: str, incarnation
         channel, simulator.spec, settings.deadlines,
         run_id=run.run_id, incarnation=incarnation, device=acting_device, alive=process.alive,
     )  # fmt: skip
+    ticks = Geometry.of(settings).ticks_per_chunk
     collector = Collector(
-        settings, Geometry.of(settings), simulator, connection,
-        socket_dir=run.socket_dir, run_id=run.run_id, incarnation=incarnation, seed=seed + 7919, device=acting_device,
-        progress=process.progress, stop=process.stop,
-    )  # fmt: skip
+        process, simulator, connection, ticks=ticks, incarnation=incarnation, seed=seed + 7919, device=acting_device
+    )
     process.log.info("collecting", incarnation=incarnation, spec=simulator.spec.to_dict())
     collector.run()
     process.log.info(

@@ -56,7 +56,7 @@ class ActingPolicy:
 
     @property
     def is_random(self) -> bool:
-        """Whether the next action belongs to the random ticks at the begin of the run."""
+        """Whether the next action belongs to the random ticks at the beginning of the run."""
         return self.random_ticks > 0
 
     @property
@@ -68,7 +68,7 @@ class ActingPolicy:
     def act(self, arrival: Arrival, prev_action: Tensor, *, version: int) -> Tensor:
         """Return the actions to execute after an arrival: (E, A) in [-1, 1], valid until the next call.
 
-        prev_action: (E, A), as recorded in the arrival's row. version: of the weights in `policy`; 0 if none were adopted.
+        prev_action: (E, A), as recorded in the arrival's row. version: of the weights; 0 if none were adopted.
         """
         if self.is_random or version == 0:
             self.random_ticks -= 1

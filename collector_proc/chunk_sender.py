@@ -5,22 +5,17 @@ from __future__ import annotations
 import struct
 import time
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from collector_proc.episodes import EpisodeTracker, FinishedEpisodes
 from collector_proc.learner_input import LearnerInput
 from collector_proc.simulators.base import Simulator
 from collector_proc.status import StatusReporter
 from collector_proc.writer import ChunkWriter
-from shared.config import Settings
 from shared.errors import TransportError
 from shared.handover import Channel
 from shared.memory import MemoryMeter
 from shared.messages import MAX_EPISODES, Commit, Grant
-
-if TYPE_CHECKING:
-    from shared.lifetime import StopFlag
-    from shared.progress import Progress
+from shared.process import Process
 
 POLL_S = 0.0005  # between two looks at a copy that the loop has to wait for
 
@@ -42,28 +37,24 @@ class ChunkSender:
 
     def __init__(
         self,
+        process: Process,
         channel: Channel,
         writer: ChunkWriter,
         tracker: EpisodeTracker,
         learner: LearnerInput,
         simulator: Simulator,
-        *,
-        settings: Settings,
         meter: MemoryMeter,
         status: StatusReporter,
-        progress: Progress,
-        stop: StopFlag,
     ) -> None:
-        self._channel, self._writer, self._tracker = channel, writer, tracker
-        self._learner, self._simulator, self._meter = learner, simulator, meter
-        self._with_checksum, self._deadlines = settings.replay_buffer.checksum, settings.deadlines
-        self._status, self._progress, self._stop = status, progress, stop
+        self._process, self._channel = process, channel
+        self._writer, self._tracker, self._learner, self._simulator = writer, tracker, learner, simulator
+        self._meter, self._status = meter, status
         self._uncommitted: UncommittedChunk | None = None
 
     def send(self, grant: Grant, policy_version: int) -> None:
         """Start to copy the gathered chunk to the granted rows."""
         assert self._uncommitted is None, "the previous chunk is not committed"
-        checksum = self._writer.checksum() if self._with_checksum else 0
+        checksum = self._writer.checksum() if self._process.settings.replay_buffer.checksum else 0
         self._tracker.send()
         self._writer.write(grant.row)  # after the numbers: once the rows are complete, the numbers are too
         self._uncommitted = UncommittedChunk(grant, policy_version, checksum)
@@ -78,7 +69,8 @@ class ChunkSender:
         chunk, self._uncommitted = self._uncommitted, None
         episodes = self._tracker.take(MAX_EPISODES)
         commit = self._commit(chunk, episodes)
-        self._channel.send(commit, deadline_s=self._deadlines.compile_s, alive=self._progress.advance)
+        compile_s = self._process.settings.deadlines.compile_s  # a learner that compiles does not read its socket
+        self._channel.send(commit, deadline_s=compile_s, alive=self._process.progress.advance)
         self._status.report(episodes.steps)
         return True
 
@@ -87,11 +79,11 @@ class ChunkSender:
 
         Raises: Disconnected if the learner has ended; TransportError if the copy takes longer than a tick may take.
         """
-        began, deadlines = time.monotonic(), self._deadlines
+        began, deadlines = time.monotonic(), self._process.settings.deadlines
         while self._uncommitted is not None and not self.commit_if_done():
-            self._progress.advance()
+            self._process.progress.advance()
             self._learner.read_grants()  # raises Disconnected if the learner has ended
-            limit = min(deadlines.step_s, deadlines.stop_s / 2) if self._stop.requested else deadlines.step_s
+            limit = min(deadlines.step_s, deadlines.stop_s / 2) if self._process.stop.requested else deadlines.step_s
             if time.monotonic() - began > limit:
                 raise TransportError(
                     f"the copy of a chunk to row {self._uncommitted.grant.row} of the replay is not done after "

@@ -6,7 +6,6 @@ A collector owns nothing that must survive it. If it dies, launch starts another
 from __future__ import annotations
 
 import contextlib
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -19,76 +18,54 @@ from collector_proc.copies import Copier, copier_between
 from collector_proc.episodes import EpisodeTracker
 from collector_proc.learner_input import LearnerInput
 from collector_proc.memory_limit import MemoryLimit
-from collector_proc.modes import AsyncMode, LockstepMode, Mode
+from collector_proc.modes import make_mode
 from collector_proc.simulators.base import Arrival, Simulator
 from collector_proc.status import StatusReporter
 from collector_proc.weights_receiver import WeightsReceiver
 from collector_proc.writer import ChunkWriter
-from shared.config import Settings
-from shared.geometry import Geometry
 from shared.handover import Disconnected
 from shared.lifetime import StopRequested
 from shared.memory import MemoryMeter
-
-if TYPE_CHECKING:
-    from shared.lifetime import StopFlag
-    from shared.progress import Progress
+from shared.process import Process
 
 
 class Collector:
-    """One collector of a run: a simulator, the acting policy, and the stream of chunks to the learner."""
+    """One collector of a run: a simulator, the acting policy, and the stream of chunks to the learner.
+
+    ticks: K, the ticks of one chunk. incarnation: how many collectors of this run came before. device: the acting
+    device. copier, meter: None creates the ones that fit the device.
+    """
 
     def __init__(
         self,
-        settings: Settings,
-        geometry: Geometry,
+        process: Process,
         simulator: Simulator,
         connection: Connection,
         *,
-        socket_dir: str,
-        run_id: str,
+        ticks: int,
         incarnation: int,
         seed: int,
         device: torch.device,
-        progress: Progress,
-        stop: StopFlag,
         copier: Copier | None = None,
         meter: MemoryMeter | None = None,
     ) -> None:
-        """Build the acting policy and everything between the simulator and the learner, and run the self-test.
-
-        incarnation: how many collectors of this run came before. device: the acting device. copier, meter: None creates
-        those that fit the device.
-        """
-        self._simulator, self._device = simulator, device
-        self._channel, self._progress, self._stop = connection.channel, progress, stop
-        copier = copier or copier_between(device, connection.ring.device)
-        meter = meter or MemoryMeter(str(device))
-        spec, ticks = simulator.spec, geometry.ticks_per_chunk
+        self._process, self._simulator, self._channel, self._device = process, simulator, connection.channel, device
+        settings, run, spec = process.settings, process.run, simulator.spec
+        copier, meter = copier or copier_between(device, connection.ring.device), meter or MemoryMeter(str(device))
         self._writer = ChunkWriter(connection.ring, connection.layout, ticks=ticks, device=device, copier=copier)
-        random_ticks = -(-connection.random_frames // spec.num_envs)
         self._acting = ActingPolicy(
-            spec, settings.networks, settings.collector, device=device, seed=seed, random_ticks=random_ticks
+            spec, settings.networks, settings.collector, device=device, seed=seed, random_ticks=connection.random_ticks
         )
-        self._weights = WeightsReceiver(self._acting.policy, socket_dir=socket_dir, run_id=run_id)
+        self._weights = WeightsReceiver(self._acting.policy, socket_dir=run.socket_dir, run_id=run.run_id)
         run_self_test(connection, self._writer)  # after it the learner publishes weights, so the receiver must exist
         self._tracker = EpisodeTracker(spec, ticks=ticks, evaluation=self._acting.evaluation, copier=copier)
         self._memory_limit = MemoryLimit(meter, settings.collector.max_rss_gb, incarnation=incarnation)
-        self._status = StatusReporter(progress, self._weights, self._memory_limit, agent_steps=connection.agent_steps)
-        self._learner = LearnerInput(
-            self._channel,
-            self._weights,
-            deadlines=settings.deadlines,
-            status=self._status,
-            progress=progress,
-            stop=stop,
-        )
-        lockstep = settings.collector.mode == "lockstep"
-        self._mode: Mode = LockstepMode(self._learner, self._acting) if lockstep else AsyncMode(self._learner)
+        self._status = StatusReporter(process.progress, self._weights, self._memory_limit, connection.agent_steps)
+        self._learner = LearnerInput(process, self._channel, self._weights, self._status)
+        self._mode = make_mode(settings.collector.mode, self._learner, self._acting)
         self._sender = ChunkSender(
-            self._channel, self._writer, self._tracker, self._learner, simulator,
-            settings=settings, meter=meter, status=self._status, progress=progress, stop=stop,
-        )  # fmt: skip
+            process, self._channel, self._writer, self._tracker, self._learner, simulator, meter, self._status
+        )
 
     @property
     def agent_steps(self) -> int:
@@ -105,7 +82,7 @@ class Collector:
 
         Raises: SettingError or SimulatorError if one chunk's work already exceeds the memory limit; TransportError.
         """
-        self._progress.phase("collecting")
+        self._process.progress.phase("collecting")
         try:
             with contextlib.suppress(StopRequested):
                 self._stream()
@@ -124,7 +101,7 @@ class Collector:
         self._mode.begin_chunk()
         # A restarted collector takes no random actions, so it waits for the first weights.
         self._learner.wait_for_version(self._acting.required_version)
-        while not self._stop.requested:
+        while not self._process.stop.requested:
             arrival = mover.move(arrival)
             action = torch.where(arrival.is_first[:, None], 0.0, action)
             self._gather(arrival, action, version)
@@ -139,7 +116,7 @@ class Collector:
             version = 0 if self._acting.is_random else self._weights.version
             action = self._acting.act(arrival, action, version=version)
             arrival = self._simulator.step(action.to(self._simulator.device))
-            self._progress.advance()
+            self._process.progress.advance()
 
     def _gather(self, arrival: Arrival, action: Tensor, version: int) -> None:
         """Add one row to the chunk. version: of the policy that chose the action; 0 if it was random."""

@@ -1,10 +1,12 @@
 """Connecting: the collector introduces itself, and the learner shares its replay memory with it.
 
-collector                          learner
-  Hello ---------------------------->        what the simulator streams
-        <-------------------- Welcome        with the replay: a descriptor of host memory, or a handle of GPU memory
-  SelfTest ------------------------->        the collector has written a pattern to the rows of one chunk
-        <---------------------- Grant        only if the learner finds the pattern there; from now on rows stream
+    collector                          learner
+      Hello ---------------------------->        what the simulator streams
+            <-------------------- Welcome        with the replay: a descriptor of host memory, or a handle of GPU memory
+      SelfTest ------------------------->        the collector has written a pattern to the rows of one chunk
+            <---------------------- Grant        only if the learner finds the pattern there
+
+Afterwards the learner sends grants (`learner_input`), and the collector answers each with a commit (`chunk_sender`).
 """
 
 from __future__ import annotations
@@ -33,7 +35,7 @@ class Connection:
     layout: Layout
     ring: TensorDict  # views of the replay's memory, batch size [T_cap]
     test_row: int  # the first row of the self-test
-    random_frames: int  # agent steps that are still to be taken with random actions
+    random_ticks: int  # ticks that are still to be taken with random actions
     agent_steps: int  # of the whole run so far
 
 
@@ -68,13 +70,12 @@ def open_replay(
     layout = plan_layout(spec, answer.capacity)
     if layout.num_bytes != answer.num_bytes:
         raise TransportError(
-            f"the learner's replay has {answer.num_bytes} bytes; expected {layout.num_bytes} for this simulator's stream; "
-            "start both processes from the same checkout and run folder"
+            f"the learner's replay has {answer.num_bytes} bytes; expected {layout.num_bytes} for this simulator's "
+            "stream; start both processes from the same checkout and run folder"
         )
     slab = _map_slab(answer, descriptors, device)
-    return Connection(
-        channel, layout, ring_views(slab, layout), answer.test_row, answer.random_frames, answer.agent_steps
-    )
+    random_ticks = -(-answer.random_frames // spec.num_envs)  # rounded up
+    return Connection(channel, layout, ring_views(slab, layout), answer.test_row, random_ticks, answer.agent_steps)
 
 
 def run_self_test(connection: Connection, writer: ChunkWriter) -> None:

@@ -33,7 +33,10 @@ class Copy(Protocol):
         ...
 
     def block_stream(self) -> None:
-        """Make the work that is queued on the current stream from now on wait for the copies. The host does not block."""
+        """Make the current stream wait: work that is queued on it after this call runs after the copies.
+
+        The host does not block.
+        """
         ...
 
 

@@ -1,7 +1,7 @@
 """Returns, lengths and kinds of finished episodes. They are summed on the device and read once per chunk.
 
-On a GPU the numbers are kept in two buffers: while those of one chunk are copied to the host, those of the next chunk are
-gathered in the other buffer.
+On a GPU the numbers are kept in two buffers: while those of one chunk are copied to the host, those of the next chunk
+are gathered in the other buffer.
 """
 
 from __future__ import annotations
@@ -47,8 +47,9 @@ class FinishedEpisodes(NamedTuple):
 class EpisodeTracker:
     """Follows the return, length and kind of every environment's current episode.
 
-    If the simulator resets inside `step` (its first arrival has `acting_obs`), every row is an agent step, except the very
-    first row. Otherwise the rows with `is_first` are not agent steps. An episode whose state diverged is not counted.
+    If the simulator resets inside `step` (its first arrival has `acting_obs`), every row is an agent step, except the
+    very first row. Otherwise the rows with `is_first` are not agent steps. An episode whose state diverged is not
+    counted.
 
     copier: the one that also copies the chunk, so that the numbers are complete when the rows are; None creates one.
     """
@@ -100,8 +101,8 @@ class EpisodeTracker:
     def take(self, maximum: int) -> FinishedEpisodes:
         """Return the episodes that finished in the chunk sent last, at most `maximum` of them in detail.
 
-        The call blocks until the copy of their numbers is done. The remaining episodes are only counted, and they are not
-        kept for a later call. Without a new chunk the result is empty.
+        The call blocks until the copy of their numbers is done. The remaining episodes are only counted, and they are
+        not kept for a later call. Without a new chunk the result is empty.
         """
         if self._copy is None:
             return FinishedEpisodes([], [], [], 0, 0)

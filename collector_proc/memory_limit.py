@@ -33,9 +33,9 @@ class MemoryLimit:
         if not self._was_below:
             error = SettingError if self._incarnation == 0 else SimulatorError
             raise error(
-                f"collector.max_rss_gb={self._limit_gb:g} is below the {self.held_gb:.2f} GB that the collector and its "
-                "workers hold after one chunk; expected a limit with room to grow; set collector.max_rss_gb="
-                f"{2 * self.held_gb:.1f}, or null for no limit"
+                f"collector.max_rss_gb={self._limit_gb:g} is below the {self.held_gb:.2f} GB that the collector and "
+                "its workers hold after one chunk; expected a limit with room to grow; "
+                f"set collector.max_rss_gb={2 * self.held_gb:.1f}, or null for no limit"
             )
         self.exceeded = True
         return False

@@ -1,7 +1,9 @@
-"""The two values of collector.mode: when a chunk gets its grant, when weights are adopted, and when a chunk is committed.
+"""The two values of collector.mode, "async" and "lockstep".
 
-async       tick tick tick | grant, copy | tick ... commit ... tick       newest weights before every action
-lockstep    grant, weights | tick tick tick | copy, commit | grant, weights | tick ...
+    async       tick tick tick | grant, copy | tick ... commit ... tick       newest weights before every action
+    lockstep    grant, weights | tick tick tick | copy, commit | grant, weights | tick ...
+
+They differ in when a chunk gets its grant, when weights are adopted, and when a chunk is committed.
 """
 
 from __future__ import annotations
@@ -52,8 +54,8 @@ class AsyncMode:
 class LockstepMode:
     """Collects in turn with the learner, so that runs are reproducible.
 
-    Before each chunk it waits for a grant, and for the policy version that the grant names. The whole chunk is collected
-    with that version.
+    Before each chunk it waits for a grant, and for the policy version that the grant names. The whole chunk is
+    collected with that version.
     """
 
     waits_for_commit = True
@@ -73,3 +75,8 @@ class LockstepMode:
 
     def adopt_weights(self) -> None:
         """Return at once: weights change only between chunks."""
+
+
+def make_mode(name: str, learner: LearnerInput, acting: ActingPolicy) -> Mode:
+    """Return the mode with this name, a value of collector.mode."""
+    return LockstepMode(learner, acting) if name == "lockstep" else AsyncMode(learner)

@@ -22,7 +22,7 @@ class StatusReporter:
     """
 
     def __init__(
-        self, progress: Progress, weights: WeightsReceiver, memory_limit: MemoryLimit, *, agent_steps: int
+        self, progress: Progress, weights: WeightsReceiver, memory_limit: MemoryLimit, agent_steps: int
     ) -> None:
         self._progress, self._weights, self._memory_limit = progress, weights, memory_limit
         self._window_began, self._window_steps = time.monotonic(), 0

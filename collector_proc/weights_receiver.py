@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 import torch
 import zmq
+from torch import nn
 
-from shared.model.policy import Policy
 from shared.weights import (
     WeightsError,
     acting_tensors,
@@ -26,7 +26,7 @@ class WeightsReceiver:
     The weights are copied into the existing parameters, so that compiled code and CUDA graphs stay valid.
     """
 
-    def __init__(self, policy: Policy, *, socket_dir: str | Path, run_id: str) -> None:
+    def __init__(self, policy: nn.Module, *, socket_dir: str | Path, run_id: str) -> None:
         tensors = acting_tensors(policy)
         self._targets = list(tensors.values())
         self._num_bytes = flat_bytes(self._targets)

@@ -1,6 +1,6 @@
 """Gathers rows into chunks and copies every full chunk into the learner's replay, with one copy per field.
 
-On a GPU the rows are gathered in two buffers: while the copies of one chunk run, the next chunk is gathered in the other.
+On a GPU the rows are gathered in two buffers: while one chunk is copied, the next one is gathered in the other buffer.
 """
 
 from __future__ import annotations

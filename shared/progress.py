@@ -32,7 +32,6 @@ from shared.metrics import CollectorStatus, LearnerStatus
 
 MAX_STATUS_BYTES = 3072
 MAX_REFUSAL_BYTES = 3072
-HELD_GB = "rss_gb"  # the key of CollectorStatus.rss_gb
 # Every phase that a process may report, and the setting of `deadlines` that limits how long its counter may stand still.
 PHASE_DEADLINES = {
     "starting": "start_s",

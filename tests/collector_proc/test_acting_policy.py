@@ -29,7 +29,7 @@ def flags(*envs: int) -> torch.Tensor:
 def arrivals(seed: int, ticks: int, *, ends: dict[int, int], resets_inside: bool) -> list[Arrival]:
     """Return random arrivals. ends: environment -> tick of its `is_last`; its `is_first` is one tick later.
 
-    resets_inside: like a simulator that resets inside `step`, give the new episode's observation at the tick of `is_last`.
+    resets_inside: like a simulator that resets inside `step`, give `acting_obs`, at `is_last` that of the new episode.
     """
     source = torch.Generator().manual_seed(seed)
     out = []

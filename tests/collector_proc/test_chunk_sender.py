@@ -21,9 +21,8 @@ from shared.handover import Channel
 from shared.lifetime import StopFlag
 from shared.memory import Memory
 from shared.messages import EPISODE_KINDS, Commit, Grant
-from shared.progress import Progress
 from shared.stream import ObsSpec, StreamSpec, plan_layout, ring_views
-from tests.fakes.fake_progress import FakeProgress
+from tests.fakes.fake_process import FakeProgress, fake_process
 from tests.fakes.late_copier import LateCopier
 
 E, K, CAPACITY = 2, 3, 12
@@ -33,7 +32,7 @@ GRANT = Grant(seq=8, row=6, version=0)
 
 
 class Scene:
-    """A sender whose copies are done when the test says so."""
+    """A sender whose copies are done only when the test finishes them."""
 
     def __init__(self, *, with_checksum: bool = False, step_s: float = 60.0, stop_s: float = 60.0) -> None:
         settings = Settings()
@@ -52,10 +51,8 @@ class Scene:
         meter: Any = SimpleNamespace(read=lambda: Memory(10, 20, 30))
         status: Any = SimpleNamespace(report=self.reported.append)
         self.progress = FakeProgress()
-        self.sender = ChunkSender(
-            Channel(ours), self.writer, self.tracker, learner, simulator,
-            settings=settings, meter=meter, status=status, progress=cast(Progress, self.progress), stop=self.stop,
-        )  # fmt: skip
+        process = fake_process(settings, self.progress, self.stop)
+        self.sender = ChunkSender(process, Channel(ours), self.writer, self.tracker, learner, simulator, meter, status)
 
     def gather(self) -> None:
         """Gather a chunk that is one episode of every environment, with a reward of 1 per step."""

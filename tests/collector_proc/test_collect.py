@@ -17,14 +17,12 @@ from collector_proc.connect import open_replay
 from collector_proc.simulators.base import Arrival
 from shared.config import NetworkSettings, Settings
 from shared.errors import SettingError, SimulatorError
-from shared.geometry import Geometry
 from shared.handover import Channel, Disconnected, create_memfd_slab
 from shared.lifetime import StopFlag
 from shared.memory import Memory, MemoryMeter, own_rss_bytes
 from shared.messages import Commit, Grant, Welcome
-from shared.progress import Progress
 from shared.stream import ObsSpec, StreamSpec, plan_layout, ring_views
-from tests.fakes.fake_progress import FakeProgress
+from tests.fakes.fake_process import FakeProgress, fake_process
 from tests.fakes.late_copier import LateCopier
 
 E, K, CAPACITY = 2, 3, 12
@@ -34,7 +32,9 @@ ROWS = [9, 3, 0, 6]  # the granted rows; they are out of order, so that a chunk 
 
 
 class TickCounter:
-    """A simulator whose observation is 1000 * environment + tick. Its episodes last three ticks with a reward of 1 each.
+    """A simulator whose observation is 1000 * environment + tick.
+
+    Its episodes last three ticks; the reward is 1 per agent step.
 
     before: called before each tick with the tick's number.
     """
@@ -105,17 +105,13 @@ class Scene:
             Channel(ours), SPEC, chosen.deadlines, run_id="run", incarnation=incarnation, device=CPU, alive=lambda: None
         )
         self.collector = Collector(
-            chosen,
-            Geometry(E, K, CAPACITY, prefill_chunks=1, num_sequences=1, sequence_length=2),
+            fake_process(chosen, self.progress, self.stop, socket_dir=str(folder)),
             simulator,
             connection,
-            socket_dir=str(folder),
-            run_id="run",
+            ticks=K,
             incarnation=incarnation,
             seed=0,
             device=CPU,
-            progress=cast(Progress, self.progress),
-            stop=self.stop,
             copier=self.copier if late else None,
             meter=cast(MemoryMeter, GrowingMeter(simulator)) if growing else None,
         )

@@ -37,7 +37,7 @@ def connect(channel: Channel, *, alive: Callable[[], None] = lambda: None) -> Co
 
 
 def welcome(num_bytes: int = LAYOUT.num_bytes) -> Welcome:
-    return Welcome("memfd", num_bytes, CAPACITY, "", [], test_row=6, random_frames=50, agent_steps=70)
+    return Welcome("memfd", num_bytes, CAPACITY, "", [], test_row=6, random_frames=51, agent_steps=70)
 
 
 def received(channel: Channel) -> Message:
@@ -55,7 +55,7 @@ def test_the_hello_describes_the_simulators_stream_and_the_welcome_describes_the
     assert isinstance(hello, Hello)
     assert (hello.protocol, hello.run_id, hello.incarnation) == (PROTOCOL, "run", 4)
     assert StreamSpec.from_dict(hello.spec) == SPEC
-    assert (connection.test_row, connection.random_frames, connection.agent_steps) == (6, 50, 70)
+    assert (connection.test_row, connection.random_ticks, connection.agent_steps) == (6, 26, 70)
     connection.ring["reward"][5, 1] = 0.5
     assert ring_views(slab, LAYOUT)["reward"][5, 1] == 0.5, "both processes see the same memory"
 

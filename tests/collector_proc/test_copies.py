@@ -1,4 +1,4 @@
-"""Copies that run beside the ticks: direct ones on a CPU, and on a GPU those of a side stream that nothing blocks for."""
+"""Copies that run beside the ticks: direct copies on a CPU, and copies on a side stream on a GPU."""
 
 from __future__ import annotations
 

@@ -10,13 +10,12 @@ import pytest
 from collector_proc.learner_input import LearnerInput
 from collector_proc.status import StatusReporter
 from collector_proc.weights_receiver import WeightsReceiver
-from shared.config import DeadlineSettings
+from shared.config import DeadlineSettings, Settings
 from shared.errors import TransportError
 from shared.handover import Channel, Disconnected
 from shared.lifetime import StopFlag, StopRequested
 from shared.messages import Grant, Refusal
-from shared.progress import Progress
-from tests.fakes.fake_progress import FakeProgress
+from tests.fakes.fake_process import FakeProgress, fake_process
 
 
 class FakeWeights:
@@ -51,13 +50,12 @@ class Scene:
             FakeProgress(),
             StopFlag(),
         )
+        settings = Settings(deadlines=DeadlineSettings(compile_s=compile_s, step_s=step_s))
         self.input = LearnerInput(
+            fake_process(settings, self.progress, self.stop),
             Channel(ours),
             cast(WeightsReceiver, self.weights),
-            deadlines=DeadlineSettings(compile_s=compile_s, step_s=step_s),
-            status=cast(StatusReporter, self.status),
-            progress=cast(Progress, self.progress),
-            stop=self.stop,
+            cast(StatusReporter, self.status),
         )
 
 
@@ -107,9 +105,7 @@ def test_a_version_that_was_adopted_already_needs_no_wait():
 def test_weights_that_do_not_arrive_in_time_are_an_error_that_names_both_versions():
     scene = Scene(compile_s=0.02, step_s=0.0)
     scene.weights.arriving, scene.weights.num_refused = [4], 2
-    with pytest.raises(
-        TransportError, match=r"policy version 4, 2 messages .*; expected version 5 or later; .*compile_s"
-    ):
+    with pytest.raises(TransportError, match=r"version 4 .*messages: 2\); expected version 5 or later; .*compile_s"):
         scene.input.wait_for_version(5)
 
 

@@ -11,7 +11,7 @@ import pytest
 from collector_proc.status import PACE_WINDOW_S, StatusReporter
 from shared.metrics import CollectorStatus
 from shared.progress import Progress
-from tests.fakes.fake_progress import FakeProgress
+from tests.fakes.fake_process import FakeProgress
 
 
 @pytest.fixture
@@ -25,7 +25,7 @@ def make_reporter(agent_steps: int = 0) -> tuple[StatusReporter, FakeProgress]:
     progress = FakeProgress()
     weights: Any = SimpleNamespace(version=7, num_refused=2)
     memory_limit: Any = SimpleNamespace(held_gb=1.5)
-    return StatusReporter(cast(Progress, progress), weights, memory_limit, agent_steps=agent_steps), progress
+    return StatusReporter(cast(Progress, progress), weights, memory_limit, agent_steps), progress
 
 
 def test_the_status_has_the_steps_of_the_run_the_pace_the_weights_and_the_memory(clock):

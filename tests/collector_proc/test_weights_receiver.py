@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from typing import Any
 
 import pytest
 import torch
@@ -23,7 +22,7 @@ class Network(nn.Module):
         self.register_buffer("count", torch.tensor(float(seed)))
 
 
-def connect_pair(folder, source: Any, target: Any, run_id: str = "run") -> tuple[Publisher, WeightsReceiver]:
+def connect_pair(folder, source: Network, target: Network, run_id: str = "run") -> tuple[Publisher, WeightsReceiver]:
     publisher = Publisher(source, socket_dir=folder, run_id="run")
     receiver = WeightsReceiver(target, socket_dir=folder, run_id=run_id)
     return publisher, receiver

@@ -1,4 +1,4 @@
-"""A copier whose copies are done only when the test says so, as those of a busy GPU are."""
+"""A copier whose copies are done only when the test finishes them, as if a GPU were busy."""
 
 from __future__ import annotations
 
