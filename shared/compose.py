@@ -1,14 +1,13 @@
-"""Settings from files and command lines: Hydra composes, this file checks and explains.
+"""Compose the settings of a run from a config file and the command line, and explain every error in them.
 
-`compose` reads `configs/<name>.yaml` over the dataclasses of `shared/config.py`; `load_settings` reads the resolved
-`config.yaml` of a run folder. Whatever is wrong ends as one SettingError that names the keys, never as a stack trace.
+`compose` reads `configs/<name>.yaml` over the defaults of `shared/config.py`, with Hydra. `load_settings` reads the
+`config.yaml` of a run folder, which `save_settings` wrote. Each error becomes a SettingError that names the key. If
+several settings are wrong, one SettingError lists them all.
 """
 
 from __future__ import annotations
 
-import difflib
 import math
-import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import Field, fields, is_dataclass
 from pathlib import Path
@@ -25,62 +24,63 @@ from yaml import YAMLError
 
 from shared.config import Settings
 from shared.errors import SettingError, together
+from shared.files import write_atomic
 from shared.recipe_keys import RECIPE_DEFAULTS, RECIPE_VALUES, replacement
+from shared.words import CUTOFF, nearest
 
 if TYPE_CHECKING:
     from hydra.core.override_parser.types import Override
 
 CONFIG_DIR = Path(__file__).resolve().parent.parent / "configs"
 EXAMPLE = "env.name=walker"
+_SAME_SPELLING = 0.85  # similarity of two keys that differ in a letter or two
 
 
 def config_names(config_dir: Path = CONFIG_DIR) -> list[str]:
-    """Names a user can give to --config."""
+    """Return the names that a user can give to --config."""
     return sorted(path.stem for path in config_dir.glob("*.yaml"))
 
 
 def compose(config_name: str, overrides: Sequence[str] = (), *, config_dir: Path = CONFIG_DIR) -> Settings:
-    """The settings of one named config with `key=value` overrides on top, types, keys and bounds checked.
+    """Return the settings of a named config, changed by `key=value` overrides. Types, keys and bounds are checked.
 
-    Raises: SettingError naming the config, key or value that is wrong and the nearest valid one.
+    Raises: SettingError if the config, a key or a value is wrong.
     """
     _check_config_name(config_name, config_dir)
-    _check_file(config_dir / f"{config_name}.yaml")
-    kept = [override.input_line or "" for override in _parse(overrides)]
+    _read_file(config_dir / f"{config_name}.yaml")
+    kept = [override.input_line or "" for override in _parse_overrides(overrides)]
     ConfigStore.instance().store(name="settings", node=Settings)
     try:
         with initialize_config_dir(config_dir=str(config_dir.resolve()), version_base="1.3"):
             composed = hydra_compose(config_name=config_name, overrides=kept)
-        return _finish(composed)
+        return _to_settings(composed)
     except (HydraException, OmegaConfBaseException) as error:
         raise _explain(error, f"config {config_name!r}") from error
 
 
 def load_settings(path: Path, overrides: Sequence[str] = ()) -> Settings:
-    """The settings saved by `save_settings`, with `key=value` overrides on top, checked as in `compose`.
+    """Return the settings that `save_settings` wrote, changed by `key=value` overrides and checked as in `compose`.
 
-    Raises: SettingError if the file is missing, unreadable or does not fit this version's settings.
+    Raises: SettingError if the file is missing or unreadable, or if a key or a value is wrong.
     """
-    raw, parsed = _check_file(path), _parse(overrides)
+    raw, parsed = _read_file(path), _parse_overrides(overrides)
     try:
         merged = OmegaConf.merge(OmegaConf.structured(Settings), raw)
         assert isinstance(merged, DictConfig), type(merged)
         for override in parsed:
             OmegaConf.update(merged, override.key_or_group, override.value())
-        return _finish(merged)
+        return _to_settings(merged)
     except (HydraException, OmegaConfBaseException) as error:
         raise _explain(error, str(path)) from error
 
 
 def save_settings(settings: Settings, path: Path) -> None:
-    """Write the resolved settings as YAML, at once or not at all."""
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(OmegaConf.to_yaml(OmegaConf.structured(settings)))
-    os.replace(partial, path)
+    """Write the settings as YAML with `write_atomic`."""
+    write_atomic(path, OmegaConf.to_yaml(OmegaConf.structured(settings)))
 
 
 def setting_keys(node: Any = Settings, prefix: str = "") -> Iterator[tuple[str, Field[Any]]]:
-    """(dotted key, field) of every setting that holds a value."""
+    """Yield the dotted key and the dataclass field of every setting; sections are not settings."""
     for entry in fields(node):
         section = entry.default_factory
         if is_dataclass(section):
@@ -89,12 +89,13 @@ def setting_keys(node: Any = Settings, prefix: str = "") -> Iterator[tuple[str, 
             yield f"{prefix}{entry.name}", entry
 
 
-def _finish(composed: DictConfig) -> Settings:
+def _to_settings(composed: DictConfig) -> Settings:
+    """Return the composed settings as dataclasses. Raises: SettingError that lists every value out of its bounds."""
     settings = OmegaConf.to_object(composed)
     if not isinstance(settings, Settings):
         raise SettingError(
-            "the config does not build on the typed settings; its first lines must be 'defaults: [settings, _self_]'; "
-            "add them"
+            "the config does not start from the typed settings; expected 'defaults: [settings, _self_]' in its first "
+            "lines; add them"
         )
     wrong = []
     for key, entry in setting_keys():
@@ -103,7 +104,7 @@ def _finish(composed: DictConfig) -> Settings:
         for section in sections:
             owner = getattr(owner, section)
         try:
-            setattr(owner, name, _checked(key, getattr(owner, name), entry))
+            setattr(owner, name, _check_value(key, getattr(owner, name), entry))
         except SettingError as error:
             wrong.append(error)
     if wrong:
@@ -111,17 +112,18 @@ def _finish(composed: DictConfig) -> Settings:
     return settings
 
 
-def _checked(key: str, value: Any, entry: Field[Any]) -> Any:
-    """The value, a choice in the spelling of its choices. Raises: SettingError if it is none or out of bounds."""
+def _check_value(key: str, value: Any, entry: Field[Any]) -> Any:
+    """Return the value; a choice comes back as it is spelled in the choices. Raises: SettingError if it is not allowed."""
     choices = entry.metadata["choices"]
     if choices:
-        # YAML turns an unquoted `false` into a boolean before it reaches a choice between words.
+        # YAML turns an unquoted `false` into a boolean, so compare the spellings.
         spelled = str(value).lower()
         spelled = RECIPE_VALUES.get(key, {}).get(spelled, spelled)
         if spelled not in choices:
-            nearest = _nearest(spelled, choices) or entry.default
+            similar = nearest(spelled, choices)
             raise SettingError(
-                f"{key}={value} is none of its choices; wanted one of {', '.join(choices)}; set {key}={nearest}"
+                f"{key}={value} is not allowed; expected one of {', '.join(choices)}; "
+                + (f"set {key}={similar[0]}" if similar else f"set {key} to one of them")
             )
         return spelled
     if isinstance(value, int | float) and not isinstance(value, bool):
@@ -131,46 +133,42 @@ def _checked(key: str, value: Any, entry: Field[Any]) -> Any:
 
 def _check_bounds(key: str, value: float, entry: Field[Any]) -> None:
     lowest, highest = entry.metadata["minimum"], entry.metadata["maximum"]
-    above = lowest is None or value >= lowest
-    below = highest is None or value <= highest
-    if above and below and math.isfinite(value):
+    if (lowest is None or value >= lowest) and (highest is None or value <= highest) and math.isfinite(value):
         return
-    wanted = " and ".join(
-        part
-        for part in (
-            f"at least {lowest}" if lowest is not None else "",
-            f"at most {highest}" if highest is not None else "",
-        )
-        if part
-    )
+    bounds = [f"at least {lowest}"] if lowest is not None else []
+    bounds += [f"at most {highest}"] if highest is not None else []
     raise SettingError(
-        f"{key}={value} is out of bounds ({entry.metadata['doc']}); wanted a finite number"
-        f"{', ' + wanted if wanted else ''}; its default is {key}={_text(entry.default)}"
+        f"{key}={value} is out of bounds; expected a finite number{', ' if bounds else ''}{' and '.join(bounds)}; "
+        f"set for example {key}={_as_typed(entry.default)}, its default. {_meaning(key, entry)}"
     )
 
 
 def _check_config_name(name: str, config_dir: Path) -> None:
     names = config_names(config_dir)
     if name not in names:
-        nearest = _nearest(name, names) or names[0]
+        similar = nearest(name, names)
         raise SettingError(
-            f"there is no config {name!r} in configs/; wanted one of {', '.join(names)}; use --config {nearest}"
+            f"there is no config {name!r} in configs/; expected one of {', '.join(names)}; "
+            + (f"use --config {similar[0]}" if similar else "use --config with one of them")
         )
 
 
-def _check_file(path: Path) -> DictConfig:
+def _read_file(path: Path) -> DictConfig:
+    """Return a YAML file of settings. Raises: SettingError if it cannot be read, or that lists every unknown key in it."""
     try:
         raw = OmegaConf.load(path)
     except (OSError, YAMLError, OmegaConfBaseException, UnicodeDecodeError) as error:
         reason = " ".join(str(error).split())
-        raise SettingError(f"{path} cannot be read: {reason}; wanted a YAML file of settings; mend the file") from error
+        raise SettingError(
+            f"{path} cannot be read: {reason}; expected a YAML file of settings; fix the file"
+        ) from error
     if not isinstance(raw, DictConfig):
-        raise SettingError(f"{path} holds {type(raw).__name__}; wanted sections such as 'env:'; mend the file")
+        raise SettingError(f"{path} holds a list; expected sections such as 'env:'; fix the file")
     wrong = []
     for key in _leaves(OmegaConf.to_container(raw, resolve=False)):
         try:
             if key != "defaults":
-                _check_key(key, f"{key} in {path.name}")
+                _check_key(key, path.name)
         except SettingError as error:
             wrong.append(error)
     if wrong:
@@ -179,6 +177,7 @@ def _check_file(path: Path) -> DictConfig:
 
 
 def _leaves(node: Any, prefix: str = "") -> Iterator[str]:
+    """Yield the dotted key of every value in nested dictionaries."""
     for name, value in node.items():
         key = f"{prefix}{name}"
         if isinstance(value, dict) and key != "defaults":
@@ -187,14 +186,14 @@ def _leaves(node: Any, prefix: str = "") -> Iterator[str]:
             yield key
 
 
-def _parse(overrides: Sequence[str]) -> list[Override]:
-    """The overrides that change a setting. Raises: SettingError with all that is wrong in each of them."""
+def _parse_overrides(overrides: Sequence[str]) -> list[Override]:
+    """Return the overrides that change a setting. Raises: SettingError that lists everything that is wrong in them."""
     parser, blank = OverridesParser.create(), OmegaConf.structured(Settings)
     parsed, wrong = [], []
     for text in overrides:
         try:
-            override = _read(parser, text)
-            if not _asks_for_nothing(override):
+            override = _parse_override(parser, text)
+            if not _is_recipe_default(override):
                 _check_override(override, text, blank)
                 parsed.append(override)
         except SettingError as error:
@@ -204,78 +203,86 @@ def _parse(overrides: Sequence[str]) -> list[Override]:
     return parsed
 
 
-def _read(parser: OverridesParser, text: str) -> Override:
+def _parse_override(parser: OverridesParser, text: str) -> Override:
+    """Return the key and the value of an override. Raises: SettingError if it is not of the form key=value."""
     try:
         override = parser.parse_override(text)
         sweep = override.is_sweep_override()
     except (HydraException, ValueError) as error:
         raise SettingError(
-            f"cannot read {text!r} as a setting; wanted key=value, such as {EXAMPLE}; write key=value, and quote values "
-            "with blanks, commas or brackets: 'env.name=\"a b\"'"
+            f"cannot read {text!r} as a setting; expected key=value, such as {EXAMPLE}; write key=value, and quote a "
+            "value with blanks, commas or brackets: 'env.name=\"a b\"'"
         ) from error
     if not override.key_or_group:
-        raise SettingError(f"{text!r} has no key; wanted key=value; such as {EXAMPLE}")
+        raise SettingError(f"{text!r} has no key; expected key=value; write for example {EXAMPLE}")
     if override.is_add() or override.is_delete() or override.is_force_add() or sweep:
         raise SettingError(
-            f"{text!r} adds, deletes or sweeps; one run has one value for each setting; write key=value, "
+            f"{text!r} adds, deletes or sweeps; expected one value for an existing setting; write key=value, "
             f"such as {EXAMPLE}"
         )
     return override
 
 
-def _asks_for_nothing(override: Override) -> bool:
-    """A key of the recipe that does not exist here, with a value that says what is so here anyway."""
-    wanted = RECIPE_DEFAULTS.get(override.key_or_group)
-    return wanted is not None and _text(override.value()).lower() == wanted
+def _is_recipe_default(override: Override) -> bool:
+    """Return whether an override gives a key of TorchRL's recipe, unknown here, the value that is always used here."""
+    value = RECIPE_DEFAULTS.get(override.key_or_group)
+    return value is not None and _as_typed(override.value()).lower() == value
 
 
 def _check_override(override: Override, text: str, blank: DictConfig) -> None:
-    """Raises: SettingError if its key, or its value as far as it can be told by itself, cannot work."""
+    """Check the key, and the value as far as this is possible without the other settings. Raises: SettingError."""
     key = override.key_or_group
     _check_key(key, text)
     try:
         OmegaConf.update(blank, key, override.value())
         section, _, name = key.rpartition(".")
         if not OmegaConf.is_interpolation(OmegaConf.select(blank, section), name):
-            _checked(key, OmegaConf.select(blank, key), dict(setting_keys())[key])
+            _check_value(key, OmegaConf.select(blank, key), dict(setting_keys())[key])
     except (HydraException, OmegaConfBaseException) as error:
         raise _explain(error, text) from error
 
 
-def _check_key(key: str, met: str) -> None:
-    known = {name: entry.metadata["doc"] for name, entry in setting_keys()}
+def _check_key(key: str, origin: str) -> None:
+    """Check that a key is a setting. `origin` is the override or the file that has it. Raises: SettingError."""
+    known = dict(setting_keys())
     if key in known:
         return
     inside = [name for name in known if name.startswith(f"{key}.")]
     if inside:
-        raise SettingError(f"{key} is a section of settings (met {met}); wanted one key in it; such as {inside[0]}")
+        raise SettingError(
+            f"{key} is a section of settings (in {origin}); expected one of the keys in it; write for example "
+            f"{inside[0]}=VALUE"
+        )
     reason = replacement(key)
     if reason is not None:
-        raise SettingError(f"there is no setting {key} (met {met}), {reason}")
-    nearest = _nearest_key(key, known)
-    raise SettingError(
-        f"there is no setting {key} (met {met}); the nearest is {nearest} ({known[nearest]}); write {nearest}=VALUE "
-        f"or leave it out"
-    )
+        raise SettingError(f"there is no setting {key} (in {origin}), {reason}")
+    similar = _nearest_key(key, known)
+    if similar is None:
+        fix = "remove it, or look for the key in docs/settings.md"
+    else:
+        fix = f"write {similar}=VALUE or remove it. {_meaning(similar, known[similar])}"
+    raise SettingError(f"there is no setting {key} (in {origin}); expected a key of shared/config.py; {fix}")
 
 
-def _nearest_key(key: str, known: Iterable[str]) -> str:
+def _nearest_key(key: str, known: Iterable[str]) -> str | None:
+    """Return the setting that the user probably means, or None if none is near.
+
+    It is a key that is spelled almost the same; otherwise one with the same name in another section; otherwise one with
+    the name as a part, such as world_model_lr for lr; otherwise a similar one.
+    """
     names = list(known)
     last = key.split(".")[-1]
-    by_name = [name for name in names if name.split(".")[-1] == last]
-    by_word = [name for name in names if last in name.split(".")[-1].split("_")]  # lr: world_model_lr
-    found = _nearest(key, names, cutoff=0.85) or _nearest(key, by_name) or _nearest(key, by_word)
-    found = found or _nearest(key, names)
-    return found or names[0]
-
-
-def _nearest(word: str, words: Iterable[str], cutoff: float = 0.0) -> str | None:
-    found = difflib.get_close_matches(word, list(words), n=1, cutoff=cutoff)
-    return found[0] if found else None
+    same_name = [name for name in names if name.split(".")[-1] == last]
+    name_as_part = [name for name in names if last in name.split(".")[-1].split("_")]
+    for candidates, cutoff in ((names, _SAME_SPELLING), (same_name, 0.0), (name_as_part, 0.0), (names, CUTOFF)):
+        similar = nearest(key, candidates, cutoff=cutoff)
+        if similar:
+            return similar[0]
+    return None
 
 
 def _explain(error: Exception, origin: str) -> SettingError:
-    """Hydra wraps OmegaConf's errors; the innermost one knows the key and the value."""
+    """Return a SettingError for an error of Hydra or OmegaConf. The innermost cause knows the key and the value."""
     inner: BaseException = error
     while (below := inner.__cause__ or inner.__context__) is not None and not getattr(inner, "full_key", None):
         inner = below
@@ -283,19 +290,26 @@ def _explain(error: Exception, origin: str) -> SettingError:
     entry = dict(setting_keys()).get(key)
     reason = next((line for line in str(inner).splitlines() if line.strip()), type(inner).__name__)
     if entry is None:
-        return SettingError(f"{origin} does not compose: {reason}; wanted settings of shared/config.py; mend that line")
+        return SettingError(
+            f"{origin} cannot be composed: {reason}; expected settings of shared/config.py; fix that line"
+        )
     return SettingError(
-        f"{key} has a value of the wrong kind: {reason}; wanted {_kind(entry)} ({entry.metadata['doc']}); "
-        f"for example {key}={_text(entry.default)}"
+        f"{key} has a value of the wrong type: {reason}; expected {_type_in_words(entry)}; write for example "
+        f"{key}={_as_typed(entry.default)}. {_meaning(key, entry)}"
     )
 
 
-def _kind(entry: Field[Any]) -> str:
+def _type_in_words(entry: Field[Any]) -> str:
     kind = str(entry.type).removeprefix("Optional[").removesuffix("]")
     names = {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "a word"}
     names["list[str]"] = "a list of words, such as [a,b]"
     return names[kind] + (" or null" if str(entry.type).startswith("Optional[") else "")
 
 
-def _text(value: object) -> str:
+def _as_typed(value: object) -> str:
+    """Return a value as a user types it on the command line."""
     return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def _meaning(key: str, entry: Field[Any]) -> str:
+    return f"Meaning of {key}: {entry.metadata['doc']}"

@@ -1,61 +1,57 @@
-"""Keys of TorchRL's Dreamer recipe and of other trainers that do not exist here, and what took their place.
+"""Keys of TorchRL's Dreamer recipe and of other trainers that are no settings here, and what to use instead.
 
-Somebody who brings a command line from `sota-implementations/dreamer` is told what to write instead. A key that ends in
-a dot stands for everything below it.
+Users paste command lines from TorchRL's `sota-implementations/dreamer`. The error for a key of theirs names its
+replacement. A key that ends in a dot stands for every key of that section.
 """
 
 from __future__ import annotations
 
-_DEVICE = "processes get their devices from launch: use --sim-gpu and --train-gpu"
-_WINDOWS = "the sampler gathers its windows on the train GPU inside the gradient step, so there is nothing to prefetch"
-_EVALUATION = "evaluation runs all the time in some columns of the simulator: see collector.eval_envs"
-_GRAPHS = "there is no such switch: the whole gradient step is compiled with optimization.compile.enabled"
-_VIDEO = "a run records no videos: leave it out"
-_ROLLOUT = "the RSSM is unrolled inside the one gradient step: see optimization.compile.enabled"
+_DEVICE = "choose the devices of the processes with --sim-gpu and --train-gpu"
+_WINDOWS = "remove it: windows are sampled on the train GPU as a part of the gradient step, so nothing is prefetched"
+_EVALUATION = "use collector.eval_envs: some of the environments evaluate all the time"
+_GRAPHS = "use optimization.compile.enabled, which compiles the whole gradient step"
+_VIDEO = "remove it: a run records no videos"
+_ROLLOUT = "use optimization.compile.enabled: the RSSM's steps are a part of the compiled gradient step"
 
 RECIPE_KEYS = {
     "env.device": _DEVICE,
-    "env.image_size": "images are always 64x64, the size the encoder is built for",
-    "env.parallel_env_mode": "environments step in collector.num_collectors worker processes of "
-    "env.n_parallel_envs environments each",
+    "env.image_size": "remove it: images always have 64x64 pixels, because the encoder is built for them",
+    "env.parallel_env_mode": "use collector.num_collectors worker processes of env.n_parallel_envs environments each",
     "collector.device": _DEVICE,
-    "collector.optim_steps_per_collect": "the two processes never wait on a schedule: the share of learning is "
-    "optimization.replay_ratio",
-    "collector.compile.": "acting is one small forward pass for all environments and runs uncompiled, on a GPU as one "
-    "CUDA graph: see collector.cudagraphs",
+    "collector.optim_steps_per_collect": "use optimization.replay_ratio, which paces the two processes",
+    "collector.compile.": "use collector.cudagraphs: the policy is not compiled, but on a GPU it is one CUDA graph",
     "optimization.compile.losses": _GRAPHS,
-    "optimization.actor_value_warmup_steps": "there is no learning-rate warm-up: see optimization.actor_lr "
-    "and optimization.value_lr",
+    "optimization.actor_value_warmup_steps": "use optimization.actor_lr and optimization.value_lr, which are constant",
     "optimization.device": _DEVICE,
     "networks.device": _DEVICE,
     "networks.use_scan": _ROLLOUT,
     "networks.rssm_rollout.": _ROLLOUT,
-    "replay_buffer.device": "set replay_buffer.gpu_storage instead",
-    "replay_buffer.scratch_dir": "the replay lives in the train GPU's or in pinned host memory, never on disk; "
-    "see replay_buffer.gpu_storage",
+    "replay_buffer.device": "use replay_buffer.gpu_storage",
+    "replay_buffer.scratch_dir": "use replay_buffer.gpu_storage: the replay is in the memory of the train GPU or of the "
+    "host, never on the disk",
     "replay_buffer.prefetch": _WINDOWS,
     "logger.eval_every": _EVALUATION,
     "logger.eval_rollout_steps": _EVALUATION,
     "logger.eval_num_envs": _EVALUATION,
-    "logger.exp_name": "a run is named by its folder: pass --run-dir runs/NAME",
+    "logger.exp_name": "use --run-dir runs/NAME: the name of a run is the name of its folder",
     "logger.video": _VIDEO,
     "logger.video_skip": _VIDEO,
-    "profiling.": "attach py-spy or Nsight Systems to the running process instead: both processes have names and pids "
-    "in logs/launch.jsonl",
+    "profiling.": "remove it, and attach py-spy or Nsight Systems to a running process; logs/launch.jsonl has the pids",
 }
 
-# What other trainers call things, in whatever section.
-_RATIO = "the share of learning is optimization.replay_ratio, replayed agent steps per collected agent step"
+# Names that other trainers use, in any section.
+_RATIO = "use optimization.replay_ratio: replayed agent steps per collected agent step"
 OTHER_WORDS = {
-    "total_frames": "a run's length is optimization.total_optim_steps, counted in gradient steps; how many frames they "
-    "take follows from optimization.replay_ratio",
+    "total_frames": "use optimization.total_optim_steps, the length of a run in gradient steps; "
+    "optimization.replay_ratio determines how many frames that takes",
     "train_every": _RATIO,
     "train_ratio": _RATIO,
     "utd_ratio": _RATIO,
     "exp_name": RECIPE_KEYS["logger.exp_name"],
 }
 
-# Values of such keys that ask for what is so anyway; their keys may be given.
+# Values of keys above that describe how every run works here. A pasted command line may contain them: they are accepted
+# and ignored.
 RECIPE_DEFAULTS = {
     "env.image_size": "64",
     "collector.compile.enabled": "false",
@@ -66,14 +62,14 @@ RECIPE_DEFAULTS = {
     "profiling.collector.enabled": "false",
 }
 
-# Values the recipe knows and what they are called here, in the spelling of a choice.
+# For settings that exist in both: values of the recipe, and the choice that means the same here.
 RECIPE_VALUES = {"optimization.autocast": {"true": "bfloat16"}}
 
 
 def replacement(key: str) -> str | None:
-    """Who has a key that does not exist here, and what took its place; None for a key that nobody is known to have."""
+    """Return the end of an error message about a key that another trainer has; None if the key is not known."""
     for known, text in RECIPE_KEYS.items():
         if key == known or (known.endswith(".") and (key + ".").startswith(known)):
-            return f"though TorchRL's recipe has it; wanted a key that exists here; {text}"
+            return f"although TorchRL's recipe has it; expected a setting of Tandem; {text}"
     text = OTHER_WORDS.get(key.split(".")[-1])
-    return None if text is None else f"though other trainers have it; wanted a key that exists here; {text}"
+    return None if text is None else f"although other trainers have it; expected a setting of Tandem; {text}"

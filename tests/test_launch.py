@@ -61,7 +61,7 @@ def _assert_nothing_is_left(run: Path) -> None:
 REFUSED: dict[str, tuple[list[str], list[str]]] = {
     "unknown key": (["env.nmae=walker"], ["env.nmae", "env.name"]),
     "key without its section": (["batch_size=300"], ["batch_size", "replay_buffer.batch_size"]),
-    "key of the published recipe": (["replay_buffer.prefetch=16"], ["replay_buffer.prefetch", "nothing to prefetch"]),
+    "key of TorchRL's recipe": (["replay_buffer.prefetch=16"], ["replay_buffer.prefetch", "nothing is prefetched"]),
     "recipe section": (["profiling.enabled=true"], ["profiling.enabled", "py-spy"]),
     "section as key": (["env=cheetah"], ["env is a section", "env.backend"]),
     "wrong type": (["env.seed=abc"], ["env.seed", "abc", "whole number"]),
@@ -77,7 +77,7 @@ REFUSED: dict[str, tuple[list[str], list[str]]] = {
     "option without value": (["--config"], ["--config", "--help"]),
     "GPU that is no number": (["--sim-gpu", "first"], ["--sim-gpu", "'first'"]),
     "negative GPU": (["--train-gpu", "-1"], ["--train-gpu -1", "expected an index"]),
-    "all columns evaluate": (["collector.eval_envs=8"], ["collector.eval_envs=8", "below 8"]),
+    "all columns evaluate": (["collector.eval_envs=8"], ["collector.eval_envs=8", "fewer than 8"]),
     "broken windows": (["replay_buffer.batch_size=500"], ["batch_size=500", "batch_size=496"]),
     "ring too short": (["replay_buffer.buffer_size=300"], ["buffer_size=300", "at least 320"]),
     "prefill too short": (["collector.init_random_frames=1", "replay_buffer.batch_length=32"], ["at least 256"]),

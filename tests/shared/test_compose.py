@@ -1,7 +1,8 @@
-"""Composition: configs over typed defaults, overrides on top, one explained error for whatever is wrong."""
+"""Settings are composed from defaults, a config and overrides, and every error in them is explained."""
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -18,12 +19,12 @@ def test_the_default_config_is_the_dataclass_defaults() -> None:
 
 
 @pytest.mark.parametrize("name", config_names())
-def test_every_config_composes_and_fits_itself(name: str) -> None:
+def test_every_config_composes_and_its_settings_fit_each_other(name: str) -> None:
     settings = compose(name)
     check_settings(settings)
 
 
-def test_isaaclab_has_the_numbers_of_the_published_table() -> None:
+def test_isaaclab_has_the_numbers_that_its_documentation_states() -> None:
     settings = compose("isaaclab")
     replay, collector = settings.replay_buffer, settings.collector
     assert (settings.env.num_envs, collector.frames_per_batch, collector.init_random_frames) == (4096, 204_800, 204_800)
@@ -31,7 +32,7 @@ def test_isaaclab_has_the_numbers_of_the_published_table() -> None:
     assert settings.networks.continue_head and not settings.env.from_pixels
 
 
-def test_overrides_are_read_as_users_type_them() -> None:
+def test_overrides_change_the_settings_of_the_config() -> None:
     settings = compose(
         "dm_control",
         ["env.name=walker", "env.task=walk", "optimization.autocast=false", "optimization.replay_ratio=null"],
@@ -42,12 +43,12 @@ def test_overrides_are_read_as_users_type_them() -> None:
 
 
 @pytest.mark.parametrize("spelling", ["false", "False", '"false"'])
-def test_a_choice_between_words_may_be_the_word_that_yaml_takes_for_a_boolean(spelling: str) -> None:
+def test_a_choice_may_be_a_word_that_yaml_reads_as_a_boolean(spelling: str) -> None:
     assert compose("dm_control", [f"optimization.autocast={spelling}"]).optimization.autocast == "false"
 
 
 @pytest.mark.parametrize("spelling", ["true", "True", '"true"'])
-def test_autocast_true_is_bfloat16_as_in_the_published_recipe(spelling: str, tmp_path: Path) -> None:
+def test_autocast_true_means_bfloat16_as_in_torchrls_recipe(spelling: str, tmp_path: Path) -> None:
     settings = compose("quickstart", [f"optimization.autocast={spelling}"])
     assert settings.optimization.autocast == "bfloat16"
     text = f"defaults: [settings, _self_]\noptimization:\n  autocast: {spelling}\n"
@@ -55,13 +56,13 @@ def test_autocast_true_is_bfloat16_as_in_the_published_recipe(spelling: str, tmp
     assert compose("mine", config_dir=tmp_path).optimization.autocast == "bfloat16"
 
 
-def test_a_number_is_converted_to_its_field_and_the_last_override_wins() -> None:
+def test_a_number_gets_the_type_of_its_setting_and_the_last_override_wins() -> None:
     settings = compose("quickstart", ["optimization.world_model_lr=1", "env.seed=3", "env.seed=4"])
     assert type(settings.optimization.world_model_lr) is float
     assert settings.env.seed == 4
 
 
-def test_saved_settings_load_as_they_were(tmp_path: Path) -> None:
+def test_saved_settings_load_unchanged(tmp_path: Path) -> None:
     settings = compose("quickstart", ["optimization.replay_ratio=null", "env.seed=11"])
     save_settings(settings, tmp_path / "config.yaml")
     assert load_settings(tmp_path / "config.yaml") == settings
@@ -96,7 +97,7 @@ WRONG = {
 
 
 @pytest.mark.parametrize("override", WRONG)
-def test_a_wrong_override_is_one_setting_error_that_names_it(override: str, tmp_path: Path) -> None:
+def test_a_wrong_override_is_explained_in_one_setting_error(override: str, tmp_path: Path) -> None:
     save_settings(Settings(), tmp_path / "config.yaml")
     for attempt in (
         lambda: compose("dm_control", [override]),
@@ -109,16 +110,16 @@ def test_a_wrong_override_is_one_setting_error_that_names_it(override: str, tmp_
 
 
 @pytest.mark.parametrize("key", RECIPE_KEYS)
-def test_a_key_of_the_published_recipe_is_told_what_replaces_it(key: str) -> None:
+def test_the_error_for_a_key_of_torchrls_recipe_names_its_replacement(key: str) -> None:
     known = {name for name, _ in setting_keys()}
-    assert key not in known, "a key that exists needs no replacement"
+    assert key not in known, "an existing key must not have a replacement"
     with pytest.raises(SettingError, match="TorchRL's recipe") as caught:
         compose("dm_control", [f"{key.rstrip('.')}{'.enabled' if key.endswith('.') else ''}=1"])
     assert RECIPE_KEYS[key] in str(caught.value)
 
 
 @pytest.mark.parametrize(
-    ("override", "mend"),
+    ("override", "fix"),
     [
         ("collector.total_frames=1000", "optimization.total_optim_steps"),
         ("total_frames=1000", "optimization.total_optim_steps"),
@@ -127,14 +128,14 @@ def test_a_key_of_the_published_recipe_is_told_what_replaces_it(key: str) -> Non
         ("logger.exp_name=x", "--run-dir"),
     ],
 )
-def test_a_key_that_other_trainers_have_is_told_what_does_its_work(override: str, mend: str) -> None:
+def test_the_error_for_a_key_of_other_trainers_names_its_replacement(override: str, fix: str) -> None:
     with pytest.raises(SettingError, match="there is no setting") as caught:
         compose("dm_control", [override])
-    assert mend in str(caught.value) and "nearest" not in str(caught.value)
+    assert fix in str(caught.value) and "Meaning of" not in str(caught.value)
 
 
 @pytest.mark.parametrize(("key", "value"), RECIPE_DEFAULTS.items())
-def test_a_recipe_default_that_holds_here_anyway_is_accepted_and_another_value_refused(
+def test_a_recipe_key_is_accepted_with_the_value_that_is_always_used_here_and_refused_with_another(
     key: str, value: str, tmp_path: Path
 ) -> None:
     save_settings(Settings(), tmp_path / "config.yaml")
@@ -155,7 +156,7 @@ SEVERAL_WRONG = {
 }
 
 
-def test_several_wrong_overrides_are_told_together_each_on_a_line_with_its_mend(tmp_path: Path) -> None:
+def test_several_wrong_overrides_are_listed_in_one_error_with_a_fix_on_each_line(tmp_path: Path) -> None:
     save_settings(Settings(), tmp_path / "config.yaml")
     overrides = ["env.task=walk", *SEVERAL_WRONG]
     for attempt in (
@@ -166,11 +167,11 @@ def test_several_wrong_overrides_are_told_together_each_on_a_line_with_its_mend(
             attempt()
         head, *lines = str(caught.value).splitlines()
         assert head == "6 settings cannot work:"
-        for (override, mend), line in zip(SEVERAL_WRONG.items(), lines, strict=True):
-            assert override.split("=")[0] in line and mend in line
+        for (override, fix), line in zip(SEVERAL_WRONG.items(), lines, strict=True):
+            assert override.split("=")[0] in line and fix in line
 
 
-def test_several_wrong_keys_and_values_of_a_file_are_told_together(tmp_path: Path) -> None:
+def test_several_wrong_keys_or_values_of_a_file_are_listed_in_one_error(tmp_path: Path) -> None:
     text = "defaults: [settings, _self_]\nenv:\n  {}\noptimization:\n  {}\n"
     for first, second in (("nmae: walker", "gama: 0.9"), ("seed: -1", "gamma: 1.5")):
         (tmp_path / "mine.yaml").write_text(text.format(first, second))
@@ -181,9 +182,7 @@ def test_several_wrong_keys_and_values_of_a_file_are_told_together(tmp_path: Pat
         assert first.split(":")[0] in lines[0] and second.split(":")[0] in lines[1]
 
 
-def test_every_key_that_a_replacement_names_exists() -> None:
-    import re
-
+def test_every_setting_that_a_replacement_names_exists() -> None:
     known = {name for name, _ in setting_keys()}
     sections = {name.split(".")[0] for name in known}
     texts = [*RECIPE_KEYS.values(), *OTHER_WORDS.values()]
@@ -193,9 +192,20 @@ def test_every_key_that_a_replacement_names_exists() -> None:
     assert named <= known
 
 
-def test_an_unknown_config_is_answered_with_the_nearest() -> None:
-    with pytest.raises(SettingError, match=r"no config 'quickstat'.*use --config quickstart$"):
+def test_the_error_for_an_unknown_config_suggests_the_nearest() -> None:
+    with pytest.raises(
+        SettingError, match=r"no config 'quickstat' in configs/; expected one of .*; use --config quickstart$"
+    ):
         compose("quickstat")
+
+
+@pytest.mark.parametrize(
+    ("config", "override"),
+    [("xyzzy", "env.seed=1"), ("quickstart", "xyzzy.plugh=1"), ("quickstart", "collector.mode=xyzzy")],
+)
+def test_nothing_is_suggested_that_is_not_near(config: str, override: str) -> None:
+    with pytest.raises(SettingError, match=r"(with one of them|remove it, or look|to one of them)[^=]*$"):
+        compose(config, [override])
 
 
 @pytest.mark.parametrize(
@@ -208,7 +218,7 @@ def test_an_unknown_config_is_answered_with_the_nearest() -> None:
         ("- env\n", ["mine.yaml", "sections"]),
     ],
 )
-def test_a_wrong_config_file_is_one_setting_error(text: str, parts: list[str], tmp_path: Path) -> None:
+def test_a_wrong_config_file_is_explained_in_one_setting_error(text: str, parts: list[str], tmp_path: Path) -> None:
     (tmp_path / "mine.yaml").write_text(text)
     with pytest.raises(SettingError) as caught:
         compose("mine", config_dir=tmp_path)
@@ -216,6 +226,6 @@ def test_a_wrong_config_file_is_one_setting_error(text: str, parts: list[str], t
         assert part in str(caught.value)
 
 
-def test_a_word_where_a_list_is_wanted_is_told_how_to_write_one():
+def test_the_error_for_a_word_instead_of_a_list_shows_how_to_write_a_list() -> None:
     with pytest.raises(SettingError, match=r"env\.obs_groups.*a list of words, such as \[a,b\]"):
         compose("quickstart", ["env.obs_groups=policy"])
