@@ -102,11 +102,8 @@ def test_every_message_in_troubleshooting_is_one_that_the_code_writes() -> None:
 
 def _messages() -> list[str]:
     """Return the text of every string in the code, with a gap for each value that it is filled with."""
-    sources = [
-        path
-        for package in ("launcher", "shared", "collector_proc", "learner_proc")
-        for path in (REPO / package).rglob("*.py")
-    ]
+    packages = ("launcher", "shared", "collector_proc", "learner_proc")
+    sources = [REPO / "launch.py", *(path for package in packages for path in (REPO / package).rglob("*.py"))]
     found = []
     for node in (node for path in sources for node in ast.walk(ast.parse(path.read_text()))):
         if isinstance(node, ast.JoinedStr):
