@@ -25,6 +25,7 @@ import torch.multiprocessing as multiprocessing
 from tensordict import TensorDict
 
 from collector_proc.writer import ChunkWriter
+from learner_proc.handshake import Handshake
 from learner_proc.link import CollectorLink
 from learner_proc.pacing import MAX_GRANTED
 from learner_proc.replay import Replay
@@ -114,29 +115,38 @@ class _Ring:
     def __init__(self, shape: ChunkShape, device: torch.device) -> None:
         self._sockets, self._shape, self._device = make_socket_dir(), shape, device
         self._link = CollectorLink(
-            self._sockets, run_id="benchmark", num_envs=shape.num_envs, allocate=self._allocate,
-            random_frames=lambda: 0, agent_steps=lambda: 0, log=_QUIET,
-        )  # fmt: skip
+            self._sockets,
+            Handshake(
+                run_id="benchmark",
+                num_envs=shape.num_envs,
+                allocate=self._allocate,
+                random_frames=lambda: 0,
+                agent_steps=lambda: 0,
+            ),
+            check_sums=False,
+            log=_QUIET,
+        )
         self._child = _start(_send_to_ring, shape, str(self._sockets), str(device))
         self._taken = self._row = 0
         self._descriptor: int | None = None
         end = time.monotonic() + SECONDS
-        while not self._link.streaming:
+        while self._link.streaming is None:
             _check(self._child, end)
             self._serve()  # the chunk granted after the self-test may arrive in the same call
             self._link.wait(0.01)
 
     @property
     def views(self) -> TensorDict:
-        assert self._link.replay is not None
-        return self._link.replay.views
+        assert self._link.shared is not None
+        return self._link.shared.replay.views
 
     def take(self, chunks: int) -> int:
         end = time.monotonic() + SECONDS
         while self._taken < chunks:
-            assert self._link.replay is not None
-            while self._link.replay.num_granted < min(MAX_GRANTED, chunks - self._taken):
-                self._link.grant()
+            streaming = self._link.streaming
+            assert streaming is not None, "the sender has disconnected"
+            while streaming.shared.replay.num_granted < min(MAX_GRANTED, chunks - self._taken):
+                streaming.grant()
             if not self._serve():
                 _check(self._child, end)
                 self._link.wait(0.01)
@@ -144,13 +154,11 @@ class _Ring:
         return self._row
 
     def _serve(self) -> bool:
-        commits = self._link.poll()
-        for commit in commits:
-            assert self._link.replay is not None
-            self._link.replay.commit(commit.row)
-            self._row, self._taken = commit.row, self._taken + 1
+        chunks = self._link.poll()
+        for chunk in chunks:
+            self._row, self._taken = chunk.commit.row, self._taken + 1
         self._link.flush()
-        return bool(commits)
+        return bool(chunks)
 
     def close(self) -> None:
         self._link.close()

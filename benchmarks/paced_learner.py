@@ -10,10 +10,11 @@ from __future__ import annotations
 
 import sys
 import time
-from pathlib import Path
+from typing import Any
 
 from learner_proc import __main__ as entry
-from learner_proc import learn
+from learner_proc import learn, waiting
+from shared.process import Process
 
 LEDGER_S = 0.02
 
@@ -21,27 +22,27 @@ LEDGER_S = 0.02
 class PacedLearner(learn.Learner):
     """Checks for the file every 20 ms, in the call in which the learner shows its status."""
 
-    def __init__(self, *args, run_dir: Path, **kwargs) -> None:
-        super().__init__(*args, run_dir=run_dir, **kwargs)
-        self._no_steps, self._paused = run_dir / "no_steps", False
-        self._ledger, self._wrote_at = (run_dir / "ledger.txt").open("w", buffering=1), 0.0
+    def __init__(self, process: Process, **parts: Any) -> None:
+        super().__init__(process, **parts)
+        self._no_steps, self._paused = process.run_dir / "no_steps", False
+        self._ledger, self._wrote_at = (process.run_dir / "ledger.txt").open("w", buffering=1), 0.0
 
-    def _may_step(self) -> bool:
-        return not self._paused and super()._may_step()
+    def may_step(self) -> bool:
+        return not self._paused and super().may_step()
 
-    def _show_status(self) -> None:
-        super()._show_status()
+    def show_status(self) -> None:
+        super().show_status()
         now = time.monotonic()
         if now - self._wrote_at < LEDGER_S:
             return
         self._wrote_at, self._paused = now, self._no_steps.exists()
-        steps, frames = self.counters.gradient_steps, self._pacing.collected
+        steps, frames = self.counters.gradient_steps, self.pacing.collected
         self._ledger.write(f"{now:.4f} {steps} {frames} {time.process_time():.4f} {self._paused:d}\n")
 
 
 def main() -> int:
     """Run the learner process with the paced learner."""
-    learn.Learner = PacedLearner
+    waiting.Learner = PacedLearner
     return entry.main()
 
 

@@ -14,6 +14,7 @@ import torch
 
 from benchmarks.provenance import REPO
 from launcher.run_folder import create_run_folder
+from learner_proc.handshake import Handshake
 from learner_proc.link import CollectorLink
 from learner_proc.pacing import MAX_GRANTED
 from learner_proc.publisher import Publisher
@@ -63,9 +64,17 @@ class LearnerEnd:
         write_json(self._lock.folder.run_json, {"run_id": "benchmark", "socket_dir": str(self._sockets)})
         save_settings(settings, self._lock.folder.config)
         self.link = CollectorLink(
-            self._sockets, run_id="benchmark", num_envs=self.geometry.num_envs, allocate=self._allocate,
-            random_frames=lambda: 0, agent_steps=lambda: 0, log=configure(self.run_dir, "learner"),
-        )  # fmt: skip
+            self._sockets,
+            Handshake(
+                run_id="benchmark",
+                num_envs=self.geometry.num_envs,
+                allocate=self._allocate,
+                random_frames=lambda: 0,
+                agent_steps=lambda: 0,
+            ),
+            check_sums=False,
+            log=configure(self.run_dir, "learner"),
+        )
         self._output = (self.run_dir / "collector.out").open("w")
         command = [sys.executable, "-m", module, "--run-dir", str(self.run_dir), "--device", device]
         environment = dict(os.environ, OMP_NUM_THREADS=str(torch.get_num_threads()))
@@ -87,15 +96,14 @@ class LearnerEnd:
 
     def _start(self) -> None:
         end = time.monotonic() + START_S
-        while not self.link.streaming:
+        while self.link.streaming is None:
             self._check(end)
             self.serve(grant=False)
             self.link.wait(0.01)
-        assert self.link.spec is not None
         torch.manual_seed(self.settings.env.seed)
-        policy = Policy(self.link.spec, self.settings.networks).to(self.device)
+        policy = Policy(self.link.streaming.shared.spec, self.settings.networks).to(self.device)
         self.publisher = Publisher(policy, socket_dir=self._sockets, run_id="benchmark")
-        self.publisher.publish()
+        self.publisher.publish(step=0)
         self.run_chunks(1)  # takes the chunk granted after the self-test; caches are warm afterwards
 
     def close(self) -> None:
@@ -117,16 +125,14 @@ class LearnerEnd:
     @property
     def replay(self) -> Replay:
         """Return the replay that the collector writes to."""
-        assert self.link.replay is not None
-        return self.link.replay
+        assert self.link.shared is not None
+        return self.link.shared.replay
 
     def serve(self, *, grant: bool = True) -> list[Commit]:
         """Do one pass of the learner's loop without a gradient step: take commits, and grant the next chunks."""
-        commits = self.link.poll()
-        for commit in commits:
-            self.replay.commit(commit.row)
-        while grant and self.link.streaming and self.replay.num_granted < MAX_GRANTED:
-            self.link.grant()
+        commits = [chunk.commit for chunk in self.link.poll()]
+        while grant and self.link.streaming is not None and self.replay.num_granted < MAX_GRANTED:
+            self.link.streaming.grant()
         self.link.flush()
         if self.publisher is not None:
             self.publisher.flush()

@@ -75,7 +75,7 @@ def measure_latency(*, device: str, pushes: int, step_s: float, envs: int, ticks
             commits = end.serve()
             if time.monotonic() >= due and len(published) < pushes:
                 began = time.monotonic()
-                end.publisher.publish()
+                end.publisher.publish(step=0)
                 published[end.publisher.version] = began
                 due = began + 0.013  # no multiple of the time of a tick or a pass
             end.replay.sample(50, ticks)

@@ -8,7 +8,6 @@ import sys
 from pathlib import Path
 
 from shared.errors import SettingError, TransportError
-from shared.geometry import Geometry
 from shared.lifetime import ExitCode
 from shared.process import start_process
 from shared.run_folder import remove_socket_dir
@@ -26,8 +25,8 @@ def main() -> int:
 
     import torch  # after the stop flag is installed, because it takes seconds in which a signal may arrive
 
-    from learner_proc.learn import Learner
     from learner_proc.startup import keep_freed_memory
+    from learner_proc.waiting import WaitingLearner
 
     if "OMP_NUM_THREADS" in os.environ:
         torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
@@ -40,11 +39,9 @@ def main() -> int:
     made_socket_dir = not Path(run.socket_dir).exists()  # launch removes its own; run alone, this process makes one
     Path(run.socket_dir).mkdir(mode=0o700, exist_ok=True)
     try:
-        learner = Learner(
-            settings, Geometry.of(settings), run, run_dir=arguments.run_dir,
-            device=torch.device(arguments.device), progress=progress, stop=process.stop, log=log, resume=arguments.resume,
-        )  # fmt: skip
-        learner.run()
+        learner = WaitingLearner(process, device=torch.device(arguments.device), resume=arguments.resume).run()
+        if learner is not None:  # None: the process was asked to stop
+            learner.run()
         return ExitCode.FINISHED
     except SettingError as error:
         log.error("refused", error=str(error))

@@ -1,242 +1,158 @@
-"""The learner's end of the collector's socket: one incarnation at a time, from hello to obituary.
+"""The learner's end of the collector's socket. It serves one collector at a time, from its connection to its disconnect.
 
-nobody --connect--> greeting --Hello / Welcome + slab--> testing --SelfTest / first Grant--> streaming
-   ^------------------------------- end of file: its grants return to the replay -------------------'
+no collector --connects--> Greeting --Hello / Welcome + slab--> Testing --SelfTest / first Grant--> Streaming
+   ^------------------- the collector disconnects or is refused: its grants return to the replay -------'
+
+A text on an arrow names the message that the learner receives and, after the slash, the answer that it sends.
 """
 
 from __future__ import annotations
 
+import itertools
 import time
-from collections import deque
-from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
-
-from learner_proc.replay import Replay
-from shared.checksum import checksum
+from learner_proc.handshake import Greeting, Handshake, Refused, SharedReplay, Testing, check_self_test
+from learner_proc.streaming import Chunk, Streaming
 from shared.errors import TransportError
-from shared.handover import Channel, Disconnected, export_cuda_slab, listen
-from shared.messages import PROTOCOL, Commit, Grant, Hello, Refusal, SelfTest, Welcome
-from shared.stream import StreamSpec
+from shared.handover import Channel, Disconnected, listen
+from shared.messages import Commit, Hello, Message, Refusal, SelfTest
 
-GREETING_S = 30.0  # a connection that has not said hello by then is closed
+if TYPE_CHECKING:
+    from structlog.typing import FilteringBoundLogger
+
+GREETING_S = 30.0  # a connection that has sent no hello by then is closed
+MAX_REASON_CHARS = 2000
 
 
 class CollectorLink:
-    """Serves one collector at a time without ever blocking the gradient step.
-
-    allocate: called with the first hello's stream spec; makes the replay and returns it with its memfd (None on a GPU).
-    random_frames, agent_steps: what the next incarnation is told (rows still to be acted at random; steps so far).
-    """
+    """Serves one collector after the other without ever blocking the gradient step."""
 
     def __init__(
-        self,
-        socket_dir: str | Path,
-        *,
-        run_id: str,
-        num_envs: int,
-        allocate: Callable[[StreamSpec], tuple[Replay, int | None]],
-        random_frames: Callable[[], int],
-        agent_steps: Callable[[], int],
-        log,
+        self, socket_dir: str | Path, handshake: Handshake, *, check_sums: bool, log: FilteringBoundLogger
     ) -> None:
+        """Open the socket. check_sums: compare the checksum of every chunk with its commit."""
         self._listener = listen(socket_dir)
-        self._run_id, self._num_envs, self._allocate, self._log = run_id, num_envs, allocate, log
-        self._random_frames, self._agent_steps = random_frames, agent_steps
-        self._channel: Channel | None = None
-        self._state, self._since = "nobody", 0.0
-        self._fd: int | None = None
-        self._seq = 0
-        self._test_row = 0
-        self._sent: deque[Grant] = deque()
-        self._unsent: deque[tuple[Grant, torch.cuda.Event | None]] = deque()
-        self.spec: StreamSpec | None = None
-        self.replay: Replay | None = None
-        self.incarnation = -1
-        self.num_greeted = 0  # incarnations that were sent the slab
-        self.num_dropped = 0  # malformed or out of place
+        self._handshake, self._check_sums, self._log = handshake, check_sums, log
+        self._collector: Greeting | Testing | Streaming | None = None
+        self._sequence = itertools.count(1)
+        self.incarnation = -1  # of the collector that was welcomed last
+        self.num_welcomed = 0  # collectors that were sent the slab
+        self.num_dropped = 0  # messages that were malformed or not expected
         self.bandwidth = 0.0  # bytes/s of the last self-test
 
     @property
-    def streaming(self) -> bool:
-        return self._state == "streaming"
+    def streaming(self) -> Streaming | None:
+        """The grants and commits of the present collector; None while no collector streams."""
+        return self._collector if isinstance(self._collector, Streaming) else None
 
-    def poll(self) -> list[Commit]:
-        """Every commit that has arrived; accepts, greets and tests a newcomer on the way. Never blocks."""
-        commits: list[Commit] = []
-        if self._channel is not None:
-            try:
-                while self._channel is not None and (received := self._channel.receive()) is not None:
-                    self._take(received[0], commits)
-            except Disconnected:
-                if commits:
-                    return commits  # they count before the obituary, which the next poll will read again
-                self._lose()
-        if self._state == "greeting" and time.monotonic() - self._since > GREETING_S:
+    @property
+    def shared(self) -> SharedReplay | None:
+        """The replay; None until the first collector has sent a valid hello."""
+        return self._handshake.shared
+
+    def poll(self) -> list[Chunk]:
+        """Return every chunk that was committed since the last call.
+
+        Also accepts connections, answers hellos and self-tests, and notices disconnects. Never blocks.
+        """
+        chunks: list[Chunk] = []
+        try:
+            while self._collector is not None and (received := self._collector.channel.receive()) is not None:
+                chunk = self._handle(self._collector, received[0])
+                if chunk is not None:
+                    chunks.append(chunk)
+        except Disconnected:
+            if chunks:
+                return chunks  # the caller counts them first; the next poll reads the end of file again
+            self._lose()
+        if isinstance(self._collector, Greeting) and time.monotonic() - self._collector.since > GREETING_S:
             self._lose()
         self._accept()
-        return commits
-
-    def grant(self, version: int = 0) -> None:
-        """Take K rows from the replay and send them to the collector once the GPU has passed this point.
-
-        version: the policy that must be adopted first (lockstep), 0 for none.
-        """
-        assert self.replay is not None and self.streaming
-        grant = Grant(self._next_seq(), self.replay.grant(), version)
-        event = None
-        if self.replay.device.type == "cuda":  # queued steps may still sample these rows
-            event = torch.cuda.Event()
-            event.record()
-        self._unsent.append((grant, event))
-        self.flush()
+        return chunks
 
     def flush(self) -> None:
-        """Send every grant whose event has passed, as far as the socket has room. Never waits.
-
-        A collector that is gone is noticed by `poll`, after the commits it left in the socket were read.
-        """
-        try:
-            while self._unsent and (self._unsent[0][1] is None or self._unsent[0][1].query()):
-                if self._channel is None or not self._channel.try_send(self._unsent[0][0]):
-                    return
-                self._sent.append(self._unsent.popleft()[0])
-        except Disconnected:
-            self._log.warning("grant not sent: the collector is gone", incarnation=self.incarnation)
+        """Send the grants that are ready, if a collector streams. Never waits."""
+        if self.streaming is not None:
+            self.streaming.flush()
 
     def wait(self, timeout_s: float) -> None:
-        """Sleep until the collector says something, at most `timeout_s` seconds."""
-        if self._channel is not None:
-            self._channel.wait(timeout_s)
+        """Sleep until a message from the collector arrives, at most `timeout_s` seconds."""
+        if self._collector is not None:
+            self._collector.channel.wait(timeout_s)
         else:
             time.sleep(timeout_s)
 
     def close(self) -> None:
-        if self._channel is not None:
-            self._channel.close()
+        if self._collector is not None:
+            self._collector.channel.close()
         self._listener.close()
 
     def _accept(self) -> None:
+        """Take a waiting connection, or refuse it while another collector is connected."""
         try:
             sock, _ = self._listener.accept()
         except BlockingIOError:
             return
-        newcomer = Channel(sock)
-        if self._channel is not None:
-            self._refuse(
-                newcomer, f"collector incarnation {self.incarnation} is connected; wanted one at a time; stop it first"
-            )
+        channel = Channel(sock)
+        if self._collector is None:
+            self._collector = Greeting(channel, time.monotonic())
             return
-        self._channel, self._state, self._since = newcomer, "greeting", time.monotonic()
-
-    def _take(self, message: object, commits: list[Commit]) -> None:
-        if isinstance(message, Hello) and self._state == "greeting":
-            self._welcome(message)
-        elif isinstance(message, SelfTest) and self._state == "testing":
-            self._check_self_test(message)
-        elif isinstance(message, Commit) and self.streaming and self._sent and message.seq == self._sent[0].seq:
-            self._sent.popleft()
-            commits.append(message)
-        else:
-            self.num_dropped += 1
-            self._log.warning("message dropped", kind=type(message).__name__, state=self._state)
-
-    def _welcome(self, hello: Hello) -> None:
-        reason = self._objection(hello)
-        if reason is not None:
-            assert self._channel is not None
-            self._refuse(self._channel, reason)
-            self._lose()
-            return
-        spec = StreamSpec.from_dict(hello.spec)
-        if self.replay is None:
-            self.spec = spec
-            self.replay, self._fd = self._allocate(spec)
-        replay = self.replay
-        self.incarnation = hello.incarnation
-        self._test_row = replay.grant()
-        if replay.device.type == "cuda":
-            torch.cuda.current_stream(
-                replay.device
-            ).synchronize()  # the pattern is about to be written; restarts are rare
-        uuid, handle = ("", []) if self._fd is not None else export_cuda_slab(replay.slab)
-        welcome = Welcome(
-            transport="memfd" if self._fd is not None else "cuda_ipc",
-            num_bytes=replay.slab.numel(),
-            capacity=replay.layout.capacity,
-            uuid=uuid,
-            handle=handle,
-            test_row=self._test_row,
-            random_frames=self._random_frames(),
-            agent_steps=self._agent_steps(),
+        self._refuse(
+            channel,
+            f"a second collector connected while incarnation {self.incarnation} is connected; expected one at a time; "
+            "stop the other one first",
         )
-        assert self._channel is not None
-        self._channel.send(welcome, () if self._fd is None else (self._fd,), deadline_s=1.0)  # the first: there is room
-        self._state = "testing"
-        self.num_greeted += 1
-        self._log.info("collector greeted", incarnation=hello.incarnation, pid=hello.pid, transport=welcome.transport)
+        channel.close()
 
-    def _objection(self, hello: Hello) -> str | None:
-        if hello.protocol != PROTOCOL:
-            return f"protocol {hello.protocol}, wanted {PROTOCOL}; both processes must come from one checkout"
-        if hello.run_id != self._run_id:
-            return f"run {hello.run_id}, wanted {self._run_id}; give both processes the same --run-dir"
+    def _handle(self, collector: Greeting | Testing | Streaming, message: Message) -> Chunk | None:
+        """Act on one message; return the chunk if it commits one. A message that is not expected is dropped."""
         try:
-            spec = StreamSpec.from_dict(hello.spec)
-        except ValueError as error:
-            return str(error)
-        if spec.num_envs != self._num_envs:
-            return (
-                f"{spec.num_envs} environments, wanted {self._num_envs} as the settings say; mend the simulator backend"
-            )
-        if self.spec is not None and spec != self.spec:
-            return (
-                f"stream {spec.to_dict()}, wanted {self.spec.to_dict()} as at the first hello; start a new run for it"
-            )
+            if isinstance(collector, Streaming) and isinstance(message, Commit) and collector.expects(message):
+                return collector.take(message)
+            if isinstance(collector, Greeting) and isinstance(message, Hello):
+                self._collector = self._welcome(collector, message)
+            elif isinstance(collector, Testing) and isinstance(message, SelfTest):
+                self._collector = self._start_streaming(collector, message)
+            else:
+                self.num_dropped += 1
+                self._log.warning("message dropped", kind=type(message).__name__, state=type(collector).__name__)
+        except Refused as refused:
+            self._refuse(collector.channel, str(refused))
+            self._lose()
         return None
 
-    def _check_self_test(self, test: SelfTest) -> None:
-        assert self.replay is not None and self._channel is not None
-        chunk, keys = self.replay.chunk(self._test_row), [entry.key for entry in self.replay.layout.fields]
-        found = checksum(chunk[key] for key in keys)
-        if found != test.checksum:
-            reason = (
-                f"the transport's self-test failed: checksum {found} in the replay, {test.checksum} in the collector; wanted "
-                "equal sums; GPU peer access may be broken (try one GPU for both, or replay_buffer.gpu_storage=false)"
-            )
-            self._log.error("self-test failed", found=found, sent=test.checksum)
-            self._refuse(self._channel, reason)
-            self._lose()
-            return
-        self.bandwidth = test.num_bytes / max(test.write_s, 1e-9)
-        self._log.info("self-test passed", num_bytes=test.num_bytes, bytes_per_s=round(self.bandwidth))
-        self._state = "streaming"
-        self._unsent.append((Grant(self._next_seq(), self._test_row, 0), None))
-        self.flush()
+    def _welcome(self, greeting: Greeting, hello: Hello) -> Testing:
+        testing = self._handshake.welcome(hello, greeting.channel)
+        self.incarnation = hello.incarnation
+        self.num_welcomed += 1
+        transport = "cuda_ipc" if testing.shared.fd is None else "memfd"
+        self._log.info("collector welcomed", incarnation=hello.incarnation, pid=hello.pid, transport=transport)
+        return testing
+
+    def _start_streaming(self, testing: Testing, result: SelfTest) -> Streaming:
+        self.bandwidth = check_self_test(testing, result)
+        self._log.info("self-test passed", num_bytes=result.num_bytes, bytes_per_s=round(self.bandwidth))
+        streaming = Streaming(testing, self._sequence, check_sums=self._check_sums, log=self._log)
+        streaming.flush()
+        return streaming
 
     def _refuse(self, channel: Channel, reason: str) -> None:
+        """Send the reason to a collector, which then ends."""
         self._log.error("collector refused", reason=reason)
         try:
-            channel.send(Refusal(reason[:2000]), deadline_s=1.0)
+            channel.send(Refusal(reason[:MAX_REASON_CHARS]), deadline_s=1.0)
         except TransportError:
-            self._log.warning("refusal not delivered")
-        if channel is not self._channel:
-            channel.close()
+            self._log.warning("the refusal could not be sent")
 
     def _lose(self) -> None:
-        if self._channel is None:
+        """Close the connection and return the open grants to the replay."""
+        if self._collector is None:
             return
-        self._channel.close()
-        self.num_dropped += self._channel.num_malformed
-        self._channel = None
-        if self.replay is not None:
-            self.replay.revoke()
-        self._sent.clear()
-        self._unsent.clear()
-        self._log.warning("collector gone", incarnation=self.incarnation, state=self._state)
-        self._state = "nobody"
-
-    def _next_seq(self) -> int:
-        self._seq += 1
-        return self._seq
+        self._collector.channel.close()
+        self.num_dropped += self._collector.channel.num_malformed
+        if self.shared is not None:
+            self.shared.replay.revoke()
+        self._log.warning("collector lost", incarnation=self.incarnation, state=type(self._collector).__name__)
+        self._collector = None

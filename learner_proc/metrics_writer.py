@@ -8,6 +8,7 @@ import struct
 import time
 from collections import deque
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
@@ -21,13 +22,18 @@ from shared.metrics import METRICS, SKIPPED, Metric
 TRAIN_WINDOW, EVAL_WINDOW = 100, 20  # finished episodes a mean return is taken over
 
 
+@dataclass
 class Counters:
-    """Totals since the run began (they survive a resume)."""
+    """Totals since the run began. They are saved in checkpoints and continue after a resume."""
 
-    def __init__(self) -> None:
-        self.gradient_steps = self.agent_steps = self.env_frames = self.episodes = 0
-        self.nan_skips = self.policy_version = self.num_diverged = 0
-        self.wall_s = 0.0
+    gradient_steps: int = 0
+    agent_steps: int = 0
+    env_frames: int = 0
+    episodes: int = 0
+    nan_skips: int = 0
+    policy_version: int = 0
+    num_diverged: int = 0
+    wall_s: float = 0.0
 
 
 class Report:

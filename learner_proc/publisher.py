@@ -1,7 +1,8 @@
-"""Acting weights out of the learner: packed between two steps, sent when the copy is done, newest only."""
+"""Sends the acting weights to the collector: packed between two gradient steps, sent once copied, newest version only."""
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 
 import torch
@@ -9,15 +10,21 @@ from torch import nn
 
 from shared.weights import acting_tensors, flat_bytes, flat_views, manifest_of, pack_header, publisher_socket
 
+REPUBLISH_S = 0.2  # time between two attempts to send a version that the collector has missed
+
 
 class Publisher:
-    """Versions the acting weights and pushes them without waiting for anybody.
+    """Numbers the versions of the acting weights and sends them without ever waiting.
 
-    On a GPU: pack into one flat buffer on the learner's stream, copy on a side stream into one of two pinned buffers,
-    send once that copy's event has passed (`flush`). While both buffers are busy a publication is skipped.
+    On a GPU: pack into one flat buffer on the learner's stream, copy on a side stream into one of two pinned buffers, and
+    send once that copy's event has passed (`flush`). While both buffers are busy, a publication is skipped.
+
+    It also knows which version the collector has. ZeroMQ drops a message to a collector that has not subscribed yet, so
+    a version is sent again until a commit shows that the collector acts with it.
     """
 
     def __init__(self, policy: nn.Module, *, socket_dir: str | Path, run_id: str, version: int = 0) -> None:
+        """version: the version published last before a resume; 0 in a new run."""
         self._tensors = acting_tensors(policy)
         self._sources = list(self._tensors.values())
         device = self._sources[0].device
@@ -30,35 +37,59 @@ class Publisher:
         self._free = (
             [torch.empty(self._num_bytes, dtype=torch.uint8, pin_memory=True) for _ in range(2)] if self._stream else []
         )
-        self._in_flight: list[tuple[int, torch.Tensor, torch.cuda.Event]] = []
-        self._read: torch.cuda.Event | None = None
-        self.version = version
+        self._copying: list[tuple[int, torch.Tensor, torch.cuda.Event]] = []
+        self._read: torch.cuda.Event | None = None  # passed once the flat buffer has been copied
         self._owed = False  # a republication waits for a free buffer
+        self._sent_at = 0.0  # when a version was last published or sent again, time.monotonic() seconds
+        self._collector = 0  # number of the collector that streams now
+        self._adopted = 0  # version that this collector acts with
+        self.version = version
+        self.published_step = -1  # gradient step at which this process last published
         self.num_skipped = 0
 
-    def publish(self) -> None:
-        """Make a new version of the present weights and push it."""
+    def publish(self, *, step: int) -> None:
+        """Send the present weights, those after `step` gradient steps, as a new version."""
         if self._stream is not None and not self._free:
             self.num_skipped += 1
             return
         self.version += 1
+        self.published_step, self._sent_at = step, time.monotonic()
         self._pack()
         self._copy_out()
 
     def republish(self) -> None:
-        """Push the last version again, as it was packed, for a collector that missed it."""
+        """Send the last version again, exactly as it was packed."""
         self._owed = self.version > 0
         self.flush()
 
     def flush(self) -> None:
         """Send every packed version whose copy has arrived in pinned memory. Never waits."""
-        while self._in_flight and self._in_flight[0][2].query():
-            version, buffer, _ = self._in_flight.pop(0)
+        while self._copying and self._copying[0][2].query():
+            version, buffer, _ = self._copying.pop(0)
             self._send(version, buffer)
             self._free.append(buffer)
         if self._owed and (self._stream is None or self._free):
             self._owed = False
             self._copy_out()
+
+    def collector_streams(self, number: int) -> None:
+        """Record which collector streams now, counted from 1. Send the last version to a collector that is new.
+
+        A new collector has no weights, whatever the collector before it had.
+        """
+        if number != self._collector:
+            self._collector, self._adopted = number, 0
+            self.republish()
+
+    def collector_has(self, version: int) -> None:
+        """Record the version that the collector acted with in the chunk that it committed last."""
+        self._adopted = version
+
+    def republish_if_missed(self) -> None:
+        """Send the last version again if the collector does not act with it and REPUBLISH_S have passed."""
+        if self._adopted < self.version and time.monotonic() - self._sent_at > REPUBLISH_S:
+            self._sent_at = time.monotonic()
+            self.republish()
 
     def close(self) -> None:
         self._socket.close(linger=0)
@@ -66,11 +97,11 @@ class Publisher:
     @torch.no_grad()
     def _pack(self) -> None:
         if self._read is not None:
-            torch.cuda.current_stream().wait_event(self._read)  # pack only over what has been read
+            torch.cuda.current_stream().wait_event(self._read)  # overwrite the buffer only after it has been copied
         torch._foreach_copy_(self._views, self._sources)  # pyright: ignore[reportPrivateImportUsage]
 
     def _copy_out(self) -> None:
-        """The flat buffer to the socket: at once on the CPU, by way of pinned memory from a GPU."""
+        """Send the flat buffer: at once from the CPU, through pinned memory from a GPU."""
         if self._stream is None:
             self._send(self.version, self._flat)
             return
@@ -80,7 +111,7 @@ class Publisher:
             buffer.copy_(self._flat, non_blocking=True)
             event.record()
         self._read = event
-        self._in_flight.append((self.version, buffer, event))
+        self._copying.append((self.version, buffer, event))
 
     def _send(self, version: int, buffer: torch.Tensor) -> None:
         header = pack_header(run_id=self._run_id, version=version, manifest=self._manifest, num_bytes=self._num_bytes)

@@ -40,7 +40,7 @@ def adopt_version(receiver: WeightsReceiver, publisher: Publisher, version: int)
 def test_only_the_newest_weights_are_adopted_and_they_keep_the_parameters_memory(tmp_path):
     source, target = Network(1), Network(2)
     publisher, receiver = connect_pair(tmp_path, source, target)
-    publisher.publish()
+    publisher.publish(step=0)
     end = time.monotonic() + 10
     while not receiver.adopt():  # the first message is lost if the subscription is not complete yet
         assert time.monotonic() < end
@@ -50,7 +50,7 @@ def test_only_the_newest_weights_are_adopted_and_they_keep_the_parameters_memory
     for step in range(50):
         with torch.no_grad():
             source.first.weight.fill_(float(step))
-        publisher.publish()
+        publisher.publish(step=0)
     adopt_version(receiver, publisher, 51)
     assert (target.first.weight == 49.0).all() and target.count == 1.0
     assert [tensor.data_ptr() for tensor in acting_tensors(target).values()] == addresses
@@ -67,7 +67,7 @@ def test_weights_of_another_run_are_refused_and_counted(tmp_path):
     publisher, receiver = connect_pair(tmp_path, source, target, run_id="other")
     end = time.monotonic() + 10
     while receiver.num_refused == 0 and time.monotonic() < end:
-        publisher.publish()
+        publisher.publish(step=0)
         receiver.adopt()
         time.sleep(0.01)
     assert receiver.num_refused > 0 and receiver.version == 0
@@ -83,7 +83,7 @@ def test_work_that_is_queued_after_an_adoption_uses_the_new_weights(tmp_path):
     for version in range(1, 6):
         with torch.no_grad():
             source.first.weight.fill_(float(version))
-        publisher.publish()
+        publisher.publish(step=0)
         end = time.monotonic() + 10
         while receiver.version < version:
             assert time.monotonic() < end

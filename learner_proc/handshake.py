@@ -1,0 +1,143 @@
+"""What happens between a collector's connection and its first grant: hello, welcome, self-test."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from learner_proc.replay import Replay
+from shared.checksum import checksum
+from shared.handover import Channel, export_cuda_slab
+from shared.messages import PROTOCOL, Hello, SelfTest, Welcome
+from shared.stream import StreamSpec
+
+
+class Refused(Exception):
+    """The learner cannot work with this collector. The text is sent to it."""
+
+
+@dataclass(frozen=True)
+class SharedReplay:
+    """The replay, and what a collector needs to write into it.
+
+    fd: the descriptor of the memory file (memfd) that holds the slab; None if the slab lies on a GPU.
+    """
+
+    spec: StreamSpec
+    replay: Replay
+    fd: int | None
+
+
+@dataclass(frozen=True)
+class Greeting:
+    """A collector has connected at the time `since` (time.monotonic() seconds). Its hello has not arrived yet."""
+
+    channel: Channel
+    since: float
+
+
+@dataclass(frozen=True)
+class Testing:
+    """A collector was sent the slab. It writes a pattern into the chunk from ring row `test_row` and reports its sum."""
+
+    channel: Channel
+    shared: SharedReplay
+    test_row: int
+
+
+class Handshake:
+    """Check hellos, hand the replay over, and check self-tests.
+
+    The first valid hello decides what the run streams: the replay is allocated for it. Every later collector must stream
+    the same.
+    """
+
+    def __init__(
+        self,
+        *,
+        run_id: str,
+        num_envs: int,
+        allocate: Callable[[StreamSpec], tuple[Replay, int | None]],
+        random_frames: Callable[[], int],
+        agent_steps: Callable[[], int],
+    ) -> None:
+        """Prepare for the first hello.
+
+        allocate: make the replay for a stream; return it and its memfd, or None for one on a GPU.
+        random_frames, agent_steps: what a collector is told in its welcome, namely how many more agent steps it should
+        act at random and how many were collected so far.
+        """
+        self._run_id, self._num_envs, self._allocate = run_id, num_envs, allocate
+        self._random_frames, self._agent_steps = random_frames, agent_steps
+        self.shared: SharedReplay | None = None  # None until the first valid hello
+
+    def welcome(self, hello: Hello, channel: Channel) -> Testing:
+        """Answer a hello: grant one chunk for the self-test and send the slab. Raises: Refused."""
+        spec = self._checked_spec(hello)
+        if self.shared is None:
+            self.shared = SharedReplay(spec, *self._allocate(spec))
+        shared, replay = self.shared, self.shared.replay
+        test_row = replay.grant()
+        if replay.device.type == "cuda":
+            # Queued gradient steps may still sample the rows that the pattern will overwrite. Restarts are rare: wait.
+            torch.cuda.current_stream(replay.device).synchronize()
+        uuid, handle = ("", []) if shared.fd is not None else export_cuda_slab(replay.slab)
+        message = Welcome(
+            transport="cuda_ipc" if shared.fd is None else "memfd",
+            num_bytes=replay.slab.numel(),
+            capacity=replay.layout.capacity,
+            uuid=uuid,
+            handle=handle,
+            test_row=test_row,
+            random_frames=self._random_frames(),
+            agent_steps=self._agent_steps(),
+        )
+        # This is the first message on the channel, so the socket has room for it.
+        channel.send(message, () if shared.fd is None else (shared.fd,), deadline_s=1.0)
+        return Testing(channel, shared, test_row)
+
+    def _checked_spec(self, hello: Hello) -> StreamSpec:
+        """Return what the collector streams. Raises: Refused if it does not fit this run."""
+        if hello.protocol != PROTOCOL:
+            raise Refused(
+                f"the collector speaks protocol {hello.protocol}; expected {PROTOCOL}; start both processes from one checkout"
+            )
+        if hello.run_id != self._run_id:
+            raise Refused(
+                f"the collector belongs to run {hello.run_id}; expected {self._run_id}; "
+                "give both processes the same --run-dir"
+            )
+        try:
+            spec = StreamSpec.from_dict(hello.spec)
+        except ValueError as error:
+            raise Refused(str(error)) from error
+        if spec.num_envs != self._num_envs:
+            raise Refused(
+                f"the simulator has {spec.num_envs} environments; expected {self._num_envs} as in the settings; "
+                "fix the simulator backend"
+            )
+        if self.shared is not None and spec != self.shared.spec:
+            raise Refused(
+                f"the collector streams {spec.to_dict()}; expected {self.shared.spec.to_dict()} as at the first hello; "
+                "start a new run for another stream"
+            )
+        return spec
+
+
+def check_self_test(testing: Testing, result: SelfTest) -> float:
+    """Compare the pattern's checksum on both sides and return the collector's writing rate in bytes/s.
+
+    Raises: Refused if the checksums differ.
+    """
+    replay = testing.shared.replay
+    chunk = replay.chunk(testing.test_row)
+    found = checksum(chunk[entry.key] for entry in replay.layout.fields)
+    if found != result.checksum:
+        raise Refused(
+            f"the transport's self-test failed: the pattern has checksum {found} in the replay; expected "
+            f"{result.checksum} as in the collector; GPU peer access may be broken: use one GPU for both processes, or set "
+            "replay_buffer.gpu_storage=false"
+        )
+    return result.num_bytes / max(result.write_s, 1e-9)

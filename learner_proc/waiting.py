@@ -1,0 +1,187 @@
+"""The learner until it trains: it waits for a collector, lets it fill the replay, and meanwhile builds the networks."""
+
+from __future__ import annotations
+
+import time
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from learner_proc import checkpoint
+from learner_proc.gradient_step import GradientStep
+from learner_proc.handshake import Handshake, SharedReplay
+from learner_proc.learn import IDLE_S, Learner
+from learner_proc.link import CollectorLink
+from learner_proc.measurements import Measurements
+from learner_proc.metrics_writer import Counters, Report
+from learner_proc.pacing import Pacing
+from learner_proc.publisher import Publisher
+from learner_proc.replay import Replay
+from learner_proc.startup import allocate_replay, build_gradient_step, build_step
+from learner_proc.streaming import Chunk
+from shared.errors import SettingError, TransportError
+from shared.geometry import Geometry
+from shared.process import Process
+from shared.run_folder import RunFolder
+from shared.stream import StreamSpec
+
+
+class WaitingLearner:
+    """Opens the sockets, waits for a collector, and builds the learner that trains.
+
+    The replay is allocated at the first hello and, in a resumed run, filled from the checkpoint. The collector fills the
+    rest while the networks are compiled.
+    """
+
+    def __init__(self, process: Process, *, device: torch.device, resume: bool) -> None:
+        """resume: continue from the newest checkpoint. Raises: SettingError if there is none."""
+        settings = process.settings
+        self._process, self._device, self._geometry = process, device, Geometry.of(settings)
+        self._folder = checkpoint.newest(RunFolder(process.run_dir).checkpoints) if resume else None
+        self._saved: dict[str, Any] = checkpoint.load_state(self._folder) if self._folder else {}
+        self.counters = Counters(**self._saved.get("counters", {}))
+        self.pacing = Pacing(
+            self._geometry.frames_per_chunk,
+            self._geometry.frames_per_step,
+            settings.optimization.replay_ratio,
+            self._geometry.prefill_frames,
+            lockstep=settings.collector.mode == "lockstep",
+        )
+        # No callback refers to `self`: the link lives as long as the run, and `self` holds the loaded checkpoint.
+        geometry, counters, pacing = self._geometry, self.counters, self.pacing
+        handshake = Handshake(
+            run_id=process.run.run_id,
+            num_envs=geometry.num_envs,
+            allocate=partial(
+                allocate_and_restore, process, geometry, device=device, pacing=pacing, folder=self._folder
+            ),
+            random_frames=partial(remaining_random_frames, geometry.prefill_frames, counters=counters, pacing=pacing),
+            agent_steps=lambda: counters.agent_steps,
+        )
+        self.link = CollectorLink(
+            process.run.socket_dir, handshake, check_sums=settings.replay_buffer.checksum, log=process.log
+        )
+        self._early: list[Chunk] = []  # chunks that were committed before the networks existed
+
+    def run(self) -> Learner | None:
+        """Return the learner that trains, or None if the process was asked to stop before a collector streamed.
+
+        Raises: TransportError if no collector streams in time; SettingError if the checkpoint does not fit the settings.
+        """
+        self._process.progress.phase("hello")
+        shared = self._wait_for_collector()
+        return None if shared is None else self.build(shared)
+
+    def _wait_for_collector(self) -> SharedReplay | None:
+        """Serve until a collector streams. Return the replay, or None if the process was asked to stop.
+
+        The deadline starts again with every collector that sends a valid hello. It is twice `deadlines.start_s`, because
+        the simulator may take `start_s` to start, and hello and self-test may take as long again.
+        """
+        deadline_s, num_welcomed, end = 2 * self._process.settings.deadlines.start_s, -1, 0.0
+        while not self._process.stop.requested:
+            if self.link.streaming is not None:
+                return self.link.streaming.shared
+            if self.link.num_welcomed != num_welcomed:
+                num_welcomed, end = self.link.num_welcomed, time.monotonic() + deadline_s
+            if time.monotonic() > end:
+                raise TransportError(
+                    f"no collector has passed its self-test for {deadline_s:.0f} s, and {num_welcomed} sent a valid "
+                    "hello; expected one that streams; look at logs/collector.out, or raise deadlines.start_s"
+                )
+            self.serve()
+            self._process.progress.advance()
+            self.link.wait(IDLE_S)
+        return None
+
+    def serve(self) -> None:
+        """Take what the collector sent and grant it rows. Never blocks."""
+        for chunk in self.link.poll():
+            self.pacing.collected += self.pacing.chunk_frames
+            self._early.append(chunk)
+        self.link.flush()
+        streaming = self.link.streaming
+        while streaming is not None and self.pacing.may_grant(streaming.shared.replay.num_granted):
+            streaming.grant()
+
+    def build(self, shared: SharedReplay) -> Learner:
+        """Build and compile the networks, and return the learner that trains."""
+        process, optimization = self._process, self._process.settings.optimization
+        process.progress.phase("compiling")
+        self.serve()  # grant the whole prefill now, because no grant is sent while the networks are compiled
+        began = time.monotonic()
+        step = build_gradient_step(shared.spec, process.settings, device=self._device)
+        update = build_step(step, shared.replay, process.settings, self._geometry, device=self._device)
+        self._restore(step, shared.replay)
+        measurements = Measurements(step, shared.replay, optimization)
+        seconds = time.monotonic() - began
+        process.log.info("networks ready", seconds=round(seconds, 2), parameters=step.parameter_counts())
+        report = Report(
+            RunFolder(process.run_dir).metrics,
+            self._device,
+            self.counters,
+            streaming_since=began,
+            diagnostic_metrics=measurements.metrics,
+            constants={
+                "replay_ratio_target": optimization.replay_ratio,
+                "transport": "cuda_ipc" if shared.fd is None else "memfd",
+                "transport_bytes_per_s": round(self.link.bandwidth),
+                "startup_s": round(seconds, 3),
+            },
+        )
+        report.remember(self._saved.get("episodes", {}))  # checkpoints of older versions do not have them
+        learner = Learner(
+            process,
+            device=self._device,
+            link=self.link,
+            shared=shared,
+            pacing=self.pacing,
+            counters=self.counters,
+            step=step,
+            update=update,
+            measurements=measurements,
+            report=report,
+            publisher=Publisher(
+                step.policy,
+                socket_dir=process.run.socket_dir,
+                run_id=process.run.run_id,
+                version=self.counters.policy_version,
+            ),
+        )
+        for chunk in self._early:
+            learner.take(chunk)
+        learner.publish()
+        return learner
+
+    def _restore(self, step: GradientStep, replay: Replay) -> None:
+        """Load networks, optimisers and random states in a resumed run. Raises: SettingError if they do not fit."""
+        if not self._saved:
+            return
+        try:
+            step.load_state_dict(self._saved["gradient_step"])
+        except ValueError as error:
+            raise SettingError(f"{self._folder}: {error}") from error
+        checkpoint.restore_random_state(self._saved["random_state"], replay, self._device)
+
+
+def allocate_and_restore(
+    process: Process, geometry: Geometry, spec: StreamSpec, *, device: torch.device, pacing: Pacing, folder: Path | None
+) -> tuple[Replay, int | None]:
+    """Allocate the replay and fill it from the checkpoint in `folder`, if there is one. Return it and its memfd.
+
+    Restored rows shorten the prefill.
+    """
+    replay, fd = allocate_replay(spec, process.settings, geometry, device=device)
+    if folder is not None:
+        rows = checkpoint.load_replay(folder, replay, spec_digest=spec.digest())
+        pacing.prefill = max(0, pacing.prefill - rows * spec.num_envs)
+        process.log.info("replay restored", rows=rows, checkpoint=str(folder))
+    process.log.info("replay allocated", num_bytes=replay.slab.numel(), device=str(replay.slab.device))
+    return replay, fd
+
+
+def remaining_random_frames(prefill_frames: int, *, counters: Counters, pacing: Pacing) -> int:
+    """Return how many more agent steps a new collector acts at random: the rest of the prefill, 0 after training began."""
+    return 0 if counters.gradient_steps > 0 else max(0, prefill_frames - pacing.collected)

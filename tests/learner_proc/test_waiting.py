@@ -1,0 +1,58 @@
+"""The learner before it trains: grants of the prefill, chunks that arrive early, deadlines."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from learner_proc.waiting import WaitingLearner
+from shared.errors import TransportError
+
+
+def built(waiting: WaitingLearner):
+    assert waiting.link.streaming is not None
+    return waiting.build(waiting.link.streaming.shared)
+
+
+def test_the_whole_prefill_is_granted_at_once(waiting, join):
+    collector = join(waiting.serve)
+    assert (collector.welcome.random_frames, collector.welcome.agent_steps) == (32, 0)
+    assert [collector.receive_grant().row for _ in range(2)] == [0, 8]
+
+
+def test_a_restarted_collector_acts_at_random_for_the_rest_of_the_prefill(waiting, join):
+    collector = join(waiting.serve)
+    first, _ = collector.receive_grant(), collector.receive_grant()
+    collector.commit(first)
+    collector.channel.close()
+    for _ in range(2):
+        waiting.serve()
+    assert join(waiting.serve).welcome.random_frames == 16
+
+
+def test_a_chunk_that_is_committed_before_the_networks_exist_is_counted_once(waiting, join):
+    collector = join(waiting.serve)
+    for _ in range(2):
+        collector.commit_next()
+    learner = built(waiting)
+    assert learner.pacing.collected == 32 and learner.counters.agent_steps == 32
+    assert learner.may_step()
+
+
+def test_the_first_weights_are_published_before_training(waiting, join):
+    join(waiting.serve)
+    learner = built(waiting)
+    assert learner.publisher.version == learner.counters.policy_version == 1
+
+
+def test_waiting_for_a_collector_ends_at_its_deadline(process):
+    process.settings.deadlines.start_s = 0.01
+    waiting = WaitingLearner(process, device=torch.device("cpu"), resume=False)
+    with pytest.raises(TransportError, match=r"no collector has passed its self-test .* deadlines\.start_s"):
+        waiting.run()
+    waiting.link.close()
+
+
+def test_a_request_to_stop_ends_the_wait_without_networks(waiting, process):
+    process.stop.requested = True
+    assert waiting.run() is None
