@@ -1,7 +1,7 @@
 """The command line of Tandem: `python launch.py`, or `tandem` where the project is installed. Torch-free.
 
-This file makes sure that Python finds our own modules, and turns errors into exit codes. The options of the command line
-are in launcher/options.py; a run, from its folder to its summary, is in launcher/run.py.
+This file makes sure that Python finds our own modules, and turns errors into exit codes. launcher/options.py reads the
+command line; launcher/run.py does one run, from its folder to its summary.
 """
 
 from __future__ import annotations

@@ -1,1 +1,1 @@
-"""What launch.py is made of: devices, children, the watch over them, and what a user sees. Torch-free at import."""
+"""The parts of launch.py: options, one run, its two processes and what the user sees. Torch-free at import."""

@@ -6,10 +6,12 @@
     it exceeded collector.max_rss_gb before that                    yes
 
 A collector has done useful work if it has collected for ten times as long as its start took, or for
-collector.healthy_after_s if that is shorter. Without this rule, a limit that is too low would restart collectors forever.
+collector.healthy_after_s if that is shorter. Without this rule, a memory limit that is too low would restart collectors
+forever.
 
-The run ends at the first death beyond collector.max_restarts. All deaths are forgotten as soon as the collectors since the
-last death have collected for collector.healthy_after_s in total; restarts that are no deaths do not reset this time.
+The run ends at the first death beyond collector.max_restarts. All deaths are forgotten as soon as the collectors since
+the last death have collected for collector.healthy_after_s in total. Restarts that are no deaths do not reset this
+time.
 
 Example with collector.healthy_after_s=3600: a collector crashes. The next one collects for 50 minutes and exceeds the
 memory limit: no death. The one after it collects for 10 minutes: now the crash is forgotten.

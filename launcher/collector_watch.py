@@ -84,7 +84,7 @@ class CollectorWatch:
         return self.process.kill_if_hung(self._settings.deadlines, watched_since=watched_since)
 
     def _replace_outgrown(self, limit_gb: float) -> Outcome | None:
-        """Start the next collector after one that used too much memory; it may count as a death, see `RestartBudget`."""
+        """Start the next collector after one that used too much memory, which may count as a death."""
         status = read_status(CollectorStatus, self.process.snapshot.status)
         used_gb = limit_gb if status is None else status.rss_gb
         useful = self._budget.exceeded_memory()

@@ -151,7 +151,7 @@ def child_environment(role: str, devices: Devices, outer: Mapping[str, str]) -> 
 def allocator_conf(outer: Mapping[str, str]) -> str:
     """Return the user's settings of torch's allocator, but with expandable segments off.
 
-    Memory in expandable segments cannot be shared between processes. Newer versions of torch read PYTORCH_ALLOC_CONF and
+    Memory in expandable segments cannot be shared between processes. Newer versions of torch read PYTORCH_ALLOC_CONF,
     older ones PYTORCH_CUDA_ALLOC_CONF; both get the same text.
     """
     given = next((outer[key] for key in _ALLOCATOR_KEYS if outer.get(key)), "")

@@ -46,7 +46,10 @@ class Display:
     def show(
         self, learner: Snapshot | None, collector: Snapshot | None, row: Mapping[str, Any], *, restarts: int
     ) -> None:
-        """Show the progress of both processes, unless it was shown a moment ago. row: the newest row of metrics.jsonl."""
+        """Show the progress of both processes, unless it was shown a moment ago.
+
+        row: the newest row of metrics.jsonl.
+        """
         now = time.monotonic()
         if now - self._shown_at < (1 / LIVE_PER_S if self._live else PLAIN_EVERY_S):
             return
@@ -56,9 +59,10 @@ class Display:
         if self._live:
             self._live.update(Group(*(Text(line) for line in lines)), refresh=True)
         else:
-            self.say(f"[{duration(now - self._started_at)}] " + " | ".join(" ".join(line.split()) for line in lines))
+            plain = " | ".join(" ".join(line.split()) for line in lines)
+            self.print_line(f"[{duration(now - self._started_at)}] {plain}")
 
-    def say(self, line: str) -> None:
+    def print_line(self, line: str) -> None:
         """Print a line that stays, above the live lines."""
         self._console.print(Text(line), soft_wrap=True)
 

@@ -1,4 +1,4 @@
-"""What launch does with the learner's metrics.jsonl: new rows go to TensorBoard or wandb, the last one to summary.json."""
+"""The way out of the learner's metrics.jsonl: new rows go to TensorBoard or wandb, the last one to summary.json."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ SUMMARY_KEYS = (
 
 
 class MetricsTail:
-    """Reads the rows that the learner has appended to metrics.jsonl since the last look; the last line may be incomplete."""
+    """Reads what the learner has appended to metrics.jsonl since the last time. The last line may be incomplete."""
 
     def __init__(self, path: Path, log: FilteringBoundLogger) -> None:
         self._path, self._log = path, log
@@ -168,7 +168,7 @@ class NoForwarder:
 
 
 class TensorBoardForwarder:
-    """Writes rows into the folder `tb/` with tensorboard's own writer; torch's writer would import torch into launch."""
+    """Writes rows into the folder `tb/`. It uses tensorboard's own writer, because torch's would import torch."""
 
     def __init__(self, folder: Path) -> None:
         from tensorboard.compat.proto import event_pb2, summary_pb2
@@ -214,7 +214,7 @@ class WandbForwarder:
             )
         except Exception as error:  # wandb raises many kinds of errors: no key, no network, a full disk
             raise SettingError(
-                f"wandb could not start: {error}; expected a new or resumed run in project {settings.logger.project!r}; "
+                f"wandb could not start: {error}; expected a run in project logger.project={settings.logger.project}; "
                 "run 'wandb login', or set logger.mode=offline or logger.backend=tensorboard"
             ) from error
 

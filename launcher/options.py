@@ -66,8 +66,8 @@ def parse_options(argv: Sequence[str]) -> Options:
     parsed = parser.parse_intermixed_args(list(argv))
     if parsed.resume and (parsed.config or parsed.run_dir):
         raise SettingError(
-            f"--resume {parsed.resume} is given together with --config or --run-dir; expected --resume alone, because the "
-            "resumed run has its own config and folder; leave the other option out (settings may follow as key=value)"
+            f"--resume {parsed.resume} is given together with --config or --run-dir; expected --resume alone, because "
+            "the resumed run has its own config and folder; leave the other option out (key=value may follow)"
         )
     return Options(**vars(parsed))
 

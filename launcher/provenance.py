@@ -69,7 +69,7 @@ def package_versions() -> dict[str, str]:
 def git_state(repo: Path) -> dict[str, Any] | None:
     """Return the commit of `repo` and whether files differ from it; None without git or if `repo` is no repository.
 
-    A folder inside another repository counts as none: site-packages may lie in the repository of the user's own project.
+    A folder inside another repository is none: site-packages may be in the repository of the user's own project.
     """
     try:
         if Path(_git(repo, "rev-parse", "--show-toplevel")).resolve() != repo.resolve():

@@ -47,7 +47,7 @@ def run(options: Options, argv: list[str], commands: Mapping[str, Sequence[str]]
         lock = None
         if options.resume:  # The lock comes first, because the checks of the settings may take long.
             lock = stack.enter_context(open_run_folder(options.resume))
-        settings = read_settings(options, Display(Console()).say)
+        settings = read_settings(options, Display(Console()).print_line)
         devices = find_devices(
             sim=options.sim_gpu, train=options.train_gpu, autocast=settings.optimization.autocast, environ=os.environ
         )
@@ -83,7 +83,7 @@ def _describe(starter: Starter, settings: Settings, argv: list[str], socket_dir:
     folder, before = starter.folder, None
     if starter.resume:
         before = read_run(folder.path)
-        # A launch that was killed left its socket folder behind. That launch is gone: we hold the lock.
+        # If the previous launch was killed, its socket folder is still there. It has ended, because we have the lock.
         remove_socket_dir(Path(before.socket_dir))
     save_settings(settings, folder.config)
     folder.summary.unlink(missing_ok=True)
@@ -94,7 +94,7 @@ def _describe(starter: Starter, settings: Settings, argv: list[str], socket_dir:
 
 
 def _watch(starter: Starter, settings: Settings, forwarder: Forwarder) -> tuple[Outcome, int]:
-    """Run both processes to the end of the run and write summary.json, whatever the end was.
+    """Run both processes to the end of the run and write summary.json, even if launch itself fails.
 
     Returns: the outcome, and the number of metrics rows that the learner wrote meanwhile.
     """
@@ -103,7 +103,7 @@ def _watch(starter: Starter, settings: Settings, forwarder: Forwarder) -> tuple[
     relay = RowRelay(folder.metrics, forwarder, log)
     outcome = Outcome(ExitCode.FAILED, "launch failed")
     for line in _opening_lines(starter, settings):
-        display.say(line)
+        display.print_line(line)
     display.start()
     try:
         outcome = run_processes(starter, settings, stop=stop, log=log, display=display, relay=relay)
@@ -121,7 +121,7 @@ def _watch(starter: Starter, settings: Settings, forwarder: Forwarder) -> tuple[
         write_json(folder.summary, summarize(last_row(folder.metrics), own))
         log.info("ended", exit_code=outcome.exit_code, reason=outcome.reason)
         for line in _closing_lines(outcome, folder, time.monotonic() - began):
-            display.say(line)
+            display.print_line(line)
         stop.restore()
     return outcome, relay.num_rows
 

@@ -35,7 +35,7 @@ class RunLock:
 class ResumeUndo:
     """The small files of a run folder as they were before a resume, to be restored if the resume trained nothing.
 
-    The new config.yaml and run.json must be in place before the collector and the learner start, because both read them.
+    The new config.yaml and run.json must be written before the collector and the learner start, because both read them.
     If the learner then refuses, for example, an override, the old files still describe the checkpoint that is there.
     """
 
@@ -88,7 +88,7 @@ def create_run_folder(path: Path) -> RunLock:
         if not had_lock:
             folder.lock.unlink(missing_ok=True)
         raise SettingError(
-            f"the run folder {path} is not empty: it contains {', '.join(found[:3])}; expected a new or an empty folder; "
+            f"the run folder {path} is not empty: it contains {', '.join(found[:3])}; expected a new or empty folder; "
             f"give --resume {path} to continue that run, or another --run-dir"
         )
     _make_subfolders(folder)
@@ -127,13 +127,13 @@ def check_unfinished(folder: RunFolder, settings: Settings) -> None:
     done = checkpoint_step(saved) if saved is not None else 0
     if done >= total:
         raise SettingError(
-            f"the run in {folder.path} has already made {done} of optimization.total_optim_steps={total} gradient steps; "
+            f"the run in {folder.path} has made {done} of optimization.total_optim_steps={total} gradient steps; "
             f"expected a higher total; add optimization.total_optim_steps={2 * done} to continue it"
         )
 
 
 def _take_lock(folder: RunFolder) -> RunLock:
-    """Lock the folder and write this process's pid into the lock file. Raises: SettingError if another launch has it."""
+    """Lock the folder and write our pid into the lock file. Raises: SettingError if another launch has the lock."""
     file = folder.lock.open("a+")
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -142,8 +142,8 @@ def _take_lock(folder: RunFolder) -> RunLock:
         pid = file.read().strip() or "unknown"
         file.close()
         raise SettingError(
-            f"the run folder {folder.path} is in use by the launch with pid {pid}; expected a folder that no other launch "
-            f"uses; wait for that run, stop it with 'kill {pid}', or give another --run-dir"
+            f"the run folder {folder.path} is in use by the launch with pid {pid}; expected a folder that no other "
+            f"launch uses; wait for that run, stop it with 'kill {pid}', or give another --run-dir"
         ) from error
     file.truncate(0)
     file.write(f"{os.getpid()}\n")

@@ -115,7 +115,7 @@ class Watch:
         for row in self._relay.forward():
             startup_s = STARTUP_S.of(row)
             if self._settings.optimization.compile.enabled and not self._start_shown and startup_s is not None:
-                self._display.say(f"networks were built and compiled in {startup_s:.1f} s")
+                self._display.print_line(f"networks were built and compiled in {startup_s:.1f} s")
                 self._start_shown = True
 
     def _check_signals(self) -> Outcome | None:
@@ -128,7 +128,7 @@ class Watch:
             self._log.warning("second signal: both processes are killed, nothing more is saved")
             return Outcome(code, f"interrupted by {name}, then killed by a second signal")
         if self._end is None:
-            self._display.say("stopping: the learner saves what it has trained; a second Ctrl-C kills both at once")
+            self._display.print_line("stopping: the learner saves a checkpoint; a second Ctrl-C kills both processes")
             self._end_in_order(Outcome(code, f"interrupted by {name}"))
         return None
 

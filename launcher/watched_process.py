@@ -54,4 +54,4 @@ class WatchedProcess:
         """Log that the process died and show the end of its output."""
         self._log.error(f"{self._role} died ({how}); the last lines of logs/{self._role}.out:", pid=self.child.pid)
         for line in self.child.last_output():
-            self._display.say(f"  {self._role}> {line}")
+            self._display.print_line(f"  {self._role}> {line}")

@@ -1,4 +1,4 @@
-"""launch.main with fake children: what is refused, what is left behind, how every kind of end is told."""
+"""launch.main with fake children: it refuses bad settings, reports each kind of end, and leaves nothing behind."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ QUICK = ["--config", "quickstart", "logger.backend=none", "deadlines.stop_s=5", 
 
 @pytest.fixture(autouse=True)
 def _own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Runs land below tmp_path, and no GPU of this machine takes part."""
+    """Runs are created below tmp_path, and no GPU of this machine is used."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
@@ -95,18 +95,18 @@ REFUSED: dict[str, tuple[list[str], list[str]]] = {
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_what_cannot_work_is_refused_before_anything_starts(
+def test_a_command_line_that_cannot_work_is_refused_before_anything_starts(
     case: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     arguments, parts = REFUSED[case]
     config = [] if "--config" in arguments or "--resume" in arguments else ["--config", "quickstart"]
     touch = ("touch", str(tmp_path / "started"))
     assert launch.main([*config, *arguments], commands={"learner": touch, "collector": touch}) == 2
-    said = capsys.readouterr()
-    assert said.err.startswith("error: ") and said.err.count("\n") == 1 and "Traceback" not in said.err
+    printed = capsys.readouterr()
+    assert printed.err.startswith("error: ") and printed.err.count("\n") == 1 and "Traceback" not in printed.err
     for part in parts:
-        assert part in said.err
-    assert said.out == ""
+        assert part in printed.err
+    assert printed.out == ""
     assert list(tmp_path.iterdir()) == []
 
 
@@ -122,14 +122,14 @@ def test_a_finished_run_leaves_a_complete_summary_and_nothing_running(
     }
     assert (summary["exit_reason"], summary["collector_restarts"]) == ("finished", 0)
     assert summary["devices"] == {"sim": "cpu", "train": "cpu"} and 0 < summary["wall_s"] < DEADLINE_S
-    said = capsys.readouterr().out
-    assert f"run folder: {run}" in said.replace("\n", "")
-    assert "no GPU found: simulator and learner both run on the CPU" in said
-    assert "buffer_size=99990 becomes 99920" in said and "Ctrl-C saves" in said
+    output = capsys.readouterr().out
+    assert f"run folder: {run}" in output.replace("\n", "")
+    assert "no GPU found: simulator and learner both run on the CPU" in output
+    assert "buffer_size=99990 becomes 99920" in output and "Ctrl-C saves" in output
     _assert_nothing_is_left(run)
 
 
-def test_float16_on_the_cpu_is_told_at_the_start(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_float16_on_the_cpu_gives_a_warning_at_the_start(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert _launch(tmp_path / "run", "finish", "serve", "optimization.autocast=float16") == 0
     assert "optimization.autocast=float16 on the CPU is many times slower" in capsys.readouterr().out
 
@@ -141,20 +141,22 @@ def test_rows_reach_tensorboard(tmp_path: Path) -> None:
     assert b"loss/model" in file.read_bytes()
 
 
-def test_a_learner_that_died_is_told_with_its_last_words(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_death_of_a_learner_is_shown_with_the_end_of_its_output(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     run = tmp_path / "run"
     assert _launch(run, "die:3", "serve") == 1
     assert _summary(run)["exit_reason"] == "learner died (exit code 3)"
-    said = capsys.readouterr()
-    assert "last words of the learner" in said.out and "learner died (exit code 3)" in said.err
+    printed = capsys.readouterr()
+    assert "last output of the learner" in printed.out and "learner died (exit code 3)" in printed.err
     _assert_nothing_is_left(run)
 
 
-def test_a_learner_that_refuses_its_settings_passes_its_exit_code_on(tmp_path: Path) -> None:
+def test_the_exit_code_of_a_learner_that_refuses_its_settings_is_2(tmp_path: Path) -> None:
     assert _launch(tmp_path / "run", "die:2", "serve") == 2
 
 
-def test_a_collector_that_dies_is_started_again_and_counted(tmp_path: Path) -> None:
+def test_a_collector_that_dies_is_restarted_and_the_restarts_are_counted(tmp_path: Path) -> None:
     run = tmp_path / "run"
     assert _launch(run, "serve:collector-is-good", "die-until:2") == 0
     assert (run / "collector-is-good").read_text() == "2"
@@ -164,23 +166,24 @@ def test_a_collector_that_dies_is_started_again_and_counted(tmp_path: Path) -> N
     assert [event["command"][-1] for event in started[1:]] == ["0", "1", "2"]
 
 
-def test_a_collector_beyond_its_restarts_ends_the_run_after_the_learner_saved(tmp_path: Path) -> None:
+def test_a_death_beyond_max_restarts_ends_the_run_after_the_learner_has_saved(tmp_path: Path) -> None:
     run = tmp_path / "run"
     assert _launch(run, "serve", "die:9", "collector.max_restarts=1") == 1
     summary = _summary(run)
     assert summary["exit_reason"].startswith("collector died 2 times (the last time: exit code 9)")
-    assert (summary["collector_restarts"], summary["gradient_steps"]) == (1, 40)  # the row it wrote when asked to end
+    assert summary["collector_restarts"] == 1
+    assert summary["gradient_steps"] == 40, "the row that the learner wrote when it was asked to end"
     _assert_nothing_is_left(run)
 
 
-def test_deaths_before_an_incarnation_proved_healthy_are_forgotten(tmp_path: Path) -> None:
+def test_deaths_are_forgotten_after_healthy_after_s_of_collecting(tmp_path: Path) -> None:
     run = tmp_path / "run"
     forgetful = ("collector.max_restarts=1", "collector.healthy_after_s=0")
     assert _launch(run, "serve:collector-is-good", "collect-until:3", *forgetful) == 0
     assert _summary(run)["collector_restarts"] == 3
 
 
-def test_a_collector_that_outgrew_its_memory_after_useful_work_is_replaced_without_a_word_of_death(
+def test_a_collector_that_used_too_much_memory_after_useful_work_is_restarted_and_counts_as_no_death(
     tmp_path: Path,
 ) -> None:
     run = tmp_path / "run"
@@ -192,7 +195,7 @@ def test_a_collector_that_outgrew_its_memory_after_useful_work_is_replaced_witho
     assert [(event["level"], event["used_gb"], event["limit_gb"]) for event in warned] == [("warning", 2.5, 2.0)] * 2
 
 
-def test_collectors_that_outgrow_their_memory_at_once_use_the_budget_up(tmp_path: Path) -> None:
+def test_collectors_that_use_too_much_memory_at_once_use_up_the_restart_budget(tmp_path: Path) -> None:
     run = tmp_path / "run"
     settings = ("collector.max_restarts=1", "collector.max_rss_gb=2")
     assert _launch(run, "serve", "outgrow-until:9", *settings) == 1
@@ -207,14 +210,14 @@ def test_collectors_that_outgrow_their_memory_at_once_use_the_budget_up(tmp_path
     _assert_nothing_is_left(run)
 
 
-def test_without_a_limit_of_memory_its_exit_code_is_a_death(tmp_path: Path) -> None:
+def test_without_a_memory_limit_the_exit_code_for_too_much_memory_is_a_death(tmp_path: Path) -> None:
     run = tmp_path / "run"
     settings = ("collector.max_restarts=1", "collector.healthy_after_s=1000")
     assert _launch(run, "serve", "outgrow-until:9", *settings) == 1
     assert _summary(run)["exit_reason"].startswith("collector died 2 times (the last time: exit code 75)")
 
 
-def test_a_collector_that_cannot_work_as_it_is_set_ends_the_run_after_the_learner_saved(tmp_path: Path) -> None:
+def test_a_collector_that_refuses_its_settings_ends_the_run_after_the_learner_has_saved(tmp_path: Path) -> None:
     run = tmp_path / "run"
     assert _launch(run, "save", "refuse") == 2
     summary = _summary(run)
@@ -225,7 +228,7 @@ def test_a_collector_that_cannot_work_as_it_is_set_ends_the_run_after_the_learne
 
 
 @pytest.mark.parametrize(("learner", "collector", "kept"), [("die:2", "serve", "3"), ("save", "refuse", "5")])
-def test_a_resume_that_is_refused_keeps_its_overrides_if_it_trained_with_them(
+def test_a_refused_resume_keeps_its_overrides_only_if_it_trained_with_them(
     tmp_path: Path, learner: str, collector: str, kept: str
 ) -> None:
     run = tmp_path / "run"
@@ -236,12 +239,12 @@ def test_a_resume_that_is_refused_keeps_its_overrides_if_it_trained_with_them(
     assert launch.main(resume, commands=_commands(learner, collector)) == 2
     assert f"log_every: {kept}\n" in (run / "config.yaml").read_text()
     trained = kept == "5"
-    assert (_summary(run) == before) is not trained, "a resume that came to nothing leaves the run as it was"
+    assert (_summary(run) == before) is not trained, "a resume that trained nothing leaves the run unchanged"
     assert json.loads((run / "run.json").read_text())["num_resumes"] == int(trained)
 
 
-def test_a_refused_resume_of_a_crashed_run_puts_its_settings_back(tmp_path: Path) -> None:
-    """Rows lie behind the newest checkpoint of a run that crashed: they are no trace of this launch."""
+def test_a_refused_resume_of_a_crashed_run_restores_the_settings(tmp_path: Path) -> None:
+    """The metrics rows that are newer than the checkpoint come from the crashed launch, not from the resume."""
     run = tmp_path / "run"
     assert _launch(run, "finish", "serve", "optimization.log_every=3") == 0
     save_checkpoint(run, 20)  # the last row is of step 40
@@ -252,7 +255,7 @@ def test_a_refused_resume_of_a_crashed_run_puts_its_settings_back(tmp_path: Path
     assert "log_every: 3\n" in (run / "config.yaml").read_text() and _summary(run) == before
 
 
-def test_a_hung_collector_is_dumped_killed_and_replaced(tmp_path: Path) -> None:
+def test_a_hung_collector_writes_its_stacks_and_is_killed_and_restarted(tmp_path: Path) -> None:
     run = tmp_path / "run"
     assert _launch(run, "serve:collector-is-good", "hang-until:1", "deadlines.step_s=1") == 0
     assert _summary(run)["collector_restarts"] == 1
@@ -269,7 +272,7 @@ def test_a_hung_learner_ends_the_run(tmp_path: Path) -> None:
     _assert_nothing_is_left(run)
 
 
-def test_a_collector_that_ignores_sigterm_cannot_hold_up_the_end(tmp_path: Path) -> None:
+def test_a_collector_that_ignores_sigterm_is_killed_at_the_end(tmp_path: Path) -> None:
     run = tmp_path / "run"
     assert _launch(run, "serve:collector-serves", "stubborn", "deadlines.stop_s=1") == 0
     stopped = [event for event in _events(run) if event["event"] == "collector stopped"]
@@ -277,7 +280,7 @@ def test_a_collector_that_ignores_sigterm_cannot_hold_up_the_end(tmp_path: Path)
 
 
 def _start(run: Path, learner: str, *settings: str) -> subprocess.Popen[str]:
-    """launch in a process of its own, once both children serve."""
+    """Start launch as a separate process and return it once both children serve."""
     command = [
         sys.executable,
         str(FAKES / "launch_with.py"),
@@ -298,41 +301,41 @@ def _start(run: Path, learner: str, *settings: str) -> subprocess.Popen[str]:
 
 
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
-def test_an_interrupt_lets_the_learner_save_and_then_ends(signum: signal.Signals, tmp_path: Path) -> None:
+def test_an_interrupt_ends_the_run_after_the_learner_has_saved(signum: signal.Signals, tmp_path: Path) -> None:
     run = tmp_path / "run"
     process = _start(run, "serve")
     process.send_signal(signum)
-    said = process.communicate(timeout=DEADLINE_S)[0]
-    assert process.returncode == 128 + signum, said
+    output = process.communicate(timeout=DEADLINE_S)[0]
+    assert process.returncode == 128 + signum, output
     summary = _summary(run)
     assert (summary["exit_reason"], summary["gradient_steps"]) == (f"interrupted by {signum.name}", 40)
     _assert_nothing_is_left(run)
 
 
-def test_before_training_a_stop_takes_seconds_whatever_the_learner_is_in(tmp_path: Path) -> None:
+def test_an_interrupt_before_training_ends_the_run_within_seconds_even_if_the_learner_compiles(tmp_path: Path) -> None:
     run = tmp_path / "run"
     process = _start(run, "compile", "deadlines.save_s=600", "deadlines.compile_s=600")
     process.send_signal(signal.SIGTERM)
-    said = process.communicate(timeout=DEADLINE_S)[0]
-    assert process.returncode == 143, said
+    output = process.communicate(timeout=DEADLINE_S)[0]
+    assert process.returncode == 143, output
     assert _summary(run)["exit_reason"] == "interrupted by SIGTERM before training began"
     _assert_nothing_is_left(run)
 
 
-def test_a_second_interrupt_kills_at_once(tmp_path: Path) -> None:
+def test_a_second_interrupt_kills_both_processes_at_once(tmp_path: Path) -> None:
     run = tmp_path / "run"
     process = _start(run, "stubborn", "deadlines.save_s=600", "deadlines.step_s=600")
     process.send_signal(signal.SIGINT)
     assert process.stdout
-    while "a second Ctrl-C kills both at once" not in (line := process.stdout.readline()):
-        assert line, "launch ended before it said that it is stopping"
+    while "a second Ctrl-C kills both" not in (line := process.stdout.readline()):
+        assert line, "launch ended before it reported that it is stopping"
     process.send_signal(signal.SIGINT)
     assert process.wait(timeout=DEADLINE_S) == 130
     assert "killed by a second signal" in _summary(run)["exit_reason"]
     _assert_nothing_is_left(run)
 
 
-def test_a_learner_that_does_not_end_when_asked_is_killed_after_its_deadline(tmp_path: Path) -> None:
+def test_a_learner_that_ignores_the_request_to_end_is_killed_after_its_deadline(tmp_path: Path) -> None:
     run = tmp_path / "run"
     process = _start(run, "stubborn", "deadlines.save_s=1")
     process.send_signal(signal.SIGTERM)
@@ -341,7 +344,7 @@ def test_a_learner_that_does_not_end_when_asked_is_killed_after_its_deadline(tmp
     assert "did not end within deadlines.save_s=1 s" in _summary(run)["exit_reason"]
 
 
-def test_both_processes_die_with_a_killed_launch(tmp_path: Path) -> None:
+def test_both_processes_end_when_launch_is_killed(tmp_path: Path) -> None:
     run = tmp_path / "run"
     process = _start(run, "serve")
     process.kill()
@@ -350,7 +353,7 @@ def test_both_processes_die_with_a_killed_launch(tmp_path: Path) -> None:
     assert len(pids) == 2
     end = time.monotonic() + DEADLINE_S
     while any(Path(f"/proc/{pid}").exists() and "\nState:\tZ" not in _status(pid) for pid in pids):
-        assert time.monotonic() < end, f"{pids} outlived launch"
+        assert time.monotonic() < end, f"{pids} still run after launch was killed"
         time.sleep(0.02)
 
 
@@ -370,7 +373,7 @@ def test_a_second_launch_in_a_running_folder_is_refused(tmp_path: Path, capsys: 
         lock.release()
 
 
-def test_a_resume_looks_at_the_lock_before_anything_that_takes_time(
+def test_a_resume_takes_the_lock_before_the_checks_that_take_long(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = tmp_path / "run"
@@ -387,7 +390,7 @@ def test_a_resume_looks_at_the_lock_before_anything_that_takes_time(
         lock.release()
 
 
-def test_a_resume_that_is_refused_leaves_the_folder_free(tmp_path: Path) -> None:
+def test_a_refused_resume_releases_the_lock(tmp_path: Path) -> None:
     run = tmp_path / "run"
     assert _launch(run, "finish", "serve") == 0
     save_checkpoint(run, 40)
@@ -395,7 +398,7 @@ def test_a_resume_that_is_refused_leaves_the_folder_free(tmp_path: Path) -> None
     open_run_folder(run).release()
 
 
-def test_a_resumed_run_keeps_its_settings_and_tells_the_learner(tmp_path: Path) -> None:
+def test_a_resumed_run_keeps_its_settings_and_starts_the_learner_with_resume(tmp_path: Path) -> None:
     run = tmp_path / "run"
     assert _launch(run, "finish", "serve", "env.seed=7") == 0
     save_checkpoint(run, 40)
@@ -408,5 +411,5 @@ def test_a_resumed_run_keeps_its_settings_and_tells_the_learner(tmp_path: Path) 
     described = json.loads((run / "run.json").read_text())
     assert described["num_resumes"] == 1
     assert ["--resume" in one["argv"] for one in described["launches"]] == [False, True], (
-        "what began the run stays known"
+        "the command line of the first launch is kept"
     )

@@ -58,11 +58,11 @@ def test_collectors_that_all_outgrow_the_limit_soon_end_the_run_within_its_budge
     assert re.match(r"collector died 2 times \(the last time: it used \d\.\d\d GB", reason), output
     assert "more than collector.max_rss_gb=0.8" in reason and "set collector.max_rss_gb=" in reason
     assert summary["collector_restarts"] == 1 and summary["gradient_steps"] > 0
-    told = [event for event in events(tmp_path / "run", "launch") if "used more memory" in event["event"]]
-    assert [(event["level"], event["limit_gb"], event["counts_as_death"]) for event in told] == [
+    warned = [event for event in events(tmp_path / "run", "launch") if "used more memory" in event["event"]]
+    assert [(event["level"], event["limit_gb"], event["counts_as_death"]) for event in warned] == [
         ("warning", 0.8, True)
     ] * 2
-    assert all(event["used_gb"] > 0.8 for event in told)
+    assert all(event["used_gb"] > 0.8 for event in warned)
 
 
 def test_a_limit_that_no_collector_can_keep_ends_the_run_with_the_mend(tmp_path: Path) -> None:

@@ -1,6 +1,20 @@
-"""Stands for a collector or learner in tests of launch: `child.py BEHAVIOUR --run-dir DIR ...`.
+"""A fake collector or learner for tests of launch: `child.py BEHAVIOUR --run-dir DIR ...`.
 
-Behaviours are small and event-driven: they wait for files of the run folder (with a deadline), never for time to pass.
+    BEHAVIOUR          what the process does
+    finish             (learner) writes two metrics rows and ends
+    serve[:FILE]       makes progress until it is asked to stop, or until FILE appears in the run folder
+    save               (learner) serves, then saves a checkpoint
+    die[:CODE]         ends at once with this exit code
+    refuse             (collector) waits until the learner serves, then ends with ExitCode.REFUSED
+    stubborn           serves and ignores the signals that ask it to end
+    compile            (learner) stays in the phase "compiling" and ignores SIGTERM, as a compiler does
+    hang               makes no progress
+    die-until:N        each of the first N incarnations ends with exit code 1; the next one serves
+    collect-until:N    the same, but they reach the phase "collecting" first
+    hang-until:N       the same, but they hang
+    outgrow-until:N    the same, but they end because of their memory, with ExitCode.OUTGROWN
+
+The behaviours wait for files in the run folder, with a deadline, and never for time to pass.
 """
 
 from __future__ import annotations
@@ -49,7 +63,7 @@ def save_checkpoint(run_dir: Path, step: int) -> Path:
 
 
 class Child:
-    """One fake process: its progress, its stop flag and its folder."""
+    """One fake process with its progress file, its stop flag and its run folder."""
 
     def __init__(self, role: str, run_dir: Path, incarnation: int) -> None:
         self.role, self.run_dir, self.incarnation = role, run_dir, incarnation
@@ -59,26 +73,82 @@ class Child:
         die_with_parent()
         assert Path(read_run(run_dir).socket_dir).is_dir()
 
-    def mark(self, name: str) -> None:
-        (self.run_dir / name).write_text(str(self.incarnation))
+    def behave(self, behaviour: str, argument: str) -> int:
+        """Do what the behaviour stands for and return the exit code."""
+        if behaviour.endswith("-until"):
+            return self._fail(behaviour) if self.incarnation < int(argument) else self._work()
+        if behaviour == "finish":
+            self._write_row(gradient_steps=20, loss_model=9.0)
+            self._write_row()
+        elif behaviour == "serve":
+            self._serve(until=argument or None)
+            if self.role == "learner":  # only the learner writes metrics.jsonl
+                self._write_row()
+        elif behaviour == "save":
+            self._serve()
+            save_checkpoint(self.run_dir, 60)
+            self._write_row(gradient_steps=60)
+        elif behaviour == "stubborn":
+            self._ignore(signal.SIGTERM, signal.SIGINT)
+            self._serve()
+        elif behaviour == "compile":
+            self._ignore(signal.SIGTERM)
+            self.progress.phase("compiling")
+            self._mark(f"{self.role}-serves")
+            time.sleep(DEADLINE_S)
+        elif behaviour == "hang":
+            self._stand_still()
+        elif behaviour == "refuse":
+            self._serve(until="learner-serves")
+            return ExitCode.REFUSED
+        elif behaviour == "die":
+            sys.stderr.write(f"last output of the {self.role}\n")
+            return int(argument or 1)
+        return ExitCode.FINISHED
 
-    def write_row(self, **changes: object) -> None:
-        with (self.run_dir / "metrics.jsonl").open("a") as file:
-            file.write(json.dumps({**ROW, **changes}) + "\n")
+    def _fail(self, behaviour: str) -> int:
+        """Fail as one of the first incarnations of a behaviour that ends with "-until"."""
+        if behaviour == "outgrow-until":
+            self.progress.phase("collecting")
+            self.progress.status(CollectorStatus(320, 64.0, policy_version=0, weights_refused=0, rss_gb=2.5))
+            return ExitCode.OUTGROWN
+        if behaviour == "collect-until":
+            self.progress.phase("collecting")
+        if behaviour == "hang-until":
+            self._stand_still()
+        return ExitCode.FAILED
 
-    def serve(self, until: str | None = None) -> None:
-        """Move until asked to stop, or until a file appears."""
+    def _work(self) -> int:
+        """Serve as the first incarnation that does not fail."""
+        self._mark("collector-is-good")
+        self._serve()
+        return ExitCode.FINISHED
+
+    def _serve(self, until: str | None = None) -> None:
+        """Make progress until asked to stop, or until a file appears in the run folder."""
         self.progress.phase("training" if self.role == "learner" else "collecting")
-        self.mark(f"{self.role}-serves")
+        self._mark(f"{self.role}-serves")
         end = time.monotonic() + DEADLINE_S
         while not self.stop.requested and not (until and (self.run_dir / until).exists()):
-            assert time.monotonic() < end, f"nobody stopped the fake {self.role} within {DEADLINE_S} s"
+            assert time.monotonic() < end, f"the fake {self.role} was not stopped within {DEADLINE_S} s"
             self.progress.advance()
             time.sleep(0.02)
 
-    def stand_still(self) -> None:
+    def _stand_still(self) -> None:
         self.progress.phase("training" if self.role == "learner" else "collecting")
         time.sleep(DEADLINE_S)
+
+    def _ignore(self, *signums: signal.Signals) -> None:
+        for signum in signums:
+            signal.signal(signum, signal.SIG_IGN)
+
+    def _mark(self, name: str) -> None:
+        """Write a file into the run folder, for which a test or the other process waits."""
+        (self.run_dir / name).write_text(str(self.incarnation))
+
+    def _write_row(self, **changes: object) -> None:
+        with (self.run_dir / "metrics.jsonl").open("a") as file:
+            file.write(json.dumps({**ROW, **changes}) + "\n")
 
 
 def main() -> int:
@@ -90,56 +160,8 @@ def main() -> int:
     parser.add_argument("--incarnation", type=int)
     options = parser.parse_args()
     role = "learner" if options.incarnation is None else "collector"
-    child = Child(role, options.run_dir, options.incarnation or 0)
     behaviour, _, argument = options.behaviour.partition(":")
-    if behaviour == "finish":
-        child.write_row(gradient_steps=20, loss_model=9.0)
-        child.write_row()
-        return 0
-    if behaviour == "serve":
-        child.serve(until=argument or None)
-        if role == "learner":  # only the learner writes metrics.jsonl
-            child.write_row()
-        return 0
-    if behaviour == "die":
-        sys.stderr.write(f"last words of the {role}\n")
-        return int(argument or 1)
-    if behaviour == "save":
-        child.serve()
-        save_checkpoint(child.run_dir, 60)
-        child.write_row(gradient_steps=60)
-        return 0
-    if behaviour == "refuse":  # a setting that shows as wrong once the learner trains
-        child.serve(until="learner-serves")
-        return 2
-    if behaviour == "stubborn":
-        for signum in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(signum, signal.SIG_IGN)
-        child.serve()
-        return 0
-    if behaviour == "compile":  # a compiler cannot be asked to stop
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        child.progress.phase("compiling")
-        child.mark(f"{role}-serves")
-        time.sleep(DEADLINE_S)
-        return 0
-    if behaviour == "hang":
-        child.stand_still()
-        return 0
-    fault, first_good = behaviour, int(argument)  # die-until:N, collect-until:N, hang-until:N, outgrow-until:N
-    if child.incarnation < first_good:
-        if fault == "outgrow-until":
-            child.progress.phase("collecting")
-            child.progress.status(CollectorStatus(320, 64.0, policy_version=0, weights_refused=0, rss_gb=2.5))
-            return ExitCode.OUTGROWN
-        if fault == "collect-until":
-            child.progress.phase("collecting")
-        if fault == "hang-until":
-            child.stand_still()
-        return 1
-    child.mark("collector-is-good")
-    child.serve()
-    return 0
+    return Child(role, options.run_dir, options.incarnation or 0).behave(behaviour, argument)
 
 
 if __name__ == "__main__":

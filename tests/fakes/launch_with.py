@@ -1,4 +1,7 @@
-"""launch.py with fake children, as a process of its own: `launch_with.py LEARNER COLLECTOR [launch's arguments]`."""
+"""Run launch.py with fake children: `launch_with.py LEARNER COLLECTOR [arguments of launch.py]`.
+
+LEARNER and COLLECTOR are behaviours of child.py.
+"""
 
 from __future__ import annotations
 

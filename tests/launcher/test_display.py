@@ -42,7 +42,8 @@ def test_a_process_without_a_status_shows_its_phase_and_how_long_it_lasts() -> N
 
 def test_the_learners_line_has_steps_pace_ratio_losses_and_the_time_left() -> None:
     assert learner_line(_snapshot("training", 0.0, LEARNER), ROW, now=60.0) == (
-        "learner    step 12,000/100,000  40.0 updates/s  ratio 499/500  ETA 36 min 40 s  loss model 12.3 actor -3 value 0.5"
+        "learner    step 12,000/100,000  40.0 updates/s  ratio 499/500  ETA 36 min 40 s  "
+        "loss model 12.3 actor -3 value 0.5"
     )
 
 

@@ -16,7 +16,7 @@ from launch import OWN_MODULES, ROOT, find_name_conflict
 
 @pytest.fixture(scope="module")
 def installed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """A folder that holds our modules as site-packages would, and the script that pip writes for the command `tandem`."""
+    """Return a copy of our modules, as if it were site-packages, and the script that pip writes for `tandem`."""
     folder = tmp_path_factory.mktemp("installed")
     packages, script = folder / "packages", folder / "bin" / "tandem"
     packages.mkdir()

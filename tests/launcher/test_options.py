@@ -40,7 +40,7 @@ def test_the_version_is_that_of_the_installed_distribution(
     assert version_text() == "tandem-dreamer 1.2.3"
 
 
-def test_a_source_tree_says_that_nothing_is_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_an_installation_the_version_names_the_source_tree(monkeypatch: pytest.MonkeyPatch) -> None:
     def missing(name: str) -> str:
         raise metadata.PackageNotFoundError(name)
 
