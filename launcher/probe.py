@@ -1,7 +1,7 @@
 """Check one simulator on this machine: `python -m launcher.probe --config isaaclab [key=value ...]`.
 
-The probe starts the simulator as the collector would, takes random actions, checks what arrives and closes the simulator.
-There is no learner and no network. The output can be pasted into an issue.
+The probe starts the simulator as the collector would, takes random actions, checks the arrivals and closes the
+simulator. There is no learner and no network. The output can be pasted into an issue.
 
 Exit codes: 0 if every check passed, 1 otherwise.
 """
@@ -76,7 +76,7 @@ def main() -> int:
         _probe(log, settings, device=options.device or _default_device(), num_ticks=options.ticks)
     except SettingError as error:
         log.check(False, str(error))
-        return 1  # the message says how to fix it, so there is nothing to report in an issue
+        return 1  # the message contains the fix, so the user needs no issue
     except SimulatorError as error:
         log.check(False, str(error))
     except Exception:

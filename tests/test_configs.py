@@ -1,4 +1,4 @@
-"""Every preset of configs/ composes, and its sizes fit each other."""
+"""Every file of configs/ can be composed, and its sizes fit each other."""
 
 from __future__ import annotations
 
@@ -13,6 +13,6 @@ CONFIGS = sorted(path.stem for path in (Path(__file__).parents[1] / "configs").g
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_a_preset_composes_and_its_sizes_fit(name: str) -> None:
+def test_a_config_composes_and_its_sizes_fit(name: str) -> None:
     settings = compose(name, [])
     check_settings(settings)

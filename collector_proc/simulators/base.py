@@ -1,12 +1,14 @@
-"""The contract every simulator backend keeps: one vector of E environments, one arrival per tick.
+"""The interface of every simulator backend: one vector of E environments, and one arrival per tick.
 
-    t          reset()   step(a0)   step(a1)   step(a2)   step(a3)
+One environment whose episode ends at the second step:
+
+    call       reset()   step(a0)   step(a1)   step(a2)   step(a3)
     is_first      1          0          0          1          0
     is_last       0          0          1          0          0
-    action        0          a0         a1         0          a3      as recorded: a2 met an ended episode and did nothing
+    action        0          a0         a1         0          a3      as recorded: the reset ignores a2
 
-A backend whose simulator resets inside `step` returns the true terminal observation in `obs` and the observation of the
-fresh episode in `acting_obs`; its next arrival is `is_first` and keeps the true reward.
+A simulator may also reset inside `step`. Its arrival then has the true last observation in `obs` and the first
+observation of the next episode in `acting_obs`. The arrival after it is `is_first`, and its reward is true and not 0.
 """
 
 from __future__ import annotations
@@ -25,12 +27,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Arrival:
-    """What one tick brought, for all E environments, on the simulator's device. Valid until the next call.
+    """The result of one tick for all E environments, on the simulator's device. It is valid until the next call.
 
-    obs: one entry per key of the spec, (E, *shape). reward: (E,) float32, summed over the action repeat, 0 at resets.
-    is_first, is_last, is_terminal: (E,) bool. acting_obs: what the policy acts on where it differs from `obs` (simulators
-    that reset inside `step`); None means `obs`. diverged: (E,) bool, rows that stand for a state that was not finite: zeros,
-    first and last at once, the end of no episode; None means that there are none.
+    obs: one entry (E, *shape) for each key of the spec.
+    reward: (E,) float32, summed over the action repeat; 0 at a reset.
+    is_first, is_last, is_terminal: (E,) bool. A terminal row is the end of the task; a last row may also be a time-out.
+    acting_obs: the observations that the policy acts on, if they are not `obs` (see above).
+    diverged: (E,) bool, or None for no row. A row whose state was not finite holds zeros, and is first and last at
+    once. It does not count as the end of an episode.
     """
 
     obs: dict[str, Tensor]
@@ -43,26 +47,28 @@ class Arrival:
 
 
 class Simulator(Protocol):
-    """E environments stepped together."""
+    """E environments that are stepped together."""
 
     spec: StreamSpec
-    device: str
+    device: str  # where arrivals are, and where actions must be
     frames_per_step: int  # env frames in one agent step (the action repeat)
 
     def reset(self) -> Arrival:
-        """Start every environment anew; every flag `is_first` is set."""
+        """Begin a new episode in every environment, and return an arrival in which every row is `is_first`."""
         ...
 
     def step(self, action: Tensor) -> Arrival:
-        """One agent step of every environment. action: (E, A) float32 in [-1, 1] on the simulator's device.
+        """Make one agent step in every environment.
 
-        Where the previous arrival was `is_last`, the action is ignored and the arrival is the reset: `is_first`, reward 0.
-        Raises: SimulatorError if a worker died, hung past the deadline or the physics diverged beyond mending.
+        An environment whose previous row was `is_last` ignores the action and is reset: its row is `is_first`, with
+        reward 0.
+        Shapes: action (E, A) float32 in [-1, 1], on the simulator's device.
+        Raises: SimulatorError if a worker died or exceeded its deadline, or if resets do not make the physics finite.
         """
         ...
 
     def close(self) -> None:
-        """Free everything; never hangs."""
+        """Free everything. It must not hang."""
         ...
 
 

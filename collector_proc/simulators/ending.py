@@ -1,4 +1,4 @@
-"""The end of a process whose simulator may not let it end: a deadline for closing, and an exit past every exit hook."""
+"""End a process although its simulator may prevent it: a deadline for closing, and an exit that skips exit hooks."""
 
 from __future__ import annotations
 
@@ -13,17 +13,18 @@ from contextlib import contextmanager
 from typing import NoReturn
 
 STDERR = 2
-GIL_S = 5.0  # how much later the watchdog that needs no interpreter comes
+# The second watchdog acts this much later than the first. It works even if a C function holds the interpreter's lock.
+GIL_S = 5.0
 _state = {"hard": False}
 
 
 def end_hard() -> None:
-    """From now on `run` ends the process at once: a simulator brings exit hooks that hang or turn every code into 0."""
+    """Let `run` end the process without exit hooks, because a simulator's hooks may hang or change the exit code."""
     _state["hard"] = True
 
 
 def run(main: Callable[[], int]) -> NoReturn:
-    """Run main and end the process with its code, or with 1 if it did not come as far as to return one."""
+    """Run `main` and end the process with the exit code that it returns, or with 1 if it raises an exception."""
     try:
         code = main()
     except SystemExit as asked:
@@ -41,17 +42,16 @@ def run(main: Callable[[], int]) -> NoReturn:
     try:
         for stream in (sys.stdout, sys.stderr):
             with contextlib.suppress(Exception):
-                # a full disk, a closed pipe: the code matters more than the last words
-                stream.flush()
+                stream.flush()  # a full disk or a closed pipe must not change the exit code
     finally:
         os._exit(code)
 
 
 @contextmanager
 def closing_deadline(seconds: float, code: int) -> Iterator[None]:
-    """What runs inside ends within `seconds`, or the process does: with all stacks on stderr and `code`.
+    """End the process if the code inside takes more than `seconds`: print all stacks on stderr and exit with `code`.
 
-    Where something holds the interpreter itself, the process ends 5 s later with code 1.
+    If a C function holds the interpreter's lock, the process ends 5 s later, with exit code 1.
     """
     timer = threading.Timer(seconds, _give_up, (seconds, code))
     timer.daemon = True

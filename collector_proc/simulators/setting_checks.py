@@ -51,7 +51,7 @@ def refuse_ignored(settings: Settings, ignored: Sequence[str]) -> None:
 
 
 def refuse_env_count(env: EnvSettings, *, one_batch: bool) -> None:
-    """Raises: SettingError if env.num_envs is null with one batch of environments, or a number with worker processes."""
+    """Raises: SettingError if env.num_envs is null with one batch of environments, or is set with worker processes."""
     if one_batch and env.num_envs is None:
         raise SettingError(
             f"env.num_envs=null with env.backend={env.backend}; expected at least 1; set env.num_envs=8 "
@@ -86,8 +86,8 @@ def refuse_frame_skip(env: EnvSettings) -> None:
     """Raises: SettingError if env.frame_skip is set although the tasks repeat every action themselves."""
     if env.frame_skip != 1:
         raise SettingError(
-            f"env.frame_skip={env.frame_skip} with env.backend={env.backend}, whose tasks repeat every action themselves "
-            "(decimation); expected 1; set env.frame_skip=1"
+            f"env.frame_skip={env.frame_skip} with env.backend={env.backend}, whose tasks repeat every action "
+            "themselves (decimation); expected 1; set env.frame_skip=1"
         )
 
 
@@ -104,15 +104,15 @@ def check_installed(module: str, env: EnvSettings, fix: str) -> None:
     """Raises: SettingError if this Python has no top-level module of this name."""
     if importlib.util.find_spec(module) is None:
         raise SettingError(
-            f"env.backend={env.backend} env.name={env.name} needs the module {module}, which this Python does not have; "
-            f"expected it to be installed; {fix}"
+            f"env.backend={env.backend} env.name={env.name} needs the module {module}, which this Python does not "
+            f"have; expected it to be installed; {fix}"
         )
 
 
 def unknown(problem: str, word: str, valid: Iterable[str], *, setting: str) -> SettingError:
-    """Return the error for a word that is not valid: it suggests the nearest valid words, or lists some if none is near.
+    """Return the error for a word that is not valid. It suggests near valid words, or lists some if none is near.
 
-    problem: the first part of the message. setting: how a word is set, with {} in its place, such as "env.name=gym:{}".
+    problem: the first part of the message. setting: how a word is set, with {} in its place: "env.name=gym:{}".
     """
     choices, key = sorted(valid), setting.partition("=")[0]
     near = nearest(word, choices)

@@ -159,20 +159,19 @@ class ActionMap:
         return action * self._factor + self._offset
 
 
-def chosen_groups(sample: Mapping[str, Any], wanted: Sequence[str] | None) -> list[str]:
-    """Return the groups that env.obs_groups chooses from the sample. Raises: SettingError if one does not exist."""
-    there = list(sample)
-    if wanted is None:
-        return next(([name] for name in DEFAULT_GROUPS if name in sample), there)
-    for name in wanted:
+def chosen_groups(sample: Mapping[str, Any], groups: Sequence[str] | None) -> list[str]:
+    """Return the names of the observation groups to stream.
+
+    groups: env.obs_groups. If it is None, the result is the group for the actor, or all groups if there is none.
+    Raises: SettingError if the sample has no group of a given name.
+    """
+    if groups is None:
+        return next(([name] for name in DEFAULT_GROUPS if name in sample), list(sample))
+    for name in groups:
         if name not in sample:
-            raise unknown(
-                f"env.obs_groups names {name!r}, which the task does not have",
-                name,
-                there,
-                setting="env.obs_groups=[{}]",
-            )
-    return list(wanted)
+            problem = f"env.obs_groups names {name!r}, which the task does not have"
+            raise unknown(problem, name, sample, setting="env.obs_groups=[{}]")
+    return list(groups)
 
 
 def entry_names(keys: Iterable[tuple[str, ...]]) -> dict[str, tuple[str, ...]]:

@@ -1,7 +1,7 @@
-"""One environment of the dm_control suite: actions in [-1, 1] in, one arrival in a TickBuffer out. Torch-free.
+"""One environment of the dm_control suite. It reads actions from a TickBuffer and writes arrivals into it. Torch-free.
 
-MUJOCO_GL is read once, when dm_control is imported, so the import itself lives in `load_suite` and chooses the
-renderer: what the user set, else EGL for pixels and none for state vectors.
+dm_control reads MUJOCO_GL once, when it is imported. Therefore only `load_suite` imports it, with the renderer that the
+user chose, or else with EGL for images and no renderer for state vectors.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ if TYPE_CHECKING:
     from collector_proc.simulators.dm_control.tick_buffer import TickBuffer
 
 IMAGE_SIZE = 64
-UNLIMITED = 1e10  # mujoco's mjMAXVAL: the range dm_control reports for an actuator without limits
+UNLIMITED = 1e10  # MuJoCo's mjMAXVAL: dm_control reports it as the limit of an actuator without limits
 MAX_RESET_ATTEMPTS = 10
 LUMINANCE = np.array([0.299, 0.587, 0.114])  # ITU-R BT.601
-GL_MEND = (
+GL_FIX = (
     "install libegl1 libegl-mesa0 libgl1-mesa-dri for MUJOCO_GL=egl, or libosmesa6 for MUJOCO_GL=osmesa "
     "(glfw needs a display), or observe state vectors with env.from_pixels=false"
 )
@@ -36,7 +36,7 @@ NO_RENDERER = ("off", "disable", "disabled", "false", "0")
 
 @dataclass(frozen=True)
 class SuitePlan:
-    """What every environment of the vector has in common; plain values, so that it travels to a worker as JSON."""
+    """The settings that all environments share. The values are plain, so that they can be sent to a worker as JSON."""
 
     domain: str
     task: str
@@ -48,23 +48,27 @@ class SuitePlan:
 
 
 def renderer_variables(from_pixels: bool, environ: Mapping[str, str] = os.environ) -> dict[str, str]:
-    """The environment variables dm_control must be imported under: the user's MUJOCO_GL, else egl or disabled."""
+    """Return the environment variables that dm_control needs at its import: the user's MUJOCO_GL, or a fitting one."""
     return {"MUJOCO_GL": environ.get("MUJOCO_GL") or ("egl" if from_pixels else "disabled")}
 
 
 @contextlib.contextmanager
 def _environment(variables: Mapping[str, str]) -> Iterator[None]:
+    """Set environment variables for the code inside, and restore them afterwards."""
     saved = {name: os.environ.get(name) for name in variables}
     os.environ.update(variables)
     try:
         yield
     finally:
         for name, value in saved.items():
-            os.environ.pop(name) if value is None else os.environ.update({name: value})
+            if value is None:
+                os.environ.pop(name)
+            else:
+                os.environ[name] = value
 
 
 def load_suite(*, from_pixels: bool) -> ModuleType:
-    """`dm_control.suite`, imported with a renderer that serves the observations.
+    """Import `dm_control.suite` with a renderer if the observations are images, and return it.
 
     Raises: SimulatorError if dm_control is not installed or its renderer cannot start.
     """
@@ -75,20 +79,21 @@ def load_suite(*, from_pixels: bool) -> ModuleType:
     except ModuleNotFoundError as error:
         if error.name in ("dm_control", "mujoco"):
             raise SimulatorError(
-                f"no module {error.name}: env.backend=dm_control needs dm_control and mujoco; pip install both"
+                f"there is no module {error.name}; expected dm_control and mujoco for env.backend=dm_control; "
+                "pip install both"
             ) from error
         raise
     except Exception as error:  # PyOpenGL reports a missing library as ImportError, AttributeError or its own errors
         if not from_pixels and variables["MUJOCO_GL"] in NO_RENDERER:
             raise SimulatorError(
-                f"dm_control does not import: {error!r}; wanted a dm_control and mujoco that fit each other; "
+                f"dm_control cannot be imported: {error!r}; expected versions of dm_control and mujoco that fit; "
                 "reinstall the pair pinned in pyproject.toml"
             ) from error
         raise _renderer_error(error) from error
     if from_pixels and _render.BACKEND in (None, *NO_RENDERER):
         raise SimulatorError(
-            f"no renderer for pixels: dm_control runs with MUJOCO_GL={_render.BACKEND}, wanted egl, osmesa or glfw; "
-            "start again with MUJOCO_GL=egl"
+            f"dm_control has no renderer for images: it was imported with MUJOCO_GL={_render.BACKEND}; expected egl, "
+            "osmesa or glfw; start again with MUJOCO_GL=egl"
         )
     return suite
 
@@ -96,19 +101,21 @@ def load_suite(*, from_pixels: bool) -> ModuleType:
 def _renderer_error(cause: Exception) -> SimulatorError:
     chosen = os.environ.get("MUJOCO_GL") or "unset (egl)"
     return SimulatorError(
-        f"the renderer cannot start: {cause!r:.300} with MUJOCO_GL {chosen}; wanted a working OpenGL library; {GL_MEND}"
+        f"the renderer cannot start with MUJOCO_GL {chosen}: {cause!r:.300}; expected a working OpenGL library; "
+        f"{GL_FIX}"
     )
 
 
 def environment_seed(seed: int, index: int) -> int:
-    """A 32-bit seed of environment `index`'s own stream, the same however environments are spread over workers."""
+    """Return the 32-bit seed of environment `index`. It does not depend on the number of workers."""
     return int(np.random.SeedSequence((seed, index)).generate_state(1)[0])
 
 
 class SuiteEnvironment:
     """Environment `index` of the vector. `reset` and `step` write row `row` of a TickBuffer.
 
-    A physics divergence ends the episode as a time-out with reward 0 and the last good observation, and is counted.
+    If the physics diverge, the episode ends as a time-out with reward 0 and the last finite observation, and the row's
+    `num_diverged` is increased.
     """
 
     def __init__(self, plan: SuitePlan, index: int) -> None:
@@ -121,7 +128,7 @@ class SuiteEnvironment:
         self._scale, self._center = _action_map(self._env.action_spec())
         self._camera = self._make_camera() if plan.from_pixels else None
         if self._camera is None:
-            # quadruped-escape asks for a GL context at every reset, to redraw its terrain: answer that there is none
+            # quadruped-escape asks for the GL contexts at every reset, to draw its terrain again: there are none.
             self._env.physics._make_rendering_contexts = lambda: None
         self._steps, self._over = 0, True
 
@@ -137,9 +144,9 @@ class SuiteEnvironment:
         return {"policy": ObsSpec((size,), "float32")}
 
     def reset(self, tick: TickBuffer, row: int) -> None:
-        """Start an episode.
+        """Begin an episode.
 
-        Raises: SimulatorError if the physics of ten fresh episodes in a row diverge.
+        Raises: SimulatorError if the physics diverge in ten new episodes in a row.
         """
         for _ in range(MAX_RESET_ATTEMPTS):
             try:
@@ -149,14 +156,14 @@ class SuiteEnvironment:
                 tick.num_diverged[row] += 1
         else:
             raise SimulatorError(
-                f"physics diverged at {MAX_RESET_ATTEMPTS} resets in a row, "
-                "wanted a finite start; check the task and its model"
+                f"the physics diverged at {MAX_RESET_ATTEMPTS} resets in a row; expected a finite start; "
+                "check the task and its model"
             )
         self._steps, self._over = 0, False
         _write_flags(tick, row, first=True, last=False, terminal=False, reward=0.0)
 
     def step(self, tick: TickBuffer, row: int) -> None:
-        """One agent step with the row's action, or a reset where the previous arrival was the last of its episode."""
+        """Make one agent step with the row's action, or reset if the previous arrival was the last of its episode."""
         if self._over:
             self.reset(tick, row)
             return
@@ -177,7 +184,10 @@ class SuiteEnvironment:
         self._env.physics.free()
 
     def _repeat(self, action: NDArray) -> tuple[float, Any]:
-        """The summed reward of up to frame_skip simulator steps and the last time step. Raises: PhysicsError."""
+        """Make frame_skip simulator steps, or fewer if the episode ends. Return their reward and the last time step.
+
+        Raises: PhysicsError.
+        """
         time_step = self._env.step(action)
         reward = time_step.reward
         for _ in range(self._plan.frame_skip - 1):
@@ -190,7 +200,7 @@ class SuiteEnvironment:
         return reward, time_step
 
     def _observe(self, time_step: Any, tick: TickBuffer, row: int) -> None:
-        """Write the observation into the tick; untouched if the new one is not finite. Raises: PhysicsError."""
+        """Write the observation into the tick, unless it is not finite. Raises: PhysicsError."""
         if self._camera is not None:
             image = self._camera.render()
             tick.obs["pixels"][row] = _luminance(image) if self._plan.grayscale else image
@@ -201,14 +211,14 @@ class SuiteEnvironment:
         tick.obs["policy"][row] = vector
 
     def _make_camera(self) -> Any:
-        """One camera for the life of the environment: physics.render would build a scene of its own for every frame."""
+        """Return a camera to keep: physics.render would build a new scene for every frame. Raises: SimulatorError."""
         from dm_control.mujoco.engine import Camera
 
         camera_id = 2 if self._plan.domain == "quadruped" else 0
         try:
             camera = Camera(self._env.physics, IMAGE_SIZE, IMAGE_SIZE, camera_id=camera_id)
             camera.render()
-        except Exception as error:  # drivers fail in their own ways, and some only at the first frame
+        except Exception as error:  # drivers raise many kinds of exceptions, some of them only at the first frame
             raise _renderer_error(error) from error
         return camera
 
@@ -218,29 +228,32 @@ def _write_flags(tick: TickBuffer, row: int, *, first: bool, last: bool, termina
 
 
 def _flatten(entries: Sequence[Any]) -> NDArray:
-    """Scalars and arrays, in the order given, as one float32 vector."""
+    """Return scalars and arrays, in the given order, as one float32 vector."""
     return np.concatenate([np.ravel(entry) for entry in entries]).astype(np.float32)
 
 
 def _luminance(image: NDArray) -> NDArray:
-    """(height, width, 1) uint8 of an RGB image."""
+    """Return the brightness of an RGB image as (height, width, 1) uint8."""
     return np.rint(image @ LUMINANCE).astype(np.uint8)[..., None]
 
 
 def _action_map(action_spec: Any) -> tuple[NDArray, NDArray]:
-    """Scale and centre that map [-1, 1] onto each actuator's range; actuators without limits take it as it is."""
+    """Return the scale and the centre that map [-1, 1] to each actuator's range. Without limits they are 1 and 0."""
     low, high = np.broadcast_arrays(action_spec.minimum, action_spec.maximum)
     limited = (np.abs(low) < UNLIMITED) & (np.abs(high) < UNLIMITED)
     return np.where(limited, (high - low) / 2, 1.0), np.where(limited, (high + low) / 2, 0.0)
 
 
 def run_tick(environments: Sequence[SuiteEnvironment], tick: TickBuffer, *, reset: bool) -> None:
-    """Reset or step every environment; each writes the row of its own index.
+    """Reset or step every environment. Each writes the row of its own index.
 
-    Raises: SimulatorError naming the environment.
+    Raises: SimulatorError that names the environment.
     """
     for environment in environments:
         try:
-            environment.reset(tick, environment.index) if reset else environment.step(tick, environment.index)
+            if reset:
+                environment.reset(tick, environment.index)
+            else:
+                environment.step(tick, environment.index)
         except Exception as error:
             raise SimulatorError(f"environment {environment.index} failed: {type(error).__name__}: {error}") from error

@@ -1,7 +1,7 @@
-"""Backend `dm_control`: every task of the suite, stepped in worker processes or in the collector's own.
+"""Backend `dm_control`: every task of the suite, stepped in worker processes or in the collector's process.
 
-Observations: "policy", the task's observation dictionary flattened in its own order; or "pixels", 64x64. Arrivals
-are views of the tick's memory on the CPU, valid until the next call.
+The observation is "policy", the task's observation dictionary flattened in its own order, or "pixels", a 64x64 image.
+Arrivals are views of the tick's memory on the CPU, and valid until the next call.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 class LocalPool:
-    """The same environments as a WorkerPool's, stepped one after the other in this process."""
+    """The environments of a WorkerPool without workers: they are stepped one after the other in this process."""
 
     def __init__(self, plan: SuitePlan, *, num_envs: int) -> None:
         self._environments = [SuiteEnvironment(plan, index) for index in range(num_envs)]
@@ -41,9 +41,9 @@ class LocalPool:
 
 
 class DmControlSimulator:
-    """E = max(1, collector.num_collectors) x env.n_parallel_envs environments, each with its own stream from `seed`.
+    """max(1, collector.num_collectors) x env.n_parallel_envs environments, each with its own random numbers.
 
-    The environments are always on the CPU, also where the policy runs on a GPU.
+    The environments are on the CPU, even if the policy runs on a GPU.
     """
 
     device = "cpu"
@@ -82,16 +82,16 @@ class DmControlSimulator:
 
     @property
     def num_diverged(self) -> int:
-        """Episodes ended, or begun again, because the physics diverged."""
+        """The number of times that the physics diverged, in a step or at a reset."""
         return int(self._pool.tick.num_diverged.sum())
 
     def reset(self) -> Arrival:
-        """Start every environment anew. Raises: SimulatorError."""
+        """Begin a new episode in every environment. Raises: SimulatorError."""
         self._pool.run(reset=True)
         return self._arrival
 
     def step(self, action: Tensor) -> Arrival:
-        """One agent step of every environment. action: (E, A) in [-1, 1]. Raises: SimulatorError."""
+        """Make one agent step in every environment. Shapes: action (E, A) in [-1, 1]. Raises: SimulatorError."""
         assert action.shape == self._action.shape, action.shape
         self._action.copy_(action.detach())
         self._pool.run(reset=False)

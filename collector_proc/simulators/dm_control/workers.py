@@ -1,6 +1,6 @@
-"""Worker processes that step dm_control environments: actions in and arrivals out through one memfd.
+"""Worker processes that step dm_control environments. Actions and arrivals are exchanged through one memfd.
 
-    collector                                   worker w (python -m collector_proc.simulators.dm_control.workers, torch-free)
+    collector                                   worker w (python -m collector_proc.simulators.dm_control.workers)
       socketpair, Popen          ->               builds environments w*n .. w*n + n - 1
                                  <- spec (JSON)
       memfd by SCM_RIGHTS        ->               maps it
@@ -8,7 +8,8 @@
       "r" or "s", actions in it  ->               resets or steps, writes its own rows
                                  <- "k", or "!" and the text of the exception
 
-The memfd has no name, so nothing is left in /dev/shm; EOF on the socket is the obituary, on either side.
+The memfd has no name, so nothing is left in /dev/shm. End of file on the socket means that the other process has ended.
+A worker imports no torch.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ ROOT = Path(__file__).resolve().parents[3]
 
 
 class WorkerPool:
-    """`num_workers` processes with `num_envs` environments each, all stepped at once by `run`.
+    """`num_workers` processes with `num_envs` environments each, which `run` steps at the same time.
 
     Raises: SimulatorError, here and in `run`, if a worker fails, dies, or does not answer before its deadline.
     """
@@ -65,22 +66,22 @@ class WorkerPool:
 
     @property
     def pids(self) -> list[int]:
-        """Process ids of the workers that have not been reaped."""
+        """The process ids of the workers, until `close`."""
         return [process.pid for process in self._processes]
 
     def run(self, *, reset: bool) -> None:
-        """One tick: every worker reads its actions and writes its arrivals into `tick`."""
+        """Make one tick: every worker reads its actions from `tick` and writes its arrivals into it."""
         for worker, link in enumerate(self._sockets):
             try:
                 link.send(b"r" if reset else b"s")
             except OSError:
-                self._receive(worker)  # a worker that failed left its reason in the socket
-                raise self._obituary(worker) from None
+                self._receive(worker)  # raises with the reason, if the worker has sent one
+                raise self._death(worker) from None
         self._gather("reset" if reset else "step", time.monotonic() + self._step_s, "step_s", self._step_s)
         self._num_ticks += 1
 
     def close(self) -> None:
-        """End every worker: EOF first, SIGKILL for whoever is left after three seconds."""
+        """End every worker: close its socket, and after three seconds kill the workers that still run."""
         for link in self._sockets:
             link.close()
         self._sockets.clear()
@@ -92,7 +93,7 @@ class WorkerPool:
             if process.poll() is None:
                 process.kill()
         for process in self._processes:
-            with contextlib.suppress(subprocess.TimeoutExpired):  # a process in the kernel's hands ends when it lets go
+            with contextlib.suppress(subprocess.TimeoutExpired):  # a process in a system call ends after it
                 process.wait(CLOSE_S)
         self._processes.clear()
 
@@ -131,22 +132,25 @@ class WorkerPool:
                     socket.send_fds(link, [header], [fd])
                 except OSError:
                     self._receive(worker)
-                    raise self._obituary(worker) from None
+                    raise self._death(worker) from None
             return TickBuffer(self.spec, mmap.mmap(fd, num_bytes))
         finally:
             os.close(fd)
 
     def _gather(self, what: str, deadline: float, setting: str, limit_s: float) -> list[bytes]:
-        """One answer of every worker, in their order."""
+        """Wait for one answer of every worker, and return the answers in the order of the workers.
+
+        what: what a worker should do before it answers. setting: the deadline's name. Raises: SimulatorError.
+        """
         answers: dict[int, bytes] = {}
         while len(answers) < len(self._sockets):
             ready = self._poll.poll(max(0.0, deadline - time.monotonic()) * 1000)
             if not ready:
                 worker = next(w for w in range(len(self._sockets)) if w not in answers)
                 raise SimulatorError(
-                    f"{self._name(worker)} did not {what} within {limit_s:g} s; "
-                    f"{len(answers)} of {len(self._sockets)} workers answered, last complete tick {self._num_ticks}; "
-                    f"raise deadlines.{setting} or look for a hung simulator"
+                    f"{self._name(worker)} did not {what} within {limit_s:g} s; expected every worker to answer, but "
+                    f"{len(answers)} of {len(self._sockets)} did after {self._num_ticks} complete ticks; "
+                    f"raise deadlines.{setting}, or find out why the simulator hangs"
                 )
             for fd, _ in ready:
                 worker = self._worker_of[fd]
@@ -154,24 +158,26 @@ class WorkerPool:
         return [answers[worker] for worker in range(len(self._sockets))]
 
     def _receive(self, worker: int) -> bytes:
+        """Return a worker's message. Raises: SimulatorError if the worker failed or died."""
         try:
             message = self._sockets[worker].recv(MESSAGE_BYTES)
         except OSError:
             message = b""
         if not message:
-            raise self._obituary(worker)
+            raise self._death(worker)
         if message.startswith(b"!"):
             raise SimulatorError(f"{self._name(worker)} failed: {message[1:].decode(errors='replace')}")
         return message
 
-    def _obituary(self, worker: int) -> SimulatorError:
+    def _death(self, worker: int) -> SimulatorError:
+        """Return the error for a worker that died."""
         process = self._processes[worker]
         with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(CLOSE_S)  # EOF comes a moment before the exit status
+            process.wait(CLOSE_S)  # the exit status is there a moment after the end of file
         return SimulatorError(
             f"{self._name(worker)}, process {process.pid}, died with exit code {process.returncode} "
-            f"after {self._num_ticks} ticks; wanted it to answer every tick; "
-            "see its last words on stderr, and the kernel log if the code is -9"
+            f"after {self._num_ticks} ticks; expected it to answer every tick; "
+            "read what it wrote to stderr, and the kernel log if the code is -9"
         )
 
     def _name(self, worker: int) -> str:
@@ -180,7 +186,7 @@ class WorkerPool:
 
 
 def _serve(link: socket.socket, plan: SuitePlan, indices: range) -> None:
-    """The life of a worker, until EOF."""
+    """Build the environments and make a tick for every command, until the collector closes the socket."""
     environments = [SuiteEnvironment(plan, index) for index in indices]
     spec = StreamSpec(len(environments), environments[0].obs, environments[0].action_dim)
     link.send(json.dumps(spec.to_dict()).encode())
@@ -208,7 +214,7 @@ def main() -> NoReturn:
     try:
         _serve(link, SuitePlan(**job["plan"]), range(*job["envs"]))
     except (BrokenPipeError, ConnectionResetError):
-        sys.exit(0)  # the collector went away in mid-answer
+        sys.exit(0)  # the collector ended while this worker answered
     except Exception as error:
         text = f"{error}\n{traceback.format_exc()[-4000:]}" if not isinstance(error, SimulatorError) else str(error)
         with contextlib.suppress(OSError):

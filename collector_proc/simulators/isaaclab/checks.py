@@ -39,6 +39,6 @@ def _refuse_isaac_lab_3() -> None:
     for folder in (spec.submodule_search_locations or []) if spec is not None else []:
         if (Path(folder) / "utils" / "sim_launcher.py").exists():
             raise SettingError(
-                f"env.backend=isaaclab found Isaac Lab 3 in {folder}, which starts in another way and was never tested; "
-                "expected Isaac Lab 2.3; install isaaclab 2.3.2 with Isaac Sim 5.1 in an environment of its own"
+                f"env.backend=isaaclab found Isaac Lab 3 in {folder}, which starts in another way and was never "
+                "tested; expected Isaac Lab 2.3; install isaaclab 2.3.2 with Isaac Sim 5.1 in a separate environment"
             )

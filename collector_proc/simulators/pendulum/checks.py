@@ -19,7 +19,7 @@ def check(settings: Settings, report: Callable[[str], None]) -> None:
     env = settings.env
     if env.name != "pendulum" or env.task not in TASKS:
         raise SettingError(
-            f"env.name={env.name} env.task={env.task} is not a task of env.backend=pendulum; expected env.name=pendulum "
-            f"and one of {', '.join(TASKS)} as env.task; set env.name=pendulum env.task={TASKS[0]}"
+            f"env.name={env.name} env.task={env.task} is not a task of env.backend=pendulum; expected "
+            f"env.name=pendulum and one of {', '.join(TASKS)} as env.task; set env.name=pendulum env.task={TASKS[0]}"
         )
     refuse_images(env)

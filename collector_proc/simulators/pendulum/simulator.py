@@ -1,13 +1,15 @@
-"""Backend `pendulum`: a torque pendulum in torch, any number of environments at once on any device; no dependency.
+"""Backend `pendulum`: a pendulum that a torque moves, written in torch. It runs on any device.
 
-Observation "policy": (cos theta, sin theta, theta_dot / 8). Episodes are cut after 200 frames. Two tasks:
+The observation "policy" is (cos theta, sin theta, theta_dot / 8). Episodes time out after 200 frames. The tasks are:
 
-swingup   any start angle, reward (1 + cos theta) / 2 a frame, so at most 200; never terminates; random play 64 +- 42
-balance   starts upright; a frame pays 0.5 upright and more the further it leans, but an agent step that ends beyond
-          0.8 rad (46 degrees) terminates the episode: standing pays 100, falling at once about 10, and whoever ignores
-          that episodes end falls for the better pay
+swingup   The start angle is arbitrary. The reward of a frame is (1 + cos theta) / 2, so a return is at most 200; random
+          actions earn 64 +- 42. Episodes never terminate.
+balance   The pendulum starts upright. The reward of a frame is 0.5 if it is upright, and more the further it leans. An
+          agent step that ends beyond 0.8 rad (46 degrees) terminates the episode. Standing upright earns 100, and an
+          immediate fall about 10. A model that does not predict the end of episodes learns to fall, because leaning has
+          the higher rewards.
 
-Source: the classic gym Pendulum-v1 dynamics, with rewards that lie in [0, 1].
+Source: the dynamics of gym's Pendulum-v1, with rewards in [0, 1].
 """
 
 from __future__ import annotations
@@ -29,14 +31,15 @@ GRAVITY, MASS, LENGTH, FRAME_S = 10.0, 1.0, 1.0, 0.05  # m/s^2, kg, m, s
 MAX_TORQUE, MAX_SPEED = 2.0, 8.0  # N m, rad/s
 EPISODE_FRAMES = 200
 FALLEN = 0.8  # rad: beyond it "balance" terminates
-START_RANGES = {"swingup": (math.pi, 1.0), "balance": (0.1, 0.1)}  # half widths: rad, rad/s
+START_RANGES = {"swingup": (math.pi, 1.0), "balance": (0.1, 0.1)}  # largest start angle (rad) and speed (rad/s)
 TASKS = tuple(START_RANGES)
 
 
 def pendulum_frame(state: Tensor, action: Tensor) -> tuple[Tensor, Tensor]:
-    """The next state and its reward: one simulator frame of 0.05 s.
+    """Return the state after one simulator frame of 0.05 s, and the reward of "swingup" for it.
 
-    Shapes: state (E, 2) of theta (rad, 0 is upright) and theta_dot (rad/s), action (E, 1) in [-1, 1]; reward (E,).
+    Shapes: state (E, 2) and action (E, 1) in [-1, 1]; the reward is (E,).
+    Units: state is theta (rad, 0 is upright) and theta_dot (rad/s).
     """
     theta, speed = state.unbind(-1)
     torque = MAX_TORQUE * action.squeeze(-1)
@@ -49,12 +52,12 @@ def pendulum_frame(state: Tensor, action: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def leaning_reward(state: Tensor) -> Tensor:
-    """(E,): what a frame of "balance" pays, from 0.5 upright to 1 at the angle where the task ends."""
+    """Return the reward (E,) of "balance" for one frame: 0.5 if upright, up to 1 at the angle that ends the episode."""
     return 0.5 + 0.5 * (state[:, 0].abs() / FALLEN).clamp(max=1.0)
 
 
 def pendulum_obs(state: Tensor) -> Tensor:
-    """(E, 3): cos theta, sin theta, theta_dot / 8."""
+    """Return the observation (E, 3): cos theta, sin theta, theta_dot / 8."""
     import torch
 
     theta, speed = state.unbind(-1)
@@ -62,7 +65,7 @@ def pendulum_obs(state: Tensor) -> Tensor:
 
 
 class PendulumSimulator:
-    """env.num_envs pendulums; one generator on the device draws every start state, so a seed fixes the whole run."""
+    """env.num_envs pendulums. One random generator on the device draws every start state, so the seed fixes the run."""
 
     num_diverged = 0
 
@@ -71,27 +74,27 @@ class PendulumSimulator:
         import torch
 
         num_envs = settings.env.num_envs
-        assert num_envs is not None, "check_env demands env.num_envs"
+        assert num_envs is not None, "check_env refuses env.num_envs=null"
         self.spec = StreamSpec(num_envs, {"policy": ObsSpec((3,), "float32")}, 1)
         self.device, self.frames_per_step = device, settings.env.frame_skip
         horizon = settings.env.horizon
         self._frame_limit = EPISODE_FRAMES if horizon is None else horizon * self.frames_per_step
         self._generator = torch.Generator(device).manual_seed(seed)
         self._state = torch.zeros(num_envs, 2, device=device)
-        self._frames = torch.zeros(num_envs, dtype=torch.int64, device=device)  # of the running episode
+        self._frames = torch.zeros(num_envs, dtype=torch.int64, device=device)  # of the current episode
         self._over = torch.ones(num_envs, dtype=torch.bool, device=device)
         self._start_range = torch.tensor(START_RANGES[settings.env.task], device=device)
         self._balance = settings.env.task == "balance"
 
     def reset(self) -> Arrival:
-        """Start every environment anew."""
+        """Begin a new episode in every environment."""
         import torch
 
         self._over = torch.ones_like(self._over)
         return self.step(torch.zeros(self.spec.num_envs, 1, device=self.device))
 
     def step(self, action: Tensor) -> Arrival:
-        """One agent step of every environment. action: (E, 1) in [-1, 1]."""
+        """Make one agent step in every environment. Shapes: action (E, 1) in [-1, 1]."""
         import torch
 
         assert action.shape == (self.spec.num_envs, 1), action.shape
@@ -106,10 +109,10 @@ class PendulumSimulator:
         return Arrival({"policy": obs}, reward, is_first=first, is_last=self._over, is_terminal=fallen)
 
     def close(self) -> None:
-        """Nothing to free."""
+        """There is nothing to free."""
 
     def _repeat(self, action: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """State, frames and summed reward after up to frame_skip frames; none past the episode's last."""
+        """Make frame_skip frames, but none after the episode's last. Return state, frames and summed reward."""
         import torch
 
         state, frames, total = self._state, self._frames, torch.zeros_like(action[:, 0])
@@ -123,11 +126,11 @@ class PendulumSimulator:
         return state, frames, total
 
     def _fallen(self, state: Tensor) -> Tensor:
-        """(E,) bool: where the task has ended; swing-up never does."""
+        """Return (E,) bool: whether the task has ended. That never happens in "swingup"."""
         return (state[:, 0].abs() > FALLEN) & self._balance
 
     def _draw_start(self) -> Tensor:
-        """(E, 2): uniform within the task's half widths."""
+        """Return start states (E, 2), uniform in the task's range."""
         import torch
 
         noise = torch.rand(self.spec.num_envs, 2, generator=self._generator, device=self.device)

@@ -25,23 +25,31 @@ Key = tuple[str, ...]
 ACCOUNT_NAMES = ("episode_reward", "is_init", "step_count", "traj_count")  # names that torchrl's transforms use
 
 
-def chosen_observations(env: EnvBase, wanted: Sequence[str] | None) -> dict[str, Key]:
+def chosen_observations(env: EnvBase, groups: Sequence[str] | None) -> dict[str, Key]:
     """Return the name and the key of each observation to stream, and log them.
 
-    `wanted` is env.obs_groups. If it is None, entries that only describe the run (see `bookkeeping`) are left out with
-    a warning. Raises: SettingError if nothing is left, or if an entry is not a tensor.
+    groups: env.obs_groups. If it is None, entries that only describe the run (see `bookkeeping`) are left out with a
+    warning.
+    Raises: SettingError if nothing is left, or if an entry is not a tensor.
     """
-    called: dict[str, list[Key]] = {}
+    named: dict[str, list[Key]] = {}
     for key in leaf_keys(env.observation_spec):
-        called.setdefault("_".join(key).replace(".", "_"), []).append(key)
-    kept = bookkeeping(env) if wanted is None else set()
-    offered = {name: keys for name, keys in called.items() if not kept.issuperset(keys)}
+        named.setdefault("_".join(key).replace(".", "_"), []).append(key)
+    describing_run = bookkeeping(env) if groups is None else set()
+    offered = {name: keys for name, keys in named.items() if not describing_run.issuperset(keys)}
     if not offered:
         raise SettingError(
-            f"the environment observes {', '.join(called) or 'nothing'}, which only describes the run; expected an "
+            f"the environment observes {', '.join(named) or 'nothing'}, which only describes the run; expected an "
             "observation to act on; set env.obs_groups to the entries to act on"
         )
-    chosen = entry_names(key for name in chosen_groups(offered, wanted) for key in offered[name])
+    chosen = entry_names(key for name in chosen_groups(offered, groups) for key in offered[name])
+    _check_tensors(env, chosen, offered)
+    _log_choice(chosen, left_out=[name for name in named if name not in chosen], by_user=groups is not None)
+    return chosen
+
+
+def _check_tensors(env: EnvBase, chosen: dict[str, Key], offered: dict[str, list[Key]]) -> None:
+    """Raises: SettingError, with the observations that can be streamed, if a chosen one is not a tensor."""
     for name, key in chosen.items():
         if isinstance(env.observation_spec[key], NonTensor | Choice):
             others = [
@@ -51,17 +59,20 @@ def chosen_observations(env: EnvBase, wanted: Sequence[str] | None) -> dict[str,
                 f"observation {name!r} is not a tensor but a {type(env.observation_spec[key]).__name__}; expected "
                 f"numbers; set env.obs_groups=[{','.join(others)}]"
             )
-    left_out = [name for name in called if name not in chosen]
+
+
+def _log_choice(chosen: dict[str, Key], *, left_out: list[str], by_user: bool) -> None:
+    """Log what is streamed. Warn where the choice may be wrong, unless the user made it."""
     log = structlog.get_logger()
     doubtful = [name for name, key in chosen.items() if key[-1] in ACCOUNT_NAMES]
-    if wanted is None and doubtful:
+    if doubtful and not by_user:
         log.warning(
             "some streamed observations have names that torchrl uses for step counts and returns; if they only "
             "describe the run, set env.obs_groups to the others",
             streamed=doubtful,
             others=[name for name in chosen if name not in doubtful],
         )
-    if wanted is None and left_out:
+    if left_out and not by_user:
         log.warning(
             "entries that only describe the run (infos, step counts, returns) are left out of the observations; to "
             "stream them too, list them together with the others in env.obs_groups",
@@ -70,7 +81,6 @@ def chosen_observations(env: EnvBase, wanted: Sequence[str] | None) -> dict[str,
         )
     else:
         log.info("observations", streamed=list(chosen), left_out=left_out)
-    return chosen
 
 
 def leaf_keys(spec: Any) -> list[Key]:

@@ -1,7 +1,9 @@
-"""What a user's module defines, found by importing it: `python -m collector_proc.simulators.torchrl.user_module MODULE NAME`.
+"""Import a user's module and print what it defines.
 
-`checks` runs this in a child process, because the module may import torch or a simulator, which launch must not. The
-last line on stdout is a `Findings` as JSON. Torch-free by itself.
+    python -m collector_proc.simulators.torchrl.user_module MODULE NAME
+
+`checks` runs this in a child process, because the user's module may import torch or a simulator, and launch must not.
+The last line on stdout is a `Findings` as JSON. This file itself imports no torch.
 """
 
 from __future__ import annotations
@@ -22,12 +24,12 @@ OURS = Path(__file__).resolve().parents[2]  # collector_proc
 
 @dataclass(frozen=True)
 class Findings:
-    """What importing a module showed about one name in it.
+    """What the import of a module shows about one name in it.
 
-    kind: the type of what has the name; empty if nothing has it. callable: whether it can be called.
-    names: what could have been meant, the module's own functions and classes, or the modules of a package.
-    missing: the module or package that does not exist. error: the exception that the import raised.
-    place: the file and line of the exception, else the module's file.
+    kind: the type of the object that has the name; empty if there is none. callable: whether it can be called.
+    names: names to suggest: the module's functions and classes or, if a module is missing, the modules of its package.
+    missing: the module that does not exist, if there is one. error: the exception that the import raised, if it did.
+    place: the file and line of that exception, or the module's file.
     """
 
     kind: str = ""
@@ -39,7 +41,7 @@ class Findings:
 
 
 def inspect_module(module: str, name: str) -> Findings:
-    """Import `module`, and return what that shows about `name`. The import may raise anything."""
+    """Import `module`, and return what the import shows about `name`."""
     try:
         loaded = importlib.import_module(module)
     except ModuleNotFoundError as error:
@@ -47,7 +49,7 @@ def inspect_module(module: str, name: str) -> Findings:
             package = sys.modules.get(error.name.rpartition(".")[0])
             return Findings(missing=error.name, names=_submodules(package))
         return _failure(error)
-    except BaseException as error:  # SystemExit too
+    except BaseException as error:  # a user's module can raise anything, SystemExit included
         return _failure(error)
     place = Path(loaded.__file__ or module).name
     if not hasattr(loaded, name):
@@ -67,7 +69,7 @@ def place_of(error: BaseException) -> str:
 
 
 def _is_users(filename: str) -> bool:
-    """Whether the file belongs neither to an installed library, nor to Python, nor to the collector."""
+    """Return whether the file belongs neither to an installed library, nor to Python, nor to the collector."""
     path = Path(filename)
     installed = "site-packages" in path.parts or path.is_relative_to(Path(os.__file__).parent)
     return not installed and not filename.startswith("<") and not path.is_relative_to(OURS)
@@ -82,7 +84,7 @@ def _submodules(package: ModuleType | None) -> tuple[str, ...]:
 
 
 def _definitions(module: ModuleType) -> tuple[str, ...]:
-    """The public functions and classes that the module, or another one of its package, defines."""
+    """Return the public functions and classes that this module, or another module of its package, defines."""
     root = module.__name__.partition(".")[0]
     return tuple(
         name

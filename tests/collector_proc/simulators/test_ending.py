@@ -1,4 +1,4 @@
-"""Laws of the end of a process whose simulator brought exit hooks of its own."""
+"""A process ends with its own exit code, although its simulator installed exit hooks."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ import sys
 SCRIPT = """
 import atexit, os, sys
 from collector_proc.simulators import ending
-atexit.register(os._exit, 0)  # as Kit's: whatever happened becomes 0
+atexit.register(os._exit, 0)  # as Kit does: every exit code becomes 0
 def main():
     ending.end_hard()
-    sys.stdout.write("last words")  # still in the buffer
+    sys.stdout.write("text")  # it is still in the buffer when the process ends
     {body}
 ending.run(main)
 """
 
 
 def code_of(body: str) -> int:
-    """The exit code of a process whose stdout and stderr nobody reads any more."""
+    """Return the exit code of a process whose stdout and stderr are a closed pipe."""
     reader, writer = os.pipe()
     os.close(reader)
     env = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
@@ -30,9 +30,9 @@ def code_of(body: str) -> int:
         os.close(writer)
 
 
-def test_a_broken_pipe_does_not_hand_the_process_to_exit_hooks() -> None:
+def test_a_broken_pipe_does_not_change_the_exit_code() -> None:
     assert code_of("return 5") == 5
 
 
-def test_an_error_that_cannot_be_written_down_still_ends_with_1() -> None:
-    assert code_of("raise RuntimeError('unheard')") == 1
+def test_an_error_that_cannot_be_printed_still_ends_with_1() -> None:
+    assert code_of("raise RuntimeError('not printed')") == 1

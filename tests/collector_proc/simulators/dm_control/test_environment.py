@@ -1,4 +1,4 @@
-"""Laws of one dm_control environment, against dm_control stepped by hand."""
+"""One dm_control environment behaves as dm_control does when its own interface is used."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def flags(tick: TickBuffer, row: int = 0) -> tuple[bool, bool, bool]:
 
 
 @pytest.mark.parametrize(("domain", "task", "repeat"), [("cheetah", "run", 2), ("walker", "walk", 3)])
-def test_observations_and_rewards_are_those_of_dm_control_stepped_by_hand(domain: str, task: str, repeat: int) -> None:
+def test_observations_and_rewards_equal_those_of_dm_control(domain: str, task: str, repeat: int) -> None:
     plan = replace(CHEETAH, domain=domain, task=task, frame_skip=repeat)
     environment, tick = started(plan, index=1)
     raw = raw_environment(plan, index=1)
@@ -90,12 +90,12 @@ def test_an_episode_ends_inside_an_action_repeat_and_the_next_tick_is_its_reset(
 
 def test_the_horizon_cuts_an_episode_as_a_time_out() -> None:
     environment, tick = started(replace(CHEETAH, horizon=3))
-    met = []
+    seen = []
     for _ in range(8):
         environment.step(tick, 0)
-        met.append(flags(tick))
+        seen.append(flags(tick))
     middle, last, first = (False, False, False), (False, True, False), (True, False, False)
-    assert met == [middle, middle, last, first, middle, middle, last, first]
+    assert seen == [middle, middle, last, first, middle, middle, last, first]
 
 
 def test_an_episode_that_ends_with_discount_zero_is_terminal() -> None:
@@ -109,7 +109,7 @@ def test_an_episode_that_ends_with_discount_zero_is_terminal() -> None:
     assert flags(tick) == (True, False, False)
 
 
-def test_a_divergence_ends_the_episode_with_the_last_good_observation_and_reward_zero() -> None:
+def test_a_divergence_ends_the_episode_with_the_last_finite_observation_and_reward_zero() -> None:
     environment, tick = started(CHEETAH)
     environment.step(tick, 0)
     good = tick.obs["policy"][0].copy()
@@ -126,14 +126,14 @@ def test_a_divergence_ends_the_episode_with_the_last_good_observation_and_reward
     assert tick.num_diverged[0] == 1
 
 
-def test_resets_that_diverge_again_and_again_are_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ten_resets_in_a_row_that_diverge_are_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     environment, tick = started(CHEETAH)
 
     def diverge() -> None:
         raise environment._physics_error("bad")
 
     monkeypatch.setattr(environment._env, "reset", diverge)
-    with pytest.raises(SimulatorError, match="physics diverged at 10 resets in a row"):
+    with pytest.raises(SimulatorError, match="the physics diverged at 10 resets in a row; expected"):
         environment.reset(tick, 0)
     assert tick.num_diverged[0] == 10
 
@@ -141,7 +141,7 @@ def test_resets_that_diverge_again_and_again_are_an_error(monkeypatch: pytest.Mo
 def test_actions_span_the_range_of_each_actuator() -> None:
     environment, tick = started(replace(CHEETAH, domain="quadruped", task="walk"))
     spec = environment._env.action_spec()
-    assert spec.maximum[1] == 1.1 and spec.minimum[2] == -0.8  # the ranges do differ
+    assert spec.maximum[1] == 1.1 and spec.minimum[2] == -0.8  # the ranges of the actuators differ
     middle = (spec.minimum + spec.maximum) / 2
     for action, ctrl in ((1.0, spec.maximum), (-1.0, spec.minimum), (0.0, middle)):
         tick.action[0] = action
@@ -149,14 +149,14 @@ def test_actions_span_the_range_of_each_actuator() -> None:
         np.testing.assert_allclose(environment._env.physics.data.ctrl, ctrl, rtol=0, atol=1e-12)
 
 
-def test_actions_of_actuators_without_limits_pass_through() -> None:
+def test_actions_of_actuators_without_limits_are_not_scaled() -> None:
     environment, tick = started(replace(CHEETAH, domain="lqr", task="lqr_6_2"))
     tick.action[0] = (0.25, -0.5)
     environment.step(tick, 0)
     np.testing.assert_array_equal(environment._env.physics.data.ctrl, (0.25, -0.5))
 
 
-def test_every_environment_has_its_own_stream_and_a_seed_repeats_it() -> None:
+def test_each_environment_has_its_own_start_states_and_a_seed_repeats_them() -> None:
     starts = {}
     for seed, index in ((3, 0), (3, 1), (4, 0), (4, 1)):
         _, tick = started(replace(CHEETAH, seed=seed), index)
@@ -166,7 +166,7 @@ def test_every_environment_has_its_own_stream_and_a_seed_repeats_it() -> None:
     assert tuple(again.obs["policy"][1]) == starts[3, 1]
 
 
-def test_an_exception_names_the_environment_it_came_from(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_exception_names_the_environment_that_raised_it(monkeypatch: pytest.MonkeyPatch) -> None:
     environment, tick = started(CHEETAH, index=4)
 
     def break_down(*_: object) -> None:
@@ -198,8 +198,8 @@ def test_rows_of_a_tick_buffer_do_not_overlap() -> None:
         assert (view == (number % 2 if view.dtype == bool else number)).all()
 
 
-def walk_through(domain: str, task: str) -> None:
-    """Ten agent steps of random actions: finite, of the size promised, and moving."""
+def step_randomly(domain: str, task: str) -> None:
+    """Make ten agent steps of random actions. Observations are finite and change."""
     environment, tick = started(replace(CHEETAH, domain=domain, task=task))
     rng = np.random.default_rng(0)
     before = tick.obs["policy"].copy()
@@ -212,8 +212,8 @@ def walk_through(domain: str, task: str) -> None:
     assert (tick.obs["policy"] != before).any()
 
 
-def test_every_task_of_the_suite_steps_from_state() -> None:
+def test_every_task_of_the_suite_runs_with_state_observations() -> None:
     tasks = load_suite(from_pixels=False).ALL_TASKS
     assert len(tasks) >= 51
     for domain, task in tasks:
-        walk_through(domain, task)
+        step_randomly(domain, task)

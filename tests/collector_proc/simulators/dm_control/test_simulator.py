@@ -1,4 +1,4 @@
-"""Laws of the dm_control vector: in process and in workers, from state and from pixels."""
+"""The vector of dm_control environments, without and with workers, with state vectors and with images."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from shared.config import Settings
 from shared.geometry import count_envs
 
 ROOT = Path(__file__).resolve().parents[4]
-# dm_control chooses its renderer once in a process: pictures to compare with are made in a process of their own.
+# dm_control chooses its renderer once per process, so the expected images are made in another process.
 RENDER = """
 import sys, numpy as np
 from collector_proc.simulators.dm_control.environment import environment_seed
@@ -47,7 +47,7 @@ def settings_for(
 
 @pytest.fixture(scope="module")
 def egl() -> dict[str, str]:
-    """The environment of a child that renders with EGL, where this machine can."""
+    """Return the environment variables of a child process that renders with EGL. Skip the test if EGL does not work."""
     environ = {**os.environ, "MUJOCO_GL": "egl", "PYTHONPATH": str(ROOT)}
     probe = subprocess.run(
         [sys.executable, "-c", "from dm_control import suite"], env=environ, capture_output=True, text=True
@@ -58,7 +58,7 @@ def egl() -> dict[str, str]:
 
 
 def rollout(settings: Settings, num_ticks: int) -> list[np.ndarray]:
-    """Every field of every arrival, one array a tick, for actions that depend on the tick and the environment alone."""
+    """Return one array per tick with all fields of the arrival. The actions do not depend on the number of workers."""
     simulator = build_simulator(settings, seed=7, device="cpu")
     rng = np.random.default_rng(1)
     try:
@@ -73,7 +73,7 @@ def rollout(settings: Settings, num_ticks: int) -> list[np.ndarray]:
         simulator.close()
 
 
-def test_workers_and_one_process_stream_the_same_arrivals() -> None:
+def test_environments_in_workers_and_in_this_process_give_the_same_arrivals() -> None:
     alone, pooled = settings_for(workers=0, envs=4), settings_for(workers=2, envs=2)
     alone.env.horizon = pooled.env.horizon = 5
     assert count_envs(alone) == count_envs(pooled) == 4
@@ -82,7 +82,7 @@ def test_workers_and_one_process_stream_the_same_arrivals() -> None:
     np.testing.assert_array_equal(np.stack(first), np.stack(second))
 
 
-def test_every_environment_starts_elsewhere_and_executes_its_own_action() -> None:
+def test_each_environment_has_its_own_start_and_executes_its_own_action() -> None:
     simulator = DmControlSimulator(settings_for(workers=2, envs=2, domain="cartpole", task="balance"), seed=0)
     try:
         start = simulator.reset().obs["policy"].clone()
@@ -94,17 +94,17 @@ def test_every_environment_starts_elsewhere_and_executes_its_own_action() -> Non
         simulator.close()
 
 
-def test_arrivals_follow_the_layout_of_the_contract() -> None:
+def test_the_flags_of_arrivals_follow_the_interface() -> None:
     settings = settings_for(workers=1, envs=2)
     settings.env.horizon = 2
     simulator = DmControlSimulator(settings, seed=0)
     try:
-        met, arrival = [], simulator.reset()
+        seen, arrival = [], simulator.reset()
         for _ in range(5):
-            met.append((arrival.is_first.tolist(), arrival.is_last.tolist(), (arrival.reward == 0).tolist()))
+            seen.append((arrival.is_first.tolist(), arrival.is_last.tolist(), (arrival.reward == 0).tolist()))
             arrival = simulator.step(torch.full((2, 6), 0.7))
         both, none = [True, True], [False, False]
-        assert met == [
+        assert seen == [
             (both, none, both),
             (none, none, none),
             (none, both, none),
@@ -118,7 +118,7 @@ def test_arrivals_follow_the_layout_of_the_contract() -> None:
         simulator.close()
 
 
-def test_a_reset_in_mid_episode_starts_every_environment_anew() -> None:
+def test_a_reset_within_episodes_begins_a_new_one_in_every_environment() -> None:
     simulator = DmControlSimulator(settings_for(workers=1, envs=2), seed=0)
     try:
         start = simulator.reset().obs["policy"].clone()
@@ -132,7 +132,7 @@ def test_a_reset_in_mid_episode_starts_every_environment_anew() -> None:
 
 
 @pytest.mark.parametrize(("domain", "task", "camera"), [("cheetah", "run", 0), ("quadruped", "walk", 2)])
-def test_pixels_are_what_physics_renders(
+def test_images_equal_those_that_dm_control_renders(
     domain: str, task: str, camera: int, egl: dict[str, str], tmp_path: Path
 ) -> None:
     path = tmp_path / "frames.npy"
@@ -142,22 +142,22 @@ def test_pixels_are_what_physics_renders(
     expected = np.load(path)  # (ticks, environments, height, width, channels)
     settings = settings_for(workers=1, envs=2, domain=domain, task=task, pixels=True)
     settings.env.frame_skip = 1
-    met = []
+    images = []
     simulator = DmControlSimulator(settings, seed=7)
     try:
         spec = simulator.spec
         assert spec.obs["pixels"].shape == (64, 64, 3) and list(spec.obs) == ["pixels"]
         low, high = action_range(domain, task)
-        met.append(simulator.reset().obs["pixels"].numpy().copy())
+        images.append(simulator.reset().obs["pixels"].numpy().copy())
         for action in np.linspace(-1, 1, 3):
             normalised = (2 * action - low - high) / (high - low)
             batch = torch.from_numpy(np.stack([normalised] * 2).astype(np.float32))
-            met.append(simulator.step(batch).obs["pixels"].numpy().copy())
+            images.append(simulator.step(batch).obs["pixels"].numpy().copy())
     finally:
         simulator.close()
     assert np.ptp(expected) > 50 and (expected[0] != expected[-1]).any()
-    difference = np.abs(np.stack(met).astype(int) - expected)
-    assert difference.max() <= 1  # the actions went through float32
+    difference = np.abs(np.stack(images).astype(int) - expected)
+    assert difference.max() <= 1  # the simulator gets the actions as float32
 
 
 def action_range(domain: str, task: str) -> tuple[np.ndarray, np.ndarray]:
@@ -167,7 +167,7 @@ def action_range(domain: str, task: str) -> tuple[np.ndarray, np.ndarray]:
     return spec.minimum, spec.maximum
 
 
-def test_gray_images_are_the_luminance_of_colour_images(egl: dict[str, str]) -> None:
+def test_a_gray_image_is_the_brightness_of_the_colour_image(egl: dict[str, str]) -> None:
     frames = {}
     for grayscale in (False, True):
         settings = settings_for(workers=1, envs=1, pixels=True)

@@ -1,4 +1,4 @@
-"""Laws of the worker processes: deaths, deadlines, error texts, and nothing left behind."""
+"""Worker processes: their deaths, deadlines and error messages, and that they leave nothing behind."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from shared.errors import SimulatorError
 
 ROOT = Path(__file__).resolve().parents[4]
 CHEETAH = SuitePlan("cheetah", "run", seed=3, frame_skip=2, from_pixels=False, grayscale=False, horizon=None)
+STEP_S = 60.0
 COLLECTOR = """
 import signal
 from collector_proc.simulators.dm_control.environment import SuitePlan
@@ -30,7 +31,9 @@ signal.pause()
 """
 
 
-def pool_of(num_workers: int, plan: SuitePlan = CHEETAH, *, step_s: float = 60.0, start_s: float = 60.0) -> WorkerPool:
+def pool_of(
+    num_workers: int, plan: SuitePlan = CHEETAH, *, step_s: float = STEP_S, start_s: float = 60.0
+) -> WorkerPool:
     return WorkerPool(plan, num_workers=num_workers, num_envs=2, start_s=start_s, step_s=step_s)
 
 
@@ -38,7 +41,7 @@ def gone(pid: int) -> bool:
     return not Path(f"/proc/{pid}").exists()
 
 
-def test_a_killed_worker_is_an_error_at_once_that_names_it() -> None:
+def test_a_killed_worker_raises_an_error_that_names_it_before_the_deadline() -> None:
     pool = pool_of(2)
     try:
         pool.run(reset=True)
@@ -47,49 +50,51 @@ def test_a_killed_worker_is_an_error_at_once_that_names_it() -> None:
         with pytest.raises(SimulatorError, match=r"worker 1 \(environments 2\.\.3\).*died with exit code -9 after"):
             for _ in range(1000):
                 pool.run(reset=False)
-        assert time.monotonic() - start < 5
+        assert time.monotonic() - start < STEP_S
     finally:
         pool.close()
 
 
-def test_a_worker_killed_in_mid_tick_is_noticed_before_the_deadline() -> None:
+def test_a_worker_killed_within_a_tick_raises_an_error_before_the_deadline() -> None:
     pool = pool_of(1)
     try:
         pool.run(reset=True)
-        os.kill(pool.pids[0], signal.SIGSTOP)  # it holds the wake-up when it dies
+        os.kill(pool.pids[0], signal.SIGSTOP)  # so that it has the command, but no answer is sent, when it dies
         killer = subprocess.Popen(["sh", "-c", f"sleep 0.3; kill -9 {pool.pids[0]}"])
         start = time.monotonic()
         with pytest.raises(SimulatorError, match="died with exit code -9 after 1 ticks"):
             pool.run(reset=False)
-        assert time.monotonic() - start < 10
+        assert time.monotonic() - start < STEP_S
         killer.wait()
     finally:
         pool.close()
 
 
-def test_a_hung_worker_is_named_when_the_deadline_expires_and_close_still_ends_it() -> None:
+def test_a_worker_that_hangs_is_named_at_the_deadline_and_close_ends_it() -> None:
     pool = pool_of(2, step_s=0.5)
     pids = pool.pids
     try:
         pool.run(reset=True)
         os.kill(pids[0], signal.SIGSTOP)
-        with pytest.raises(SimulatorError, match=r"worker 0 .* did not step within 0.5 s; 1 of 2 .* deadlines.step_s"):
+        with pytest.raises(
+            SimulatorError, match=r"worker 0 .* did not step within 0.5 s; expected .* 1 of 2 .* deadlines.step_s"
+        ):
             pool.run(reset=False)
     finally:
         start = time.monotonic()
         pool.close()
-    assert time.monotonic() - start < 10
+    assert time.monotonic() - start < STEP_S
     assert all(gone(pid) for pid in pids)
 
 
-def test_the_text_of_a_workers_exception_reaches_the_collector() -> None:
+def test_the_message_of_a_workers_exception_reaches_the_collector() -> None:
     plan = SuitePlan("cheetah", "fly", seed=3, frame_skip=2, from_pixels=False, grayscale=False, horizon=None)
     with pytest.raises(SimulatorError, match=r"worker \d .*Level 'fly' does not exist in domain 'cheetah'"):
         pool_of(2, plan)
 
 
-def test_an_exception_inside_a_tick_names_worker_and_environment() -> None:
-    broken: object = "2"  # builds and resets, and fails at the first step
+def test_an_exception_in_a_tick_names_the_worker_and_the_environment() -> None:
+    broken: object = "2"  # with it, an environment fails at its first step
     plan = SuitePlan("cheetah", "run", 3, broken, False, False, None)  # type: ignore[arg-type]
     pool = pool_of(2, plan)
     try:
@@ -100,14 +105,14 @@ def test_an_exception_inside_a_tick_names_worker_and_environment() -> None:
         pool.close()
 
 
-def test_workers_that_do_not_start_in_time_are_an_error_that_names_the_setting() -> None:
+def test_workers_that_start_too_slowly_raise_an_error_that_names_the_setting() -> None:
     with pytest.raises(SimulatorError, match=r"did not build its environments within 0.01 s; .*deadlines.start_s"):
         pool_of(1, start_s=0.01)
 
 
-def test_a_renderer_that_cannot_start_names_the_mend(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_error_about_a_renderer_that_cannot_start_has_a_fix(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MUJOCO_GL", "osmesa")
-    monkeypatch.setenv("PYOPENGL_PLATFORM", "egl")  # dm_control refuses the contradiction, as it does a missing library
+    monkeypatch.setenv("PYOPENGL_PLATFORM", "egl")  # dm_control then fails as it does without the library
     plan = SuitePlan("cheetah", "run", 3, 2, from_pixels=True, grayscale=False, horizon=None)
     with pytest.raises(
         SimulatorError, match=r"renderer cannot start.*MUJOCO_GL osmesa.*libosmesa6.*env.from_pixels=false"
@@ -115,10 +120,10 @@ def test_a_renderer_that_cannot_start_names_the_mend(monkeypatch: pytest.MonkeyP
         pool_of(1, plan)
 
 
-def test_pixels_without_a_renderer_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_images_without_a_renderer_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MUJOCO_GL", "disabled")
     plan = SuitePlan("cheetah", "run", 3, 2, from_pixels=True, grayscale=False, horizon=None)
-    with pytest.raises(SimulatorError, match=r"no renderer for pixels.*MUJOCO_GL=egl"):
+    with pytest.raises(SimulatorError, match=r"no renderer for images.*MUJOCO_GL=egl"):
         pool_of(1, plan)
 
 
@@ -130,9 +135,9 @@ def test_close_leaves_no_process_no_file_and_no_descriptor() -> None:
     for pid in [*pids, os.getpid()]:
         maps = Path(f"/proc/{pid}/maps").read_text()
         assert "memfd:tandem-tick" in maps
-        assert "/dev/shm" not in maps or pid == os.getpid()  # other tests of this process may map it
+        assert "/dev/shm" not in maps or pid == os.getpid()  # other tests in this process may map files there
     pool.close()
-    pool.close()  # and a second time does nothing
+    pool.close()  # a second call has no effect
     assert len(pids) == 2 and all(gone(pid) for pid in pids)
     del pool
     assert set(os.listdir("/proc/self/fd")) <= before
@@ -149,11 +154,11 @@ def test_workers_die_with_a_collector_that_is_killed() -> None:
     collector.wait()
     collector.stdout.close()
     for handle in handles:
-        assert select.select([handle], [], [], 5.0)[0], "a worker outlived its collector by five seconds"
+        assert select.select([handle], [], [], 30.0)[0], "a worker still runs 30 s after its collector was killed"
         os.close(handle)
 
 
-def test_interrupts_and_polite_ends_are_the_collectors_to_handle() -> None:
+def test_workers_ignore_interrupt_and_terminate_signals() -> None:
     pool = pool_of(1)
     try:
         pool.run(reset=True)
@@ -166,7 +171,7 @@ def test_interrupts_and_polite_ends_are_the_collectors_to_handle() -> None:
         pool.close()
 
 
-def test_a_worker_runs_on_one_thread_and_without_torch() -> None:
+def test_a_worker_has_one_thread_and_does_not_import_torch() -> None:
     pool = pool_of(1)
     try:
         pool.run(reset=True)

@@ -1,4 +1,4 @@
-"""Laws of the pendulum, against a scalar simulation in double precision."""
+"""The pendulum, compared with a simulation of one pendulum in double precision."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def simulator_of(
 
 
 def scalar_frame(theta: float, speed: float, action: float) -> tuple[float, float, float]:
-    """Gym's Pendulum-v1 in plain floats: g 10, m 1, l 1, dt 0.05, speed within 8."""
+    """Make one frame of gym's Pendulum-v1 with floats: g = 10, m = 1, l = 1, dt = 0.05, speed within 8."""
     speed = speed + (3 * 10 / 2 * math.sin(theta) + 3 * 2 * action) * 0.05
     speed = max(-8.0, min(8.0, speed))
     theta = theta + speed * 0.05
@@ -43,9 +43,9 @@ def scalar_frame(theta: float, speed: float, action: float) -> tuple[float, floa
 
 
 def swing_up(obs: Tensor) -> Tensor:
-    """Pump energy until the pendulum is near the top, then hold it there. obs (E, 3) -> action (E, 1)."""
+    """Return actions (E, 1) for obs (E, 3) that add energy until the pendulum is near the top, and then hold it there."""
     cosine, sine, speed = obs[:, 0], obs[:, 1], obs[:, 2] * 8
-    missing = 15 - (speed**2 / 2 + 15 * cosine)  # energy is conserved without torque, and is 15 at rest on top
+    missing = 15 - (speed**2 / 2 + 15 * cosine)  # at rest on top the energy is 15; without torque it is constant
     pump = torch.sign(speed + 1e-6) * torch.sign(missing)
     hold = -(8 * torch.atan2(sine, cosine) + 2 * speed)
     return torch.where(cosine > 0.9, hold, pump).clamp(-1, 1)[:, None]
@@ -63,13 +63,13 @@ def episode_return(simulator: PendulumSimulator, policy: str) -> Tensor:
     return total
 
 
-def test_one_frame_from_hanging_still_under_full_torque_is_as_worked_out_by_hand() -> None:
+def test_one_frame_with_full_torque_equals_the_values_calculated_by_hand() -> None:
     state, reward = pendulum_frame(torch.tensor([[0.0, 0.0]]), torch.tensor([[1.0]]))
     torch.testing.assert_close(state, torch.tensor([[0.015, 0.3]]), rtol=0, atol=1e-7)  # 3 * 2 * 0.05; 0.3 * 0.05
     torch.testing.assert_close(reward, torch.tensor([(1 + math.cos(0.015)) / 2]), rtol=0, atol=1e-7)
 
 
-def test_frames_agree_with_a_scalar_simulation() -> None:
+def test_frames_equal_those_of_a_simulation_in_double_precision() -> None:
     generator = torch.Generator().manual_seed(0)
     state = torch.rand(16, 2, generator=generator, dtype=torch.float64) * torch.tensor([6.0, 16.0]) - torch.tensor(
         [3.0, 8.0]
@@ -97,7 +97,7 @@ def test_an_observation_is_cosine_sine_and_speed_over_eight() -> None:
 
 
 @pytest.mark.parametrize(("frame_skip", "horizon", "steps"), [(2, None, 100), (3, None, 67), (2, 5, 5), (2, 120, 120)])
-def test_arrivals_follow_the_layout_of_the_contract(frame_skip: int, horizon: int | None, steps: int) -> None:
+def test_the_flags_of_arrivals_follow_the_interface(frame_skip: int, horizon: int | None, steps: int) -> None:
     simulator = simulator_of(3, frame_skip=frame_skip, horizon=horizon)
     arrival = simulator.reset()
     for _ in range(2):
@@ -127,7 +127,7 @@ def test_rewards_of_an_episode_are_the_sum_over_its_200_frames(frame_skip: int) 
     torch.testing.assert_close(total.double(), expected, rtol=0, atol=0.05)
 
 
-def test_an_action_that_meets_an_ended_episode_does_nothing() -> None:
+def test_an_action_after_the_end_of_an_episode_has_no_effect() -> None:
     resets = []
     for action in (1.0, -1.0):
         simulator = simulator_of(4, horizon=2)
@@ -138,7 +138,7 @@ def test_an_action_that_meets_an_ended_episode_does_nothing() -> None:
     torch.testing.assert_close(resets[0], resets[1], rtol=0, atol=0)
 
 
-def test_a_seed_fixes_the_run_and_another_seed_changes_it() -> None:
+def test_equal_seeds_give_equal_runs_and_different_seeds_different_ones() -> None:
     runs = []
     for seed in (5, 5, 6):
         simulator = simulator_of(4, seed=seed, horizon=3)
@@ -146,10 +146,10 @@ def test_a_seed_fixes_the_run_and_another_seed_changes_it() -> None:
         runs.append(torch.stack([arrival.obs["policy"] for arrival in arrivals]))
     assert torch.equal(runs[0], runs[1])
     assert not (runs[0] == runs[2]).all(dim=-1).any()
-    assert not torch.equal(runs[0][0], runs[0][4])  # the second episode starts elsewhere
+    assert not torch.equal(runs[0][0], runs[0][4])  # the second episode has another start
 
 
-def test_start_angles_cover_the_circle_and_start_speeds_lie_within_one() -> None:
+def test_start_angles_cover_the_circle_and_start_speeds_are_at_most_one() -> None:
     obs = simulator_of(4096).reset().obs["policy"]
     quadrants = torch.stack([(obs[:, 0] > 0) == c for c in (True, False)]).float().mean(1)
     torch.testing.assert_close(quadrants, torch.tensor([0.5, 0.5]), rtol=0, atol=0.05)
@@ -158,7 +158,7 @@ def test_start_angles_cover_the_circle_and_start_speeds_lie_within_one() -> None
     assert -1 <= float(speed.min()) < -0.99 and 0.99 < float(speed.max()) <= 1
 
 
-def test_returns_lie_where_the_task_promises() -> None:
+def test_returns_of_random_and_good_actions_are_as_documented() -> None:
     random = episode_return(simulator_of(512), "random")
     assert 58 < float(random.mean()) < 70 and 34 < float(random.std()) < 50  # 64 +- 42
     energy = episode_return(simulator_of(512), "energy")
@@ -179,37 +179,39 @@ def test_a_tick_on_cuda_never_waits_for_the_device() -> None:
     assert arrival.reward.is_cuda
 
 
-def test_falling_terminates_and_leaning_pays_until_then():
+def test_a_fall_terminates_the_episode_and_leaning_is_rewarded_until_then() -> None:
     simulator = simulator_of(64, task="balance")
     arrival, fell = simulator.reset(), torch.zeros(64)
-    for _ in range(30):  # full torque to one side: every pendulum falls, and each is set up again
+    for _ in range(30):  # with full torque to one side, every pendulum falls and begins a new episode
         arrival = simulator.step(torch.ones(64, 1))
         theta = torch.atan2(arrival.obs["policy"][:, 1], arrival.obs["policy"][:, 0])
         assert torch.equal(arrival.is_terminal, theta.abs() > FALLEN)
         assert torch.equal(arrival.is_last, arrival.is_terminal)
         assert (theta[arrival.is_first].abs() <= 0.1).all() and (arrival.reward[arrival.is_first] == 0).all()
         moving = ~arrival.is_first
-        last_frame = 0.5 + 0.5 * (theta.abs() / FALLEN).clamp(max=1.0)  # of the two that an agent step sums
+        last_frame = 0.5 + 0.5 * (theta.abs() / FALLEN).clamp(max=1.0)  # an agent step sums two frames
         first_frame = arrival.reward - last_frame
         assert (first_frame[moving] >= 0.5 - 1e-5).all() and (first_frame[moving] <= 1 + 1e-5).all()
         fell += arrival.is_terminal
     assert (fell >= 2).all()
 
 
-def test_a_controller_that_balances_outlives_the_episode_by_a_time_out():
+def test_with_a_balancing_controller_the_episode_ends_by_time_out() -> None:
     simulator = simulator_of(16, seed=1, task="balance")
     arrival, total = simulator.reset(), torch.zeros(16)
     for _ in range(100):
         _, sine, speed = arrival.obs["policy"].unbind(-1)
-        action = (-15.0 * sine - 20.0 * sine - 8.0 * 8.0 * speed) / 6.0  # against gravity, the angle and the speed
+        action = (
+            -15.0 * sine - 20.0 * sine - 8.0 * 8.0 * speed
+        ) / 6.0  # compensates gravity, and reduces angle and speed
         arrival = simulator.step(action.clamp(-1, 1)[:, None])
         assert not arrival.is_terminal.any()
         total += arrival.reward
     assert arrival.is_last.all()
-    assert ((total > 100) & (total < 105)).all(), total  # upright is half the pay of leaning
+    assert ((total > 100) & (total < 105)).all(), total  # the reward is half as high upright as at the limit
 
 
-def test_balance_pays_half_upright_and_all_of_it_at_the_angle_where_it_ends():
+def test_balance_rewards_half_if_upright_and_one_at_the_angle_that_ends_it() -> None:
     angles = torch.tensor([0.0, 0.4, -0.4, -0.8, 1.2])
     reward = leaning_reward(torch.stack((angles, torch.zeros(5)), 1))
     torch.testing.assert_close(reward, torch.tensor([0.5, 0.75, 0.75, 1.0, 1.0]), rtol=0, atol=1e-6)

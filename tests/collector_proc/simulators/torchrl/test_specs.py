@@ -22,10 +22,10 @@ def fakes(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     return importlib.import_module("counting_env")
 
 
-def chosen(env: Any, wanted: list[str] | None = None) -> tuple[set[str], list[Any]]:
+def chosen(env: Any, groups: list[str] | None = None) -> tuple[set[str], list[Any]]:
     """Return the names of the streamed observations and the log."""
     with capture_logs() as logs:
-        keys = chosen_observations(env, wanted)
+        keys = chosen_observations(env, groups)
     return set(keys), logs
 
 
