@@ -231,7 +231,7 @@ def _send_to_ring(shape: ChunkShape, sockets: str, device: str) -> None:
                 writer.num_rows = shape.ticks
                 writer.write(grant.row)
                 writer.wait()
-                channel.send(Commit(grant.seq, grant.row, 0, 0, 0, 0, b"", b"", b"", 0, 0, 0, 0, 0))
+                channel.send(Commit(grant.seq, grant.row, agent_steps=0, env_frames=0, policy_version=0))
     except Disconnected:
         return
 

@@ -3,37 +3,40 @@
     collector -> learner     Hello, SelfTest, Commit
     learner -> collector     Welcome, Grant, Refusal
 
-Whatever does not decode to exactly one of these, within its bounds, raises MalformedMessage; the channel counts and drops it.
+Bytes that are not exactly one of these messages, with every value within its bounds, raise MalformedMessage. The channel
+(`shared.handover.Channel`) counts and drops them.
 """
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from typing import Any
 
 import msgpack
 
 PROTOCOL = 2
 MAX_MESSAGE_BYTES = 64 * 1024
-MAX_EPISODES = 2048  # finished episodes that one commit names; all are counted
-_COUNT = 1 << 48
+MAX_EPISODES = 2048  # finished episodes that one commit describes; it counts all of them
+_COUNT = 1 << 48  # the largest count that a message may hold
 
 
 class MalformedMessage(ValueError):
-    """Bytes that are no message of this protocol, or a value outside its bounds."""
+    """Bytes that are not a message of this protocol, or a message with a value outside its bounds."""
 
 
-def _int(maximum: int = _COUNT, minimum: int = 0) -> Any:
-    return field(metadata={"kind": int, "minimum": minimum, "maximum": maximum})
+def _int(maximum: int = _COUNT, minimum: int = 0, default: Any = MISSING) -> Any:
+    """Return the dataclass field of an integer within bounds."""
+    return field(default=default, metadata={"kind": int, "minimum": minimum, "maximum": maximum})
 
 
-def _bounded(kind: type, maximum: int) -> Any:
-    return field(metadata={"kind": kind, "maximum": maximum})
+def _bounded(kind: type, maximum: int, default: Any = MISSING) -> Any:
+    """Return the dataclass field of a float up to a maximum, or of a text, bytes, list or dict up to a length."""
+    return field(default=default, metadata={"kind": kind, "maximum": maximum})
 
 
 @dataclass(frozen=True)
 class Hello:
-    """First words of a collector incarnation."""
+    """The first message of each collector process."""
 
     protocol: int = _int(1 << 16)
     run_id: str = _bounded(str, 64)
@@ -44,21 +47,25 @@ class Hello:
 
 @dataclass(frozen=True)
 class Welcome:
-    """The replay's handle. memfd: the descriptor travels with the message; cuda_ipc: `handle` and the GPU's `uuid`."""
+    """The answer to Hello: how to map the memory of the replay, and what the collector has to know of the run so far.
+
+    transport "memfd": a file descriptor travels with the message. transport "cuda_ipc": `handle` is the CUDA IPC handle
+    and `uuid` names the GPU.
+    """
 
     transport: str = _bounded(str, 16)
     num_bytes: int = _int()
     capacity: int = _int()
     uuid: str = _bounded(str, 64)
     handle: list = _bounded(list, 8)
-    test_row: int = _int()
-    random_frames: int = _int()
-    agent_steps: int = _int()
+    test_row: int = _int()  # where the self-test writes
+    random_frames: int = _int()  # agent steps with random actions that the prefill still needs
+    agent_steps: int = _int()  # of the whole run so far
 
 
 @dataclass(frozen=True)
 class SelfTest:
-    """The collector wrote a pattern into the rows of one chunk at the welcome's `test_row`."""
+    """The collector has written a test pattern into one chunk, which starts at the row `test_row` of the Welcome."""
 
     checksum: int = _int((1 << 63) - 1, -(1 << 63))
     num_bytes: int = _int()
@@ -67,7 +74,10 @@ class SelfTest:
 
 @dataclass(frozen=True)
 class Grant:
-    """Permission to write K rows from ring row `row`; in lockstep only after adopting policy `version`."""
+    """Permission to write one chunk, K rows from row `row` of the ring on.
+
+    In lockstep the collector first adopts the weights of `version`.
+    """
 
     seq: int = _int()
     row: int = _int()
@@ -76,59 +86,62 @@ class Grant:
 
 @dataclass(frozen=True)
 class Commit:
-    """A granted chunk is complete in the replay. Of the `num_episodes` that finished in it, the newest are named in packed
-    arrays of equal count: float32 returns, int32 lengths in agent steps, uint8 kinds (see `EPISODE_KINDS`)."""
+    """A granted chunk is complete in the replay.
+
+    `num_episodes` episodes finished in it. The newest of them, at most MAX_EPISODES, are described by three packed arrays
+    of equal length, oldest first: float32 returns, int32 lengths in agent steps, and uint8 indices into EPISODE_KINDS.
+    """
 
     seq: int = _int()
     row: int = _int()
-    agent_steps: int = _int()
-    env_frames: int = _int()
+    agent_steps: int = _int()  # in this chunk
+    env_frames: int = _int()  # in this chunk
     policy_version: int = _int()
-    checksum: int = _int((1 << 63) - 1, -(1 << 63))
-    returns: bytes = _bounded(bytes, 4 * MAX_EPISODES)
-    lengths: bytes = _bounded(bytes, 4 * MAX_EPISODES)
-    kinds: bytes = _bounded(bytes, MAX_EPISODES)
-    num_episodes: int = _int()
-    num_diverged: int = _int()
-    rss_bytes: int = _int()  # the collector's memory, see `shared.memory.Memory`
-    gpu_bytes: int = _int()
-    device_bytes: int = _int()
+    checksum: int = _int((1 << 63) - 1, -(1 << 63), default=0)
+    returns: bytes = _bounded(bytes, 4 * MAX_EPISODES, default=b"")
+    lengths: bytes = _bounded(bytes, 4 * MAX_EPISODES, default=b"")
+    kinds: bytes = _bounded(bytes, MAX_EPISODES, default=b"")
+    num_episodes: int = _int(default=0)
+    num_diverged: int = _int(default=0)
+    rss_bytes: int = _int(default=0)  # these three: the collector's memory, see `shared.memory.Memory`
+    gpu_bytes: int = _int(default=0)
+    device_bytes: int = _int(default=0)
 
 
 @dataclass(frozen=True)
 class Refusal:
-    """The learner will not work with this collector; the text says why."""
+    """The learner cannot work with this collector, for a reason that is shown to the user."""
 
     reason: str = _bounded(str, 2048)
 
 
-EPISODE_KINDS = ("train", "eval", "random")  # random: any of its actions was drawn before weights arrived
+EPISODE_KINDS = ("train", "eval", "random")  # random: at least one action was chosen before weights arrived
 Message = Hello | Welcome | SelfTest | Grant | Commit | Refusal
 _TYPES: dict[str, type] = {cls.__name__: cls for cls in (Hello, Welcome, SelfTest, Grant, Commit, Refusal)}
 
 
 def encode(message: Message) -> bytes:
-    """Raises: MalformedMessage if a value lies outside its bounds or the whole exceeds MAX_MESSAGE_BYTES."""
+    """Return a message as bytes. Raises: MalformedMessage if a value or the whole message exceeds its bounds."""
     values = asdict(message)
     _check(type(message), values)
     raw = _packed({"type": type(message).__name__, **values})
     if len(raw) > MAX_MESSAGE_BYTES:
-        raise MalformedMessage(f"{type(message).__name__} of {len(raw)} bytes; the bound is {MAX_MESSAGE_BYTES}")
+        raise MalformedMessage(f"a {type(message).__name__} has {len(raw)} bytes; expected at most {MAX_MESSAGE_BYTES}")
     return raw
 
 
 def decode(raw: bytes) -> Message:
-    """Raises: MalformedMessage on anything but one well-formed, bounded message."""
+    """Return the message in these bytes. Raises: MalformedMessage unless they are exactly one message within its bounds."""
     if len(raw) > MAX_MESSAGE_BYTES:
-        raise MalformedMessage(f"{len(raw)} bytes; the bound is {MAX_MESSAGE_BYTES}")
+        raise MalformedMessage(f"a message has {len(raw)} bytes; expected at most {MAX_MESSAGE_BYTES}")
     try:
         values = msgpack.unpackb(raw, strict_map_key=True)
-    except Exception as error:  # msgpack raises many unrelated types; whatever it is, these bytes are no message
-        raise MalformedMessage(f"not msgpack: {error!r:.100}") from error
+    except Exception as error:  # msgpack raises errors of many unrelated types
+        raise MalformedMessage(f"a message cannot be decoded: {error!r:.100}; expected msgpack") from error
     name = values.pop("type", None) if isinstance(values, dict) else None
     cls = _TYPES.get(name) if isinstance(name, str) else None
     if cls is None:
-        raise MalformedMessage("no map with a known type")
+        raise MalformedMessage(f"a message has the type {name!r:.50}; expected one of {', '.join(_TYPES)}")
     _check(cls, values)
     message = cls(**values)
     if isinstance(message, Commit):
@@ -137,29 +150,38 @@ def decode(raw: bytes) -> Message:
 
 
 def _check_episodes(commit: Commit) -> None:
+    """Check that the episode arrays have one length. Raises: MalformedMessage."""
     count = len(commit.kinds)
     if not len(commit.returns) == len(commit.lengths) == 4 * count:
-        raise MalformedMessage("a commit's episode arrays differ in count")
+        raise MalformedMessage(
+            f"a commit has {len(commit.returns)} bytes of returns, {len(commit.lengths)} of lengths and {count} of kinds; "
+            "expected 4, 4 and 1 bytes for each episode"
+        )
     if commit.num_episodes < count:
-        raise MalformedMessage(f"a commit counts {commit.num_episodes} episodes and names {count}")
+        raise MalformedMessage(
+            f"a commit describes {count} episodes and counts {commit.num_episodes}; expected it to count at least those"
+        )
 
 
 def _packed(values: dict) -> bytes:
     raw = msgpack.packb(values)
-    assert raw is not None  # the stub allows None for a custom buffer
+    assert raw is not None  # None is possible for packers with a buffer of their own
     return raw
 
 
 def _check(cls: type, values: dict) -> None:
+    """Check that the values are those of a message type, each within its bounds. Raises: MalformedMessage."""
     expected = {entry.name: entry.metadata for entry in fields(cls)}
     if values.keys() != expected.keys():
-        raise MalformedMessage(f"{cls.__name__} has fields {sorted(map(str, values))[:16]}, wanted {sorted(expected)}")
+        raise MalformedMessage(
+            f"a {cls.__name__} has the fields {sorted(map(str, values))[:16]}; expected {sorted(expected)}"
+        )
     for name, bounds in expected.items():
         value, kind = values[name], bounds["kind"]
         if type(value) is not kind:
-            raise MalformedMessage(f"{cls.__name__}.{name} is {type(value).__name__}, wanted {kind.__name__}")
+            raise MalformedMessage(f"{cls.__name__}.{name} is of type {type(value).__name__}; expected {kind.__name__}")
         size = value if kind in (int, float) else len(value)
-        if not bounds.get("minimum", 0) <= size <= bounds["maximum"]:
-            raise MalformedMessage(
-                f"{cls.__name__}.{name} is {size}, wanted {bounds.get('minimum', 0)}..{bounds['maximum']}"
-            )
+        lowest, highest = bounds.get("minimum", 0), bounds["maximum"]
+        if not lowest <= size <= highest:
+            what = "is" if kind in (int, float) else "has the length"
+            raise MalformedMessage(f"{cls.__name__}.{name} {what} {size}; expected {lowest} to {highest}")

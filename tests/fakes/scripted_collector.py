@@ -65,7 +65,7 @@ class ScriptedCollector:
             self._writer.add(arrival, torch.rand(2, 1), version)
         checksum = self._writer.checksum()
         self._writer.write(grant.row)
-        self.channel.send(Commit(grant.seq, grant.row, 16, 32, version, checksum + error, b"", b"", b"", 0, 0, 0, 0, 0))
+        self.channel.send(Commit(grant.seq, grant.row, 16, 32, version, checksum + error))
 
     def commit_next(self, *, error: int = 0, version: int = 0) -> None:
         """Receive one grant and commit its chunk."""

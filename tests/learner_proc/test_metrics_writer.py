@@ -28,8 +28,20 @@ def rows(tmp_path) -> list[dict]:
 
 def commit(returns=(), kinds=(), version=0, unnamed=0, gpu_bytes=0) -> Commit:
     count = len(returns)
-    packed = struct.pack(f"<{count}f", *returns), struct.pack(f"<{count}i", *([10] * count)), bytes(kinds)
-    return Commit(1, 0, 100, 200, version, 0, *packed, count + unnamed, 0, 1_500_000_000, gpu_bytes, gpu_bytes)
+    return Commit(
+        seq=1,
+        row=0,
+        agent_steps=100,
+        env_frames=200,
+        policy_version=version,
+        returns=struct.pack(f"<{count}f", *returns),
+        lengths=struct.pack(f"<{count}i", *([10] * count)),
+        kinds=bytes(kinds),
+        num_episodes=count + unnamed,
+        rss_bytes=1_500_000_000,
+        gpu_bytes=gpu_bytes,
+        device_bytes=gpu_bytes,
+    )
 
 
 def test_a_row_holds_the_mean_of_its_window_alone(tmp_path):

@@ -1,5 +1,6 @@
-"""Messages: what is encoded comes back, everything else is refused."""
+"""A message that is encoded is decoded unchanged, and all other bytes are refused."""
 
+from dataclasses import fields
 from typing import Any
 
 import msgpack
@@ -19,7 +20,19 @@ from shared.messages import (
     encode,
 )
 
-COMMIT = Commit(7, 40, 1000, 2000, 3, -5, b"\0" * 8, b"\1\0\0\0" * 2, b"\0\1", 5, 0, 10**9, 0, 0)
+COMMIT = Commit(
+    seq=7,
+    row=40,
+    agent_steps=1000,
+    env_frames=2000,
+    policy_version=3,
+    checksum=-5,
+    returns=b"\0" * 8,
+    lengths=b"\1\0\0\0" * 2,
+    kinds=b"\0\1",
+    num_episodes=5,
+    rss_bytes=10**9,
+)
 EVERY = [
     Hello(1, "run", 0, 4242, {"num_envs": 8, "obs": {}, "action_dim": 2}),
     Welcome("cuda_ipc", 1 << 21, 100, "GPU-1", [b"\1" * 66, 5, 0, b"x", 1, b"y", True], 0, 10_000, 0),
@@ -31,15 +44,19 @@ EVERY = [
 
 
 @pytest.mark.parametrize("message", EVERY, ids=lambda message: type(message).__name__)
-def test_a_message_survives_the_wire_unchanged(message):
+def test_an_encoded_message_is_decoded_unchanged(message):
     assert decode(encode(message)) == message
 
 
 def test_the_largest_commit_fits_a_message():
-    count, most = MAX_EPISODES, 1 << 47
-    episodes = b"\1" * 4 * count, b"\1" * 4 * count, b"\1" * count
-    commit = Commit(most, most, most, most, most, 1 << 62, *episodes, most, most, most, most, most)
-    assert len(encode(commit)) <= MAX_MESSAGE_BYTES
+    largest = {entry.name: entry.metadata["maximum"] for entry in fields(Commit)}
+    episodes = {name: b"\1" * largest[name] for name in ("returns", "lengths", "kinds")}
+    commit = Commit(**largest | episodes)
+    assert len(commit.kinds) == MAX_EPISODES and len(encode(commit)) <= MAX_MESSAGE_BYTES
+
+
+def test_a_commit_without_episodes_or_memory_needs_only_its_first_five_fields():
+    assert decode(encode(Commit(7, 40, 1000, 2000, 3))) == Commit(7, 40, 1000, 2000, 3)
 
 
 def pack(value: Any) -> bytes:
@@ -71,25 +88,25 @@ GRANT = {"type": "Grant", "seq": 1, "row": 20, "version": 0}
         b"\0" * (MAX_MESSAGE_BYTES + 1),
     ],
 )
-def test_bytes_that_are_no_bounded_message_are_refused(raw):
+def test_bytes_that_are_not_a_message_within_its_bounds_are_refused(raw):
     with pytest.raises(MalformedMessage):
         decode(raw)
 
 
-def test_a_commit_with_uneven_episode_arrays_is_refused():
+def test_a_commit_with_episode_arrays_of_different_lengths_is_refused():
     values = {name: getattr(COMMIT, name) for name in COMMIT.__dataclass_fields__}
     raw = pack({"type": "Commit", **values, "kinds": b"\0"})
-    with pytest.raises(MalformedMessage, match="differ in count"):
+    with pytest.raises(MalformedMessage, match="8 bytes of returns, 8 of lengths and 1 of kinds"):
         decode(raw)
 
 
-def test_a_commit_that_names_more_episodes_than_it_counts_is_refused():
+def test_a_commit_that_describes_more_episodes_than_it_counts_is_refused():
     values = {name: getattr(COMMIT, name) for name in COMMIT.__dataclass_fields__}
-    with pytest.raises(MalformedMessage, match="counts 1"):
+    with pytest.raises(MalformedMessage, match="describes 2 episodes and counts 1"):
         decode(pack({"type": "Commit", **values, "num_episodes": 1}))
 
 
-def test_random_bytes_never_escape_as_another_error():
+def test_damaged_bytes_raise_no_other_error_than_malformed_message():
     import random
 
     source = random.Random(0)
