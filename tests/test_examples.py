@@ -43,11 +43,11 @@ def test_a_job_near_its_time_limit_saves_requeues_and_continues(tmp_path: Path) 
     try:
         _wait_for(tmp_path / "started")
         first.send_signal(signal.SIGUSR1)
-        assert first.wait(timeout=60) == 143
+        assert first.wait(timeout=300) == 143
     finally:
         first.kill()
     assert (tmp_path / "requeued").read_text() == "requeue 7\n"
-    assert _start(tmp_path, "--config", "quickstart").wait(timeout=60) == 0
+    assert _start(tmp_path, "--config", "quickstart").wait(timeout=300) == 0
     calls = (tmp_path / "calls").read_text().splitlines()
     assert calls == ["--run-dir runs/slurm-7 --config quickstart", "--resume runs/slurm-7"]
     assert (tmp_path / "requeued").read_text() == "requeue 7\n", "a finished job must not be requeued"
@@ -56,6 +56,6 @@ def test_a_job_near_its_time_limit_saves_requeues_and_continues(tmp_path: Path) 
 def test_a_job_that_ended_before_its_first_checkpoint_starts_again(tmp_path: Path) -> None:
     _program(tmp_path / "tandem", '#!/usr/bin/env bash\necho "$@" >> calls\n[ ! -e "$2" ]\n')
     (tmp_path / "runs" / "slurm-7" / "logs").mkdir(parents=True)
-    assert _start(tmp_path, "env.seed=3").wait(timeout=60) == 0
+    assert _start(tmp_path, "env.seed=3").wait(timeout=300) == 0
     assert (tmp_path / "calls").read_text() == "--run-dir runs/slurm-7 env.seed=3\n"
     assert (tmp_path / "runs" / "slurm-7.attempt-0" / "logs").is_dir()

@@ -98,7 +98,7 @@ def test_the_installed_command_trains_from_an_empty_folder(tandem: Path, tmp_pat
 
 def test_the_installed_command_returns_launch_exit_codes(tandem: Path, tmp_path: Path) -> None:
     result = subprocess.run(
-        [tandem, "--config", "no_such_config"], cwd=tmp_path, capture_output=True, text=True, timeout=120
+        [tandem, "--config", "no_such_config"], cwd=tmp_path, capture_output=True, text=True, timeout=300
     )
     assert result.returncode == 2 and "no_such_config" in result.stderr
     assert not list(tmp_path.iterdir())

@@ -156,7 +156,7 @@ def gpu_writer(slab_device: str, capacity: int = 3 * K):
 
 
 def wait_until_done(writer: ChunkWriter) -> None:
-    end = time.monotonic() + 60
+    end = time.monotonic() + 300
     while not writer.done():
         assert time.monotonic() < end
         time.sleep(0.001)

@@ -28,7 +28,7 @@ SMALL = [
     "optimization.log_every=5", "optimization.autocast=false", "optimization.compile.enabled=false",
     "optimization.replay_ratio=4", "deadlines.stop_s=8",
 ]  # fmt: skip
-DEADLINE_S = 150.0
+DEADLINE_S = 600.0
 
 
 def start(run_dir: Path, *overrides: str, **switches: str) -> subprocess.Popen[str]:

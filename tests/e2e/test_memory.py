@@ -26,7 +26,7 @@ TINY = [
 def run(run_dir: Path, *settings: str, num_leaking: int = 1) -> tuple[int, str]:
     command = [sys.executable, "-c", LAUNCH, str(num_leaking), "--run-dir", str(run_dir), *TINY, *settings]
     env = os.environ | {"CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(REPO)}
-    done = subprocess.run(command, cwd=REPO, env=env, capture_output=True, text=True, timeout=180)
+    done = subprocess.run(command, cwd=REPO, env=env, capture_output=True, text=True, timeout=300)
     return done.returncode, done.stdout + done.stderr
 
 

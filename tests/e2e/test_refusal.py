@@ -28,7 +28,7 @@ def test_a_setting_refused_in_mid_run_ends_it_saved_and_one_refused_by_a_restart
     run = tmp_path / "run"
     command = [sys.executable, "-c", LAUNCH, "--run-dir", str(run), *TINY]
     env = os.environ | {"CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(REPO)}
-    done = subprocess.run(command, cwd=REPO, env=env, capture_output=True, text=True, timeout=180)
+    done = subprocess.run(command, cwd=REPO, env=env, capture_output=True, text=True, timeout=300)
     output = done.stdout + done.stderr
     assert done.returncode == 2 and "does not hold the images any more: set it higher" in output, output
     summary = json.loads((run / "summary.json").read_text())

@@ -17,7 +17,7 @@ FAKES = Path(__file__).resolve().parent
 REPO = FAKES.parents[1]
 TIER_A, TIER_B = FAKES / "isaaclab_fake", FAKES / "kit_stub"
 WHEEL = "2.3.2.post1"
-DEADLINE_S = 180.0
+DEADLINE_S = 600.0
 
 
 def wheel_sources() -> list[str]:

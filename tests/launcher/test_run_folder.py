@@ -29,7 +29,7 @@ def test_a_second_launch_in_the_same_folder_is_refused_with_the_pid_of_the_first
     with pytest.raises(SettingError, match=rf"in use by the launch with pid {holder.pid}"):
         create_run_folder(tmp_path / "run")
     holder.kill()
-    holder.communicate(timeout=20)
+    holder.communicate(timeout=300)
     (tmp_path / "run" / "config.yaml").write_text("")
     save_checkpoint(tmp_path / "run", 1)
     open_run_folder(tmp_path / "run").release()  # the kernel released the lock when the process ended

@@ -30,7 +30,7 @@ def test_the_slab_travels_as_a_descriptor_and_both_sides_see_one_memory(tmp_path
     client, server, _ = pair(tmp_path)
     slab, fd = create_memfd_slab(1 << 21)
     server.send(Welcome("memfd", 1 << 21, 8, "", [], 0, 0, 0), (fd,))
-    message, fds = client.receive_within(5.0, waiting_for="the welcome", alive=nothing)
+    message, fds = client.receive_within(DEADLINE_S, waiting_for="the welcome", alive=nothing)
     assert isinstance(message, Welcome)
     other = map_memfd_slab(fds[0], message.num_bytes)
     other[12345] = 77

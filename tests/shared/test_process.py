@@ -37,7 +37,7 @@ def test_a_process_reads_its_run_and_opens_its_log_progress_file_and_stack_dumps
         (tmp_path / folder).mkdir()
     env = {name: value for name, value in os.environ.items() if name != "TANDEM_LAUNCH_PID"}
     done = subprocess.run(
-        [sys.executable, "-c", SCRIPT, str(tmp_path)], cwd=REPO, env=env, capture_output=True, text=True, timeout=60
+        [sys.executable, "-c", SCRIPT, str(tmp_path)], cwd=REPO, env=env, capture_output=True, text=True, timeout=300
     )
     assert done.returncode == 0, done.stderr
     lines = (tmp_path / "logs" / "collector.jsonl").read_text().splitlines()

@@ -25,7 +25,7 @@ def code_of(body: str) -> int:
     env = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
     try:
         command = [sys.executable, "-c", SCRIPT.format(body=body)]
-        return subprocess.run(command, env=env, stdout=writer, stderr=writer, timeout=60, check=False).returncode
+        return subprocess.run(command, env=env, stdout=writer, stderr=writer, timeout=300, check=False).returncode
     finally:
         os.close(writer)
 

@@ -83,7 +83,7 @@ def test_the_arrivals_of_the_example_follow_the_contract() -> None:
 def test_launch_trains_on_the_example(tmp_path: Path) -> None:
     command = [sys.executable, "-c", LAUNCH, *SMALL, "--run-dir", str(tmp_path / "run")]
     env = os.environ | {"PYTHONPATH": str(REPO)}
-    done = subprocess.run(command, cwd=REPO, env=env, capture_output=True, text=True, timeout=180, check=False)
+    done = subprocess.run(command, cwd=REPO, env=env, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     last = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[-1])
     assert last["gradient_steps"] == 20 and last["episodes"] > 0

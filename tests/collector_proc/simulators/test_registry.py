@@ -196,7 +196,7 @@ def test_checks_import_no_simulator_and_leave_the_process_as_it_was() -> None:
     variables = {**os.environ, "PYTHONPATH": str(ROOT)}
     variables.pop("MUJOCO_GL", None)
     start = time.monotonic()
-    subprocess.run([sys.executable, "-c", LIGHT], env=variables, check=True, timeout=60)
+    subprocess.run([sys.executable, "-c", LIGHT], env=variables, check=True, timeout=300)
     if time.monotonic() - start > 10:  # about one second on a quiet machine
         pytest.skip("this machine is too busy to tell whether the checks are fast")
 

@@ -137,7 +137,7 @@ def test_images_equal_those_that_dm_control_renders(
 ) -> None:
     path = tmp_path / "frames.npy"
     subprocess.run(
-        [sys.executable, "-c", RENDER, domain, task, str(camera), str(path)], env=egl, check=True, timeout=120
+        [sys.executable, "-c", RENDER, domain, task, str(camera), str(path)], env=egl, check=True, timeout=300
     )
     expected = np.load(path)  # (ticks, environments, height, width, channels)
     settings = settings_for(workers=1, envs=2, domain=domain, task=task, pixels=True)

@@ -324,5 +324,5 @@ os.kill(os.getpid(), signal.{name})
 @pytest.mark.parametrize("name", ["SIGSEGV", "SIGABRT"])
 def test_a_fatal_signal_dumps_the_stacks_and_ends_the_process_instead_of_looping(name: str) -> None:
     command = [sys.executable, "-c", FATAL.format(name=name)]
-    done = subprocess.run(command, env=environment("A"), capture_output=True, text=True, timeout=60)
+    done = subprocess.run(command, env=environment("A"), capture_output=True, text=True, timeout=300)
     assert done.returncode == -getattr(signal, name) and "Fatal Python error" in done.stderr
