@@ -200,7 +200,7 @@ def test_a_refused_resume_leaves_the_run_resumable(tmp_path):
     assert launch.returncode == 0, output
     before, told = (run_dir / "config.yaml").read_text(), summary(run_dir)
     launch = start(run_dir, "--resume", str(run_dir))
-    assert "already made 10 gradient steps" in finish(launch) and launch.returncode == 2
+    assert "has made 10 of optimization.total_optim_steps=10 gradient" in finish(launch) and launch.returncode == 2
     assert summary(run_dir) == told, "a finished run keeps its summary"
     for change, part in (
         ("networks.hidden_dim=24", "saved learner does not fit"),
