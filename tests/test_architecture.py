@@ -1,4 +1,4 @@
-"""The laws of the tree: imports flow one way, torch comes second, packages are docstrings."""
+"""The laws of the tree: imports go one way, torch is imported second, packages hold a docstring, the tree is readable."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 REPO = Path(__file__).resolve().parent.parent
-# Who may import whom: launch -> launcher -> {collector_proc, learner_proc} -> shared.
+# What each part may import: launch -> launcher -> {collector_proc, learner_proc} -> shared.
 MAY_IMPORT = {
     "shared": {"shared"},
     "collector_proc": {"collector_proc", "shared"},
@@ -38,39 +38,39 @@ def _sources(owner: str) -> list[Path]:
 
 
 def _imported(path: Path) -> set[str]:
-    """Top-level names of our own modules that a file imports anywhere, under TYPE_CHECKING too."""
+    """Return the top-level names of our own modules that a file imports anywhere, also under TYPE_CHECKING."""
     found = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
             found |= {alias.name.split(".")[0] for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, f"{path}:{node.lineno} imports relatively; wanted the full module name"
+            assert node.level == 0, f"{path}:{node.lineno} has a relative import; expected the full module name"
             found.add((node.module or "").split(".")[0])
     return found & set(MAY_IMPORT)
 
 
 @pytest.mark.parametrize("owner", MAY_IMPORT)
-def test_imports_flow_one_way(owner: str) -> None:
+def test_imports_go_one_way(owner: str) -> None:
     files = _sources(owner)
-    assert files, f"{owner} has no source files; wanted the tree that the law speaks of"
+    assert files, f"{owner} has no source files"
     wrong = {str(path.relative_to(REPO)): _imported(path) - MAY_IMPORT[owner] for path in files}
     assert not {path: names for path, names in wrong.items() if names}
 
 
-def test_nothing_that_starts_before_the_simulator_imports_torch() -> None:
+def test_modules_imported_before_the_simulator_starts_do_not_import_torch() -> None:
     script = (
         "import importlib, sys\n"
         f"for name in {TORCH_FREE!r}:\n"
         "    importlib.import_module(name)\n"
         "    found = sorted({'torch', 'tensordict', 'torchrl'} & set(sys.modules))\n"
-        "    assert not found, f'importing {name} brings in {found}'\n"
+        "    assert not found, f'importing {name} also imports {found}'\n"
         "assert len(sys.modules) > 100, 'nothing was imported'\n"
     )
-    answer = subprocess.run([sys.executable, "-c", script], cwd=REPO, capture_output=True, text=True, timeout=300)
-    assert answer.returncode == 0, answer.stderr
+    result = subprocess.run([sys.executable, "-c", script], cwd=REPO, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stderr
 
 
-def test_packages_hold_a_docstring_and_nothing_else() -> None:
+def test_a_package_file_holds_a_docstring_and_nothing_else() -> None:
     packages = [path for owner in MAY_IMPORT if owner != "launch" for path in (REPO / owner).rglob("__init__.py")]
     assert len(packages) >= 6, packages
     for path in packages:
@@ -78,10 +78,10 @@ def test_packages_hold_a_docstring_and_nothing_else() -> None:
         assert len(body) == 1 and isinstance(body[0], ast.Expr) and isinstance(body[0].value, ast.Constant), path
 
 
-def test_tests_are_no_packages() -> None:
+def test_test_folders_are_not_packages() -> None:
     assert not list((REPO / "tests").rglob("__init__.py"))
 
 
-def test_no_file_is_named_for_nothing() -> None:
+def test_no_file_has_a_name_without_meaning() -> None:
     names = {path.name for owner in MAY_IMPORT for path in _sources(owner)}
     assert not names & {"utils.py", "common.py", "helpers.py", "misc.py"}
