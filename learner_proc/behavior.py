@@ -60,25 +60,19 @@ class Behavior(nn.Module):
         normed, device = optimization.return_norm == "percentile", next(critic.parameters()).device
         self.return_scale = ReturnScale().to(device) if normed else None
 
-    def actor_loss(self, feat: Tensor, start_terminal: Tensor, entropy: Tensor) -> ActorLoss:
-        """Minus the weighted mean return; its gradient reaches the actor through the imagined features.
-
-        With a continue head an imagination that starts at the end of a task counts nothing. The entropy bonus counts an
-        action as much as the step it leads to.
-        Shapes: feat (N, H, F), start_terminal (N,) bool, entropy (N, H) nats. Source: arXiv 1912.01603, eq. 7.
-        """
-        assert feat.dim() == 3 and start_terminal.shape == feat.shape[:1], (feat.shape, start_terminal.shape)
-        assert entropy.shape == feat.shape[:2], (entropy.shape, feat.shape)
-        cont = None if self.frozen_cont is None else self.frozen_cont(feat)
-        return self.objective(self.frozen_reward(feat), self.frozen_value(feat), start_terminal, entropy, cont)
-
-    def objective(
+    def actor_loss(
         self, reward: Tensor, value: Tensor, start_terminal: Tensor, entropy: Tensor, cont: Tensor | None = None
     ) -> ActorLoss:
-        """The actor's loss as a function of what the heads say of the imagined features.
+        """Return minus the weighted mean return, from the outputs of `heads` for the imagined features.
 
-        Shapes: reward, value, cont (the continue head's logit), entropy (N, H), start_terminal (N,) bool.
+        With a continue head, an imagination that starts where the task ended has weight 0. The entropy of an action has
+        the same weight as the step that the action leads to.
+        Shapes: reward, value and cont (the continue head's logit) are (N, H), entropy (N, H), start_terminal (N,) bool.
+        Units: entropy in nats.
+        Source: arXiv 1912.01603, eq. 7.
         """
+        assert reward.dim() == 2 and reward.shape == value.shape == entropy.shape, (reward.shape, value.shape)
+        assert start_terminal.shape == reward.shape[:1], (start_terminal.shape, reward.shape)
         if cont is None:
             discount, start_weight = torch.full_like(reward, self.gamma), torch.ones_like(reward[:, 0])
         else:
@@ -93,22 +87,21 @@ class Behavior(nn.Module):
         total = -(weight * objective).mean()
         return ActorLoss(total, target.detach(), weight, reward.detach().mean(), value.detach().mean(), scale)
 
-    def critic_loss(self, feat: Tensor, target: Tensor, weight: Tensor) -> CriticLoss:
-        """The weighted negative log-likelihood of the returns under N(value, 1), in nats.
+    def critic_loss(self, value: Tensor, target: Tensor, weight: Tensor) -> CriticLoss:
+        """Return the weighted negative log-likelihood of the returns under N(value, 1).
 
-        Shapes: feat (N, H, F), target and weight (N, H - 1), all taken as constants. Source: arXiv 1912.01603, eq. 8.
+        Shapes: value, target and weight are (N, H - 1): the critic's values without the last imagined step, and the
+        target and weight of `actor_loss`, both constants.
+        Units: nats.
+        Source: arXiv 1912.01603, eq. 8.
         """
-        assert target.shape == weight.shape == (feat.shape[0], feat.shape[1] - 1), (feat.shape, target.shape)
-        return self.regression(self.critic(feat[:, :-1].detach()), target, weight)
-
-    def regression(self, value: Tensor, target: Tensor, weight: Tensor) -> CriticLoss:
-        """The critic's loss as a function of its values; shapes (N, H - 1)."""
+        assert value.shape == target.shape == weight.shape, (value.shape, target.shape, weight.shape)
         total = (weight * unit_gaussian_nll(target, value, event_dims=0)).mean()
         bias = (weight * (value.detach() - target)).sum() / weight.sum().clamp_min(1e-6)
         return CriticLoss(total, bias)
 
     def heads(self) -> dict[str, ScalarHead]:
-        """What `objective` reads, by the names of its arguments; frozen, or with the value a frozen twin of the critic."""
+        """Return the heads whose outputs `actor_loss` takes, by the name of its argument. None asks for a gradient."""
         heads = {"reward": self.frozen_reward, "value": self.frozen_value}
         return heads if self.frozen_cont is None else heads | {"cont": self.frozen_cont}
 

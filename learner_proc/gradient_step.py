@@ -72,7 +72,7 @@ class GradientStep:
         self._observing = Scan(rssm.posterior_step, observing, learned=observing, dtype=dtype, compiled=compiled)
         self._dreaming = Scan(self._dreamer.step, dreaming, learned=actor, dtype=dtype, compiled=compiled)
         self._embed, self._model_loss = compiled(self.world_model.embed), compiled(self.world_model.loss)
-        self._objective, self._regression = compiled(self._behavior.objective), compiled(self._behavior.regression)
+        self._actor_loss, self._critic_loss = compiled(self._behavior.actor_loss), compiled(self._behavior.critic_loss)
         self._heads = HeadReader(dtype, compiled=compiled)
 
     @staticmethod
@@ -144,7 +144,7 @@ class GradientStep:
             self._heads.read(head.layers, feat, learned=shared and name == "value") for name, head in heads.items()
         ]
         said = {name: one.value.view(lead).requires_grad_() for name, one in zip(heads, readings, strict=True)}
-        actor = self._objective(**said, start_terminal=terminal, entropy=imagined.entropy)
+        actor = self._actor_loss(**said, start_terminal=terminal, entropy=imagined.entropy)
         # through the heads to the features, then through the imagined steps to the actor
         asked = [*said.values(), *([imagined.entropy] if imagined.entropy.requires_grad else [])]
         grads = torch.autograd.grad(actor_updater.scaled(actor.total), asked)
@@ -158,7 +158,7 @@ class GradientStep:
         if not shared:
             own = self._heads.read(self.critic.layers, feat, learned=True)
         value = own.value.view(lead)[:, :-1].detach().requires_grad_()
-        critic = self._regression(value, actor.target, actor.weight)
+        critic = self._critic_loss(value, actor.target, actor.weight)
         (value_grad,) = torch.autograd.grad(critic_updater.scaled(critic.total), value)
         padded = F.pad(value_grad, (0, 1)).flatten()  # the last step has no target
         critic_grads = self._heads.weight_gradients(own, padded)

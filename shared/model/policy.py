@@ -28,6 +28,7 @@ class Actor(nn.Module):
 
     def __init__(self, feat_dim: int, action_dim: int, networks: NetworkSettings) -> None:
         super().__init__()
+        self.action_dim = action_dim
         self.layers = mlp(feat_dim, networks.hidden_dim, ACTOR_LAYERS, networks.activation, 2 * action_dim)
         # the inverse of softplus at init_std, in the form that does not overflow
         self.raw_init_std = networks.init_std + math.log(-math.expm1(-networks.init_std))

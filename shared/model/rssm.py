@@ -95,6 +95,11 @@ class RSSM(nn.Module):
         """The embedding's share of the first posterior layer: (..., embed_dim) to (..., D)."""
         return self.posterior_embed(embed)
 
+    def posterior(self, deter: Tensor, embed_share: Tensor, linear: Linear = plain) -> tuple[Tensor, Tensor]:
+        """Mean and std of q(z | h, x), with the embedding's share of the first layer: (..., D) to two of (..., S)."""
+        hidden = self.activation(linear(self.posterior_deter, deter) + embed_share)
+        return split_stats(linear(self.posterior_out, hidden))
+
     def posterior_step(
         self,
         belief: Belief,
@@ -113,6 +118,5 @@ class RSSM(nn.Module):
         # selection, never multiplication: 0 * NaN is NaN
         blank = Belief(belief.deter.masked_fill(is_first, 0.0), belief.stoch.masked_fill(is_first, 0.0))
         deter = self.transition(blank, action.masked_fill(is_first, 0.0), linear)
-        hidden = self.activation(linear(self.posterior_deter, deter) + embed_share)
-        mean, std = split_stats(linear(self.posterior_out, hidden))
+        mean, std = self.posterior(deter, embed_share, linear)
         return Posterior(Belief(deter, mean + std * noise), mean, std)

@@ -3,7 +3,7 @@ from typing import Any
 import pytest
 import torch
 
-from learner_proc.behavior import Behavior
+from learner_proc.behavior import ActorLoss, Behavior, CriticLoss
 from learner_proc.heads import ScalarHead
 from shared.config import NetworkSettings, OptimizationSettings
 
@@ -37,20 +37,29 @@ def networks(cont: bool) -> tuple[Behavior, list[ScalarHead]]:
     return Behavior(heads[0], heads[1] if cont else None, heads[2], OptimizationSettings()), heads
 
 
+def actor_loss(behavior: Behavior, features: torch.Tensor, terminal: torch.Tensor, entropy: torch.Tensor) -> ActorLoss:
+    outputs = {name: head(features) for name, head in behavior.heads().items()}
+    return behavior.actor_loss(**outputs, start_terminal=terminal, entropy=entropy)
+
+
+def critic_loss(behavior: Behavior, features: torch.Tensor, actor: ActorLoss) -> CriticLoss:
+    return behavior.critic_loss(behavior.critic(features[:, :-1].detach()), actor.target, actor.weight)
+
+
 def test_golden_actor_and_critic_losses():
     behavior, features = golden()
-    actor = behavior.actor_loss(features, torch.zeros(1, dtype=torch.bool), NO_BONUS[:1])
+    actor = actor_loss(behavior, features, torch.zeros(1, dtype=torch.bool), NO_BONUS[:1])
     torch.testing.assert_close(actor.total, torch.tensor(-24.575), rtol=1e-6, atol=0.0)
     torch.testing.assert_close(actor.target, torch.tensor([[23.05, 29.0]]), rtol=1e-6, atol=0.0)
     assert (actor.reward_mean.item(), actor.value_mean.item()) == (2.0, 20.0)
     # half squared errors 0.5 * 13.05^2 and 0.9 * 0.5 * 9^2, each with its weighted half log two pi, over two steps
-    critic = behavior.critic_loss(features, actor.target, actor.weight).total
+    critic = critic_loss(behavior, features, actor).total
     torch.testing.assert_close(critic, torch.tensor((85.15125 + 36.45 + 1.9 * 0.9189385) / 2), rtol=1e-6, atol=0.0)
 
 
 def test_a_predicted_end_cuts_the_return_and_what_comes_after_it():
     behavior, features = golden(cont=True)
-    actor = behavior.actor_loss(features, torch.zeros(1, dtype=torch.bool), NO_BONUS[:1])
+    actor = actor_loss(behavior, features, torch.zeros(1, dtype=torch.bool), NO_BONUS[:1])
     torch.testing.assert_close(actor.target, torch.tensor([[10.9, 2.0]]), rtol=1e-5, atol=0.0)
     torch.testing.assert_close(actor.weight, torch.tensor([[1.0, 0.9]]), rtol=1e-5, atol=0.0)
 
@@ -58,16 +67,16 @@ def test_a_predicted_end_cuts_the_return_and_what_comes_after_it():
 @pytest.mark.parametrize(("cont", "weight"), [(True, 0.0), (False, 1.0)])
 def test_a_start_at_the_end_of_a_task_counts_nothing_once_a_continue_head_knows_of_ends(cont, weight):
     behavior, features = golden(cont)
-    actor = behavior.actor_loss(features, torch.ones(1, dtype=torch.bool), NO_BONUS[:1])
+    actor = actor_loss(behavior, features, torch.ones(1, dtype=torch.bool), NO_BONUS[:1])
     assert actor.weight[0, 0].item() == weight
-    assert (behavior.critic_loss(features, actor.target, actor.weight).total == 0).item() == (weight == 0)
+    assert (critic_loss(behavior, features, actor).total == 0).item() == (weight == 0)
 
 
 @pytest.mark.parametrize("cont", [False, True])
 def test_the_actor_loss_reaches_the_features_and_no_head(cont):
     behavior, heads = networks(cont)
     features = torch.randn(N, H, F, requires_grad=True)
-    behavior.actor_loss(features, NO_END, NO_BONUS).total.backward()
+    actor_loss(behavior, features, NO_END, NO_BONUS).total.backward()
     assert features.grad is not None and features.grad.any(-1).all()
     assert all(p.grad is None for head in heads for p in head.parameters())
 
@@ -76,8 +85,8 @@ def test_the_actor_loss_reaches_the_features_and_no_head(cont):
 def test_the_critic_loss_reaches_the_critic_alone(cont):
     behavior, (reward, cont_head, critic) = networks(cont)
     features = torch.randn(N, H, F, requires_grad=True)
-    actor = behavior.actor_loss(features, NO_END, NO_BONUS)
-    behavior.critic_loss(features, actor.target, actor.weight).total.backward()
+    actor = actor_loss(behavior, features, NO_END, NO_BONUS)
+    critic_loss(behavior, features, actor).total.backward()
     assert features.grad is None
     assert all(p.grad is None for head in (reward, cont_head) for p in head.parameters())
     assert all(p.grad is not None and p.grad.any() for p in critic.parameters())
@@ -86,7 +95,7 @@ def test_the_critic_loss_reaches_the_critic_alone(cont):
 def test_the_gradient_of_the_actor_loss_is_that_of_live_heads():
     behavior, (reward, _, critic) = networks(cont=False)
     features = torch.randn(N, H, F, requires_grad=True)
-    (ours,) = torch.autograd.grad(behavior.actor_loss(features, NO_END, NO_BONUS).total, features)
+    (ours,) = torch.autograd.grad(actor_loss(behavior, features, NO_END, NO_BONUS).total, features)
     r, v = reward(features), critic(features)
     second = r[:, 1] + 0.99 * v[:, 2]
     first = r[:, 0] + 0.99 * (0.05 * v[:, 1] + 0.95 * second)
@@ -110,7 +119,7 @@ def columns(behavior: Behavior) -> tuple[Column, Column]:
 def test_the_entropy_bonus_weighs_an_action_like_the_step_it_leads_to():
     behavior, features = with_options(entropy_scale=0.1)
     entropy = torch.tensor([[2.0, 3.0, 5.0]], requires_grad=True)
-    actor = behavior.actor_loss(features, NO_END[:1], entropy)
+    actor = actor_loss(behavior, features, NO_END[:1], entropy)
     torch.testing.assert_close(actor.total, torch.tensor(-24.575 - 0.1 * (2.0 + 0.9 * 3.0) / 2), rtol=1e-6, atol=0.0)
     torch.testing.assert_close(actor.target, torch.tensor([[23.05, 29.0]]), rtol=1e-6, atol=0.0)  # no soft values
     (grad,) = torch.autograd.grad(actor.total, entropy)
@@ -122,9 +131,9 @@ def test_the_lambda_return_takes_the_slow_critics_values_and_the_live_one_is_tra
     live, slow = columns(behavior)
     with torch.no_grad():
         live.scale.fill_(5.0)
-    actor = behavior.actor_loss(features, NO_END[:1], NO_BONUS[:1])
+    actor = actor_loss(behavior, features, NO_END[:1], NO_BONUS[:1])
     torch.testing.assert_close(actor.target, torch.tensor([[23.05, 29.0]]), rtol=1e-6, atol=0.0)
-    critic = behavior.critic_loss(features, actor.target, actor.weight)
+    critic = critic_loss(behavior, features, actor)
     critic.total.backward()
     assert live.scale.grad is not None and slow.scale.grad is None
     # 50 and 100 against 23.05 and 29, weighted by 1 and 0.9
@@ -144,7 +153,7 @@ def test_the_slow_critic_keeps_its_decay_of_itself_unless_the_step_was_skipped()
 
 def test_percentile_normalisation_divides_the_actors_returns_and_not_the_critics_target():
     behavior, features = with_options(return_norm="percentile")
-    actor = behavior.actor_loss(features, NO_END[:1], NO_BONUS[:1])
+    actor = actor_loss(behavior, features, NO_END[:1], NO_BONUS[:1])
     assert actor.return_scale.item() == pytest.approx(5.95)  # of two returns the percentiles are both: 29 - 23.05
     torch.testing.assert_close(actor.total, torch.tensor(-24.575 / 5.95), rtol=1e-5, atol=0.0)
     torch.testing.assert_close(actor.target, torch.tensor([[23.05, 29.0]]), rtol=1e-6, atol=0.0)
@@ -153,14 +162,14 @@ def test_percentile_normalisation_divides_the_actors_returns_and_not_the_critics
 def test_without_options_the_behaviour_has_no_state_of_its_own_and_returns_keep_their_scale():
     behavior, features = golden()
     assert behavior.state() == {}
-    assert behavior.actor_loss(features, NO_END[:1], torch.full((1, H), 7.0)).return_scale.item() == 1.0
+    assert actor_loss(behavior, features, NO_END[:1], torch.full((1, H), 7.0)).return_scale.item() == 1.0
     options = with_options(slow_critic_decay=0.9, return_norm="percentile")[0]
     assert sorted(options.state()) == ["return_scale", "slow_critic"]
 
 
 def test_value_bias_is_how_far_values_lie_above_their_returns():
     behavior, features = golden()
-    actor = behavior.actor_loss(features, NO_END[:1], NO_BONUS[:1])
-    bias = behavior.critic_loss(features, actor.target, actor.weight).bias
+    actor = actor_loss(behavior, features, NO_END[:1], NO_BONUS[:1])
+    bias = critic_loss(behavior, features, actor).bias
     assert bias.item() == pytest.approx((10 - 23.05 + 0.9 * (20 - 29)) / 1.9, rel=1e-5)
     assert not bias.requires_grad

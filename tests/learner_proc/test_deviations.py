@@ -185,7 +185,8 @@ def test_deviation_16_returns_of_the_same_features_are_the_same_however_the_dice
     losses = []
     for seed in (1, 2):
         torch.manual_seed(seed)
-        losses.append(behavior.actor_loss(feat, alive, entropy))
+        outputs = {name: head(feat) for name, head in behavior.heads().items()}
+        losses.append(behavior.actor_loss(**outputs, start_terminal=alive, entropy=entropy))
     assert torch.equal(losses[0].target, losses[1].target) and torch.equal(losses[0].total, losses[1].total)
     assert losses[0].reward_mean.item() == pytest.approx(heads[0](feat).mean().item(), rel=1e-6)
 

@@ -8,13 +8,11 @@ import torch.nn.functional as F
 from tensordict import TensorDict
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from learner_proc import scan, slopes
 from learner_proc.gradient_step import GradientStep
 from learner_proc.numbers import Numbers
 from shared import metrics
 from shared.config import CompileSettings, NetworkSettings, OptimizationSettings, Settings
 from shared.model.distributions import tanh_normal_entropy
-from shared.model.rssm import Belief
 from shared.stream import ObsSpec, StreamSpec
 
 B, L, A = 3, 5, 2
@@ -130,95 +128,19 @@ def test_the_world_model_loss_touches_neither_actor_nor_critic():
     assert not start.deter.requires_grad and not start.stoch.requires_grad
 
 
-def plain_gradients(step: GradientStep, batch: TensorDict) -> dict[str, list[torch.Tensor]]:
-    """The gradients of all three losses by nothing but autograd: live layers at every step, every head read anew."""
-    obs = step.policy.normaliser({name: batch["obs", name] for name in step._obs_names})
-    noise = torch.randn(L, B, step.policy.rssm.stoch_dim)
-    posterior = step.world_model.observe(obs, batch["action"], batch["is_first"], noise)
-    model = step.world_model.loss(obs, posterior, batch["reward"], batch["is_terminal"])
-    start = Belief(*(part.detach().flatten(0, 1) for part in posterior.belief))
-    lead = (step._horizon, B * L)
-    action_noise, noise = torch.randn(*lead, A), torch.randn(*lead, step.policy.rssm.stoch_dim)
-    imagined = step._dreamer.imagine(start, action_noise, noise)
-    actor = step._behavior.actor_loss(imagined.feat, batch["is_terminal"].flatten(), imagined.entropy)
-    critic = step._behavior.critic_loss(imagined.feat, actor.target, actor.weight)
-    losses = {"model": model.total, "actor": actor.total, "value": critic.total}
-    owners = {"model": step.world_model, "actor": step.policy.actor, "value": step.critic}
-    grads = {}
-    for name, loss in losses.items():
-        grads[name] = list(torch.autograd.grad(loss, list(owners[name].parameters()), retain_graph=True))
-    return grads
-
-
-GRADIENT_OPTIONS: list[dict[str, Any]] = [
-    {},
-    {"cont": True, "entropy_scale": 0.1},
-    {"slow_critic_decay": 0.9, "return_norm": "percentile"},
-    {"kl_balance": 0.8, "free_nats": 0.0},
-]
-
-
-@pytest.mark.parametrize("form", ["small batch", "large batch", "products of a GPU"])
-@pytest.mark.parametrize("options", GRADIENT_OPTIONS)
-def test_the_step_takes_the_gradients_that_autograd_takes_of_the_plain_losses(options, form, monkeypatch):
-    if form != "small batch":  # many rows and steps: calls in groups, weight gradients and heads in blocks
-        for module, name, value in ((scan, "MANY_ROWS", 1), (scan, "CACHED_ROWS", 3), (slopes, "CACHED_ROWS", 3)):
-            monkeypatch.setattr(module, name, value)
-        monkeypatch.setattr(scan, "STEPS_PER_CALL", 2)
-    if form == "products of a GPU":
-        monkeypatch.setattr(scan, "bias_in_product", lambda x: True)
-    step, batch = make(**options), make_batch()
-    torch.manual_seed(3)
-    expected = plain_gradients(step, batch)
-    taken = record_gradients(step, monkeypatch)
-    torch.manual_seed(3)
-    step(batch)
-    for name, grads in expected.items():
-        for mine, other in zip(taken[name], grads, strict=True):
-            torch.testing.assert_close(mine, other, rtol=1e-4, atol=1e-5 * float(other.abs().max()))
-
-
-@pytest.mark.parametrize("backend", [None, pytest.param("inductor", marks=pytest.mark.slow)])
-def test_an_update_from_pixels_is_the_one_that_plain_adam_makes_of_the_same_gradients(backend, monkeypatch):
-    step, batch = make(PIXELS, backend=backend), make_batch(PIXELS)
-    taken = record_gradients(step, monkeypatch)
-    owners = {name: updater.params for name, updater in step._updaters.items()}
-    before = {name: [p.detach().clone().requires_grad_() for p in params] for name, params in owners.items()}
-    run(step, 1, batch)
-    for name, params in before.items():
-        rate = step._updaters[name].optimizer.param_groups[0]["lr"]
-        plain_adam = torch.optim.Adam(params, lr=rate, eps=1e-5, fused=False, foreach=False)
-        for param, grad in zip(params, taken[name], strict=True):
-            param.grad = grad.contiguous()
-        torch.nn.utils.clip_grad_norm_(params, step._grad_clip)
-        plain_adam.step()
-        for mine, other in zip(owners[name], params, strict=True):
-            torch.testing.assert_close(mine, other, rtol=0, atol=1e-6)
-
-
-def test_the_fast_gradients_hold_in_bfloat16_within_its_rounding(monkeypatch):
-    taken = {}
+def test_gradients_in_bfloat16_point_where_those_in_float32_point():
+    moments = {}
     for autocast in ("false", "bfloat16"):
         step = make(cont=True, autocast=autocast)
-        taken[autocast] = record_gradients(step, monkeypatch)
         run(step, 1)
-    for name in taken["false"]:
-        mine, other = (torch.cat([g.flatten() for g in found[name]]) for found in (taken["bfloat16"], taken["false"]))
-        assert F.cosine_similarity(mine, other, dim=0) > 0.99, name
-
-
-def record_gradients(step: GradientStep, monkeypatch) -> dict[str, list[torch.Tensor]]:
-    """What the step hands to each of its optimisers, by name, filled when it is called."""
-    taken: dict[str, list[torch.Tensor]] = {}
-    for name, updater in step._updaters.items():
-        apply = updater.apply
-
-        def spy(grads, name=name, apply=apply):
-            taken[name] = [grad.clone() for grad in grads]
-            return apply(grads)
-
-        monkeypatch.setattr(updater, "apply", spy)
-    return taken
+        moments[autocast] = step.state_dict()
+    for group in ("adam_model", "adam_actor", "adam_value"):
+        # after one step Adam's first moment is a tenth of the gradient
+        rough, exact = (
+            torch.cat([value.flatten() for name, value in state[group].items() if name.endswith("exp_avg")])
+            for state in (moments["bfloat16"], moments["false"])
+        )
+        assert F.cosine_similarity(rough, exact, dim=0) > 0.99, group
 
 
 @pytest.mark.parametrize(("moving", "still"), [("world_model_lr", ("actor", "critic")), ("value_lr", ("actor",))])
