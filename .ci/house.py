@@ -28,7 +28,7 @@ PACKAGES = ("shared", "launcher", "collector_proc", "learner_proc")
 LAUNCH_ONLY = {"launch", "launcher"}
 SIMULATORS = "collector_proc/simulators"
 MAX_FUNCTION, MAX_CLASS = 40, 150
-# The docstring of a longer class gives the reason why it is one class: it contains "long because" or "one class because".
+# The docstring of a longer class gives the reason why it is one class: it has "long because" or "one class because".
 REASON = re.compile(r"\b(long|one class) because\b", re.IGNORECASE)
 # Words and phrases that readers of English as a second language stumbled over; docs/contributing names plain ones.
 UNCLEAR = (
@@ -62,6 +62,7 @@ class Definition:
 
     @property
     def lines(self) -> int:
+        """Return the number of lines, docstring included."""
         return (self.node.end_lineno or self.node.lineno) - self.node.lineno + 1
 
     def __str__(self) -> str:
@@ -142,7 +143,7 @@ def files_for_launch_alone(parsed: dict[str, ast.Module]) -> Iterator[str]:
 def backend_places(tree: Tree, parsed: dict[str, ast.Module]) -> Iterator[str]:
     """Yield the places outside the backends' folders that compare with a backend's name or list several of them.
 
-    An engineer who adds a backend has to look at each of them. The registry's table is one; the folder is counted apart.
+    An engineer who adds a backend must look at each of them. The registry's table is one; the folder counts separately.
     """
     names = {path.split("/")[2] for path in tree if path.startswith(f"{SIMULATORS}/") and path.count("/") > 2}
     names -= {"batched"}

@@ -28,9 +28,11 @@ class PacedLearner(learn.Learner):
         self._ledger, self._wrote_at = (process.run_dir / "ledger.txt").open("w", buffering=1), 0.0
 
     def may_step(self) -> bool:
+        """Return whether the learner may make a gradient step now: never while it is paused."""
         return not self._paused and super().may_step()
 
     def show_status(self) -> None:
+        """Show the status; every 20 ms also read the pause file and write a line to the ledger."""
         super().show_status()
         now = time.monotonic()
         if now - self._wrote_at < LEDGER_S:

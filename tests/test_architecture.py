@@ -1,4 +1,4 @@
-"""The laws of the tree: imports go one way, torch is imported second, packages hold a docstring, the tree is readable."""
+"""The laws of the tree: imports go one way, torch comes after the simulator, packages hold a docstring only."""
 
 from __future__ import annotations
 

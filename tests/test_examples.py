@@ -1,4 +1,4 @@
-"""The Slurm example saves, requeues and continues a run; a stand-in for `tandem` and for `scontrol` records its calls."""
+"""The Slurm example saves, requeues and continues a run. Stand-ins for `tandem` and `scontrol` record its calls."""
 
 from __future__ import annotations
 
