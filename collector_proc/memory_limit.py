@@ -26,7 +26,7 @@ class MemoryLimit:
         earlier collector was within the limit.
         """
         # At the first check, measure again: an older measurement may be from before the first chunk's work.
-        self.held_gb = self._meter.read(anew=not self._was_below).rss_bytes / 1e9
+        self.held_gb = self._meter.read(now=not self._was_below).rss_bytes / 1e9
         if self._limit_gb is None or self.held_gb <= self._limit_gb:
             self._was_below = True
             return True

@@ -1,4 +1,4 @@
-"""A chunk's checksum: a position-weighted sum of its bytes, the same on every device."""
+"""The checksum of a chunk: a sum of its bytes, weighted by their positions, that is the same on every device."""
 
 from __future__ import annotations
 
@@ -13,9 +13,10 @@ _MODULUS = (1 << 31) - 1
 
 
 def checksum(tensors: Iterable[Tensor]) -> int:
-    """Sum over all tensors of byte * weight, the weight depending on its place; detects swapped, torn and stale rows.
+    """Return the sum over all bytes of the tensors, each times a weight that depends on its position.
 
-    Waits for the device; used at start-up and where `replay_buffer.checksum` is on.
+    It detects rows that are swapped, only partly written or old. It waits for the device, so it is used only in the
+    self-test and if `replay_buffer.checksum` is true.
     """
     import torch
 

@@ -113,7 +113,7 @@ def _to_settings(composed: DictConfig) -> Settings:
 
 
 def _check_value(key: str, value: Any, entry: Field[Any]) -> Any:
-    """Return the value; a choice comes back as it is spelled in the choices. Raises: SettingError if it is not allowed."""
+    """Return the value, a choice in the spelling of the choices. Raises: SettingError if the value is not allowed."""
     choices = entry.metadata["choices"]
     if choices:
         # YAML turns an unquoted `false` into a boolean, so compare the spellings.
@@ -154,7 +154,10 @@ def _check_config_name(name: str, config_dir: Path) -> None:
 
 
 def _read_file(path: Path) -> DictConfig:
-    """Return a YAML file of settings. Raises: SettingError if it cannot be read, or that lists every unknown key in it."""
+    """Return the content of a YAML file of settings.
+
+    Raises: SettingError if it cannot be read, or if it has unknown keys, which are then all listed.
+    """
     try:
         raw = OmegaConf.load(path)
     except (OSError, YAMLError, OmegaConfBaseException, UnicodeDecodeError) as error:

@@ -1,8 +1,8 @@
 """Every setting of a run: its type, default, unit, bounds and a line that explains it.
 
-The defaults are the numbers of TorchRL's Dreamer recipe for cheetah-run from pixels. The files in `configs/` replace some
-of them. As in that recipe, "frames" in a setting's name counts agent steps, which are rows of the replay. An env frame is
-one of the `env.frame_skip` simulator steps of an agent step.
+The defaults are the numbers of TorchRL's Dreamer recipe for cheetah-run from pixels. The files in `configs/` replace
+some of them. As in that recipe, "frames" in a setting's name counts agent steps, which are rows of the replay. An env
+frame is one of the `env.frame_skip` simulator steps of an agent step.
 
 `shared/compose.py` checks the type and the bounds of each setting, `shared/geometry.py` whether they fit each other.
 """
@@ -22,7 +22,7 @@ def setting(
     maximum: float | None = None,
     choices: tuple = (),
 ) -> Any:
-    """Return a dataclass field; its explanation, unit, bounds and choices are for the checks and for docs/settings.md."""
+    """Return a dataclass field. Its metadata is for the checks, the error messages and docs/settings.md."""
     metadata = {"doc": doc, "unit": unit, "minimum": minimum, "maximum": maximum, "choices": choices}
     return field(default=default, metadata=metadata)
 
@@ -40,7 +40,7 @@ class EnvSettings:
     seed: int = setting(0, "Seed of the simulator, the networks' initial weights and all sampling.", minimum=0)
     frame_skip: int = setting(
         2,
-        "Simulator steps per agent step; their rewards are added up. isaaclab, mjlab: 1, because their tasks repeat actions.",
+        "Simulator steps per agent step; rewards are summed over them. isaaclab, mjlab: 1, as tasks repeat actions.",
         unit="env frames",
         minimum=1,
     )
@@ -54,7 +54,8 @@ class EnvSettings:
     )
     horizon: Optional[int] = setting(
         None,
-        "End episodes as time-outs after this many steps; null: the task's limit. Some direct isaaclab tasks take one more.",
+        "End episodes as time-outs after this many steps (or one more, in some direct isaaclab tasks); null: the "
+        "task's limit.",
         unit="agent steps",
         minimum=2,
     )
@@ -66,7 +67,7 @@ class EnvSettings:
     )
     obs_groups: Optional[list[str]] = setting(
         None,
-        "isaaclab, mjlab, torchrl: observations to use. null: group 'policy' or 'actor' if there is one, otherwise all.",
+        "isaaclab, mjlab, torchrl: observations to use; null: group 'policy' or 'actor' if it exists, otherwise all.",
     )
     image_low: float = setting(0.0, "isaaclab, mjlab, torchrl: value of a float image that becomes byte 0.")
     image_high: float = setting(1.0, "isaaclab, mjlab, torchrl: value of a float image that becomes byte 255.")
@@ -115,7 +116,7 @@ class CollectorSettings:
     )
     max_rss_gb: Optional[float] = setting(
         None,
-        "For simulators that leak: restart the collector when it and its workers hold more memory than this; null: no limit.",
+        "For leaking simulators: restart the collector if it and its workers hold more memory than this; null: never.",
         unit="GB",
         minimum=0.1,
     )
@@ -158,7 +159,7 @@ class OptimizationSettings:
     kl_scale: float = setting(1.0, "Weight of the KL in the loss of the world model.", minimum=0.0)
     kl_balance: Optional[float] = setting(
         None,
-        "Share of the KL's gradient that trains the prior (usually 0.8); the rest trains the posterior. null: plain KL.",
+        "Share of the KL's gradient that trains the prior (usually 0.8), not the posterior; null: an unweighted KL.",
         minimum=0.0,
         maximum=1.0,
     )
@@ -192,13 +193,13 @@ class OptimizationSettings:
     )
     slow_critic_decay: Optional[float] = setting(
         None,
-        "Decay (usually 0.98) of an averaged copy of the critic, used for the lambda-return; null: use the critic itself.",
+        "Decay (usually 0.98) of a slow copy of the critic, used for the lambda-return; null: use the critic itself.",
         minimum=0.0,
         maximum=1.0,
     )
     return_norm: str = setting(
         "none",
-        "percentile: divide the actor's returns by the running range between their 5th and 95th percentile (at least 1).",
+        "percentile: divide the actor's returns by the running range of their 5th to 95th percentile (at least 1).",
         choices=("none", "percentile"),
     )
     autocast: str = setting(

@@ -1,14 +1,14 @@
-"""The errors that speak to people: what is wrong, the value met, the value wanted, the mend."""
+"""The errors that users see. A message has the form: what is wrong, with the value; expected value; how to fix it."""
 
 from collections.abc import Sequence
 
 
 class SettingError(ValueError):
-    """A setting or command-line value that cannot work; launch prints it and exits with code 2."""
+    """A setting or command-line value cannot work. Launch prints the message and exits with code 2."""
 
 
 class TransportError(RuntimeError):
-    """The other process or the link to it broke the protocol or a deadline."""
+    """The other process, or the connection to it, broke the protocol or a deadline."""
 
 
 class SimulatorError(RuntimeError):
@@ -16,7 +16,7 @@ class SimulatorError(RuntimeError):
 
 
 def together(errors: Sequence[SettingError]) -> SettingError:
-    """All of them as one error: the only one as it is, several each on a line of its own."""
+    """Return one error for all of them. Several errors are listed, one on each line."""
     if len(errors) == 1:
         return errors[0]
     return SettingError("\n  ".join([f"{len(errors)} settings cannot work:", *map(str, errors)]))

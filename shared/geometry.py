@@ -150,9 +150,9 @@ def _check_ring(settings: Settings, geometry: Geometry) -> None:
     lowest = math.ceil((length + 2 * ticks) / ticks) * ticks
     if geometry.capacity < lowest:
         raise SettingError(
-            f"replay_buffer.buffer_size={settings.replay_buffer.buffer_size} holds {geometry.capacity} rows for each of "
-            f"{envs} environments, fewer than a window and two chunks ({length} + 2 * {ticks} rows); expected at least "
-            f"{lowest} rows; raise it to at least {lowest * envs} or lower the number of environments"
+            f"replay_buffer.buffer_size={settings.replay_buffer.buffer_size} holds {geometry.capacity} rows for each "
+            f"of {envs} environments, fewer than a window and two chunks ({length} + 2 * {ticks} rows); expected at "
+            f"least {lowest} rows; raise it to at least {lowest * envs} or lower the number of environments"
         )
 
 
@@ -167,7 +167,7 @@ def _check_prefill(settings: Settings, geometry: Geometry) -> None:
         )
     if rows > geometry.capacity:
         raise SettingError(
-            f"collector.init_random_frames={frames} is a prefill of {geometry.prefill_frames} agent steps, more than the "
-            f"{geometry.capacity * envs} that replay_buffer.buffer_size={settings.replay_buffer.buffer_size} holds; "
-            "expected a prefill that fits; lower it or raise replay_buffer.buffer_size"
+            f"collector.init_random_frames={frames} is a prefill of {geometry.prefill_frames} agent steps, more than "
+            f"the {geometry.capacity * envs} that replay_buffer.buffer_size={settings.replay_buffer.buffer_size} "
+            "holds; expected a prefill that fits; lower it or raise replay_buffer.buffer_size"
         )

@@ -1,12 +1,14 @@
-"""The Unix socket between collector and learner, and the slab of replay memory handed over it.
+"""The Unix socket between collector and learner, and the slab of replay memory that the learner shares through it.
 
-The learner listens and owns the memory; a collector incarnation connects, says hello and is sent the slab once:
+The learner listens and owns the slab. Each collector process connects, sends Hello and gets the slab once:
 
-    CPU or host storage   a memfd by SCM_RIGHTS, mapped on both sides: no name in /dev/shm, nothing to leak
-    GPU storage           the plain ints and bytes of a CUDA IPC handle, rebuilt on the GPU with the same UUID
+    slab in host memory   the descriptor of a memfd travels with the message (SCM_RIGHTS), and both processes map it;
+                          it has no name in /dev/shm, so a killed process leaves nothing behind
+    slab in GPU memory    the integers and bytes of a CUDA IPC handle, opened on the GPU with the same UUID
 
-One SOCK_SEQPACKET packet is one message; end of file is the obituary. Nothing here pickles, and torch is imported only
-by the functions that touch memory, so a collector can connect before its simulator lets it import torch.
+One packet of the socket (SOCK_SEQPACKET) is one message. At end of file the other process has closed the connection or
+has ended. Nothing is pickled. Only the functions that touch memory import torch, so a collector can connect before its
+simulator allows it to import torch.
 """
 
 from __future__ import annotations
@@ -31,11 +33,11 @@ SOCKET_NAME = "replay.sock"
 
 
 class Disconnected(TransportError):
-    """The other process closed the socket or died."""
+    """The other process closed the socket or ended."""
 
 
 def listen(socket_dir: str | Path) -> socket.socket:
-    """A non-blocking listening socket in the run's private folder."""
+    """Return the learner's listening socket, non-blocking, in the run's folder for sockets."""
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     listener.bind(str(Path(socket_dir) / SOCKET_NAME))
     listener.listen(4)
@@ -44,9 +46,9 @@ def listen(socket_dir: str | Path) -> socket.socket:
 
 
 def connect(socket_dir: str | Path, *, deadline_s: float, alive: Callable[[], None]) -> Channel:
-    """Connect to the learner, retrying while it starts; `alive` is called between tries.
+    """Return a channel to the learner. Try again while the learner starts, and call `alive` before each new try.
 
-    Raises: TransportError when nobody listens within `deadline_s` seconds.
+    Raises: TransportError if no process listens within `deadline_s` seconds.
     """
     path, end = str(Path(socket_dir) / SOCKET_NAME), time.monotonic() + deadline_s
     while True:
@@ -58,15 +60,15 @@ def connect(socket_dir: str | Path, *, deadline_s: float, alive: Callable[[], No
             sock.close()
             if time.monotonic() > end:
                 raise TransportError(
-                    f"no learner listens at {path} after {deadline_s:.0f} s ({error}); wanted a running learner of this "
-                    "run folder; look at logs/learner.out, or raise deadlines.start_s"
+                    f"no learner listens at {path} after {deadline_s:.0f} s ({error}); expected a running learner of "
+                    "this run folder; look at logs/learner.out, or raise deadlines.start_s"
                 ) from error
         alive()
         time.sleep(0.05)
 
 
 class Channel:
-    """One end of the connection: whole messages in and out, malformed ones counted and dropped."""
+    """One end of the connection. It sends and receives whole messages; malformed ones are counted and dropped."""
 
     def __init__(self, sock: socket.socket) -> None:
         self._socket = sock
@@ -74,6 +76,7 @@ class Channel:
         self.num_malformed = 0
 
     def fileno(self) -> int:
+        """Return the descriptor of the socket, for select and poll."""
         return self._socket.fileno()
 
     def send(
@@ -84,9 +87,9 @@ class Channel:
         deadline_s: float = 10.0,
         alive: Callable[[], None] | None = None,
     ) -> None:
-        """Send one message, waiting for room in the socket for at most `deadline_s` seconds.
+        """Send one message, with the descriptors `fds`. Wait for room in the socket, and call `alive` while waiting.
 
-        Raises: Disconnected if the peer is gone; TransportError if it does not read within the deadline.
+        Raises: Disconnected if the other process has ended; TransportError if it reads nothing within `deadline_s` s.
         """
         raw, end = encode(message), time.monotonic() + deadline_s
         while True:
@@ -96,26 +99,27 @@ class Channel:
             except BlockingIOError:
                 if time.monotonic() > end:
                     raise TransportError(
-                        f"the peer has not read its messages for {deadline_s:.0f} s; last wanted to send {type(message).__name__}"
+                        f"the other process has not read its messages for {deadline_s:.0f} s, so this "
+                        f"{type(message).__name__} cannot be sent; expected it to read them; look at its log in logs/"
                     ) from None
             except (BrokenPipeError, ConnectionResetError) as error:
-                raise Disconnected("the peer closed the connection") from error
+                raise Disconnected("the other process closed the connection") from error
             if alive is not None:
                 alive()
             self._poll(select.POLLOUT, 0.05)
 
     def try_send(self, message: Message) -> bool:
-        """Send one message if the socket has room for it now. Raises: Disconnected if the peer is gone."""
+        """Send one message if the socket has room now, and return whether it did. Raises: Disconnected."""
         try:
             self._socket.send(encode(message))
             return True
         except BlockingIOError:
             return False
         except (BrokenPipeError, ConnectionResetError) as error:
-            raise Disconnected("the peer closed the connection") from error
+            raise Disconnected("the other process closed the connection") from error
 
     def receive(self) -> tuple[Message, tuple[int, ...]] | None:
-        """The next message and the descriptors sent with it, or None if none waits.
+        """Return the next message and the descriptors that came with it, or None if no message has arrived.
 
         Raises: Disconnected at end of file.
         """
@@ -125,11 +129,11 @@ class Channel:
             except BlockingIOError:
                 return None
             except ConnectionResetError as error:
-                raise Disconnected("the peer reset the connection") from error
+                raise Disconnected("the other process closed the connection") from error
             if not raw:
                 for fd in fds:
                     os.close(fd)
-                raise Disconnected("the peer closed the connection")
+                raise Disconnected("the other process closed the connection")
             try:
                 return decode(raw), tuple(fds)
             except MalformedMessage:
@@ -138,13 +142,16 @@ class Channel:
                     os.close(fd)
 
     def wait(self, timeout_s: float) -> bool:
-        """True as soon as a message (or end of file) can be read, False after `timeout_s` seconds."""
+        """Return True as soon as a message or the end of file can be read, False after `timeout_s` seconds."""
         return self._poll(select.POLLIN, timeout_s)
 
     def receive_within(
         self, deadline_s: float, *, waiting_for: str, alive: Callable[[], None]
     ) -> tuple[Message, tuple[int, ...]]:
-        """Raises: TransportError naming `waiting_for` when nothing arrives in time; Disconnected at end of file."""
+        """Return the next message and its descriptors; call `alive` while waiting. `waiting_for` is for the error.
+
+        Raises: TransportError if no message arrives within `deadline_s` seconds; Disconnected at end of file.
+        """
         end = time.monotonic() + deadline_s
         while time.monotonic() < end:
             received = self.receive()
@@ -152,59 +159,70 @@ class Channel:
                 return received
             alive()
             self.wait(0.05)
-        raise TransportError(f"waited {deadline_s:.0f} s for {waiting_for}; nothing came")
+        raise TransportError(
+            f"waited {deadline_s:.0f} s for {waiting_for} and got no message; expected it earlier; look at the log of "
+            "the other process in logs/, or raise the deadline in deadlines.*"
+        )
 
     def close(self) -> None:
+        """Close the socket; the other process reads end of file."""
         self._socket.close()
 
     def _poll(self, event: int, timeout_s: float) -> bool:
-        poller = select.poll()  # select() fails for descriptors beyond 1023, and a simulator may hold that many
+        poller = select.poll()  # select() fails for descriptors above 1023, and a simulator may have that many open
         poller.register(self._socket, event)
         return bool(poller.poll(timeout_s * 1000.0))
 
 
 def create_memfd_slab(num_bytes: int) -> tuple[Tensor, int]:
-    """Zero-filled shared host memory as a uint8 tensor, and the descriptor to send."""
+    """Return shared host memory, filled with zeros, as a uint8 tensor, and the descriptor to send to the collector."""
     fd = os.memfd_create("tandem-replay", os.MFD_CLOEXEC)
     os.ftruncate(fd, num_bytes)
     return map_memfd_slab(fd, num_bytes), fd
 
 
 def map_memfd_slab(fd: int, num_bytes: int) -> Tensor:
-    """The same memory, from a received descriptor."""
+    """Return the memory of a received descriptor as a uint8 tensor. Raises: TransportError if its size is another."""
     import torch
 
     if os.fstat(fd).st_size != num_bytes:
-        raise TransportError(f"the replay's memfd has {os.fstat(fd).st_size} bytes, the welcome said {num_bytes}")
+        raise TransportError(
+            f"the memfd of the replay has {os.fstat(fd).st_size} bytes; expected {num_bytes}, as in the Welcome; "
+            "start the run again"
+        )
     return torch.frombuffer(mmap.mmap(fd, num_bytes), dtype=torch.uint8)
 
 
 def pin_slab(slab: Tensor) -> None:
-    """Page-lock mapped host memory, so that copies to and from a GPU run asynchronously."""
+    """Page-lock mapped host memory, so that copies to and from a GPU are asynchronous. Raises: TransportError."""
     import torch
 
     cudart: Any = torch.cuda.cudart()
     status = int(cudart.cudaHostRegister(slab.data_ptr(), slab.numel(), 0))
     if status != 0:
         raise TransportError(
-            f"cannot pin {slab.numel() / 2**30:.1f} GiB of host memory (CUDA error {status}); wanted page-locked replay "
-            "memory; raise `ulimit -l`, lower replay_buffer.buffer_size or use replay_buffer.gpu_storage=true"
+            f"cannot pin {slab.numel() / 2**30:.1f} GiB of host memory (CUDA error {status}); expected page-locked "
+            "memory for the replay; raise `ulimit -l`, lower replay_buffer.buffer_size or set "
+            "replay_buffer.gpu_storage=true"
         )
 
 
 def export_cuda_slab(slab: Tensor) -> tuple[str, list]:
-    """GPU uuid and IPC handle of a slab; a fresh reference count and event for every importer.
+    """Return the GPU's UUID and a CUDA IPC handle of a slab. Each importing process needs a handle of its own.
 
-    Raises: TransportError if the allocator made memory that a legacy handle cannot export.
+    A handle carries a reference count and an event, which torch makes for one importer.
+
+    Raises: TransportError if the memory was not allocated with cudaMalloc, so that it has no such handle.
     """
     import torch
     from torch.multiprocessing.reductions import reduce_tensor
 
-    arguments: Any = reduce_tensor(slab)[1]  # typed as a union of every kind of tensor
+    arguments: Any = reduce_tensor(slab)[1]  # torch's type is a union over all kinds of tensors
     handle, size, offset, counter, counter_offset, event, event_sync = arguments[7], *arguments[8:10], *arguments[11:15]
-    if len(handle) != 64 and handle[1:2] != b"c":  # a version byte, then c (cudaMalloc) or e (expandable segment)
+    # A handle of 64 bytes is one of cudaMalloc. A longer one has a version byte, then c (cudaMalloc) or e (expandable).
+    if len(handle) != 64 and handle[1:2] != b"c":
         raise TransportError(
-            f"the replay's CUDA handle is of kind {handle[1:2]!r}, wanted one of cudaMalloc memory; "
+            f"the replay's CUDA handle is of kind {handle[1:2]!r}; expected memory that cudaMalloc allocated; "
             "set PYTORCH_CUDA_ALLOC_CONF=expandable_segments:False"
         )
     uuid = str(torch.cuda.get_device_properties(slab.device).uuid)
@@ -212,15 +230,15 @@ def export_cuda_slab(slab: Tensor) -> tuple[str, list]:
 
 
 def import_cuda_slab(uuid: str, handle: list, num_bytes: int) -> Tensor:
-    """The learner's slab, mapped into this process on whichever index the GPU has here."""
+    """Return the learner's slab in this process, where the GPU may have another index. Raises: TransportError."""
     import torch
     from torch.multiprocessing.reductions import rebuild_cuda_tensor
 
     uuids = [str(torch.cuda.get_device_properties(i).uuid) for i in range(torch.cuda.device_count())]
     if uuid not in uuids:
         raise TransportError(
-            f"the replay lies on GPU {uuid}, this process sees {uuids}; wanted it among CUDA_VISIBLE_DEVICES; "
-            "start the collector through launch.py, which sets the mask"
+            f"the replay is on GPU {uuid}, but this process sees only {uuids}; expected that GPU among them; "
+            "start the collector through launch.py, which sets CUDA_VISIBLE_DEVICES"
         )
     memory, size, offset, counter, counter_offset, event, event_sync = handle
     return rebuild_cuda_tensor(

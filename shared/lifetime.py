@@ -76,7 +76,7 @@ class StopFlag:
         self._before: dict[int, Any] = {}
 
     def install(self) -> None:
-        """Handle SIGTERM, SIGINT and SIGHUP (a closed terminal). Call it again after a simulator replaced the handlers."""
+        """Handle SIGTERM, SIGINT and SIGHUP (a closed terminal). Call it again if a simulator replaced the handlers."""
         for signum in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
             if signum == signal.SIGHUP and signal.getsignal(signum) == signal.SIG_IGN:
                 continue  # the user started the run with nohup, so it must continue without its terminal

@@ -1,4 +1,4 @@
-"""Logs: one JSON line per event in `logs/<process>.jsonl`; warnings and errors also as a human line on stderr."""
+"""The log of a process: `logs/<process>.jsonl`, one JSON line per event. Warnings and errors also go to stderr."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from typing import Any
 
 import structlog
 
-_LOUD = ("warning", "error", "critical")
+_SHOWN_LEVELS = ("warning", "error", "critical")
 
 
 def configure(run_dir: Path, process: str) -> structlog.typing.FilteringBoundLogger:
-    """The process's logger; afterwards `structlog.get_logger()` anywhere in this process writes to the same file."""
+    """Return the logger of this process. From then on, `structlog.get_logger()` writes to the same file."""
     file = (run_dir / "logs" / f"{process}.jsonl").open("a", buffering=1)
     structlog.configure(
         processors=[
@@ -21,7 +21,7 @@ def configure(run_dir: Path, process: str) -> structlog.typing.FilteringBoundLog
             structlog.processors.add_log_level,
             structlog.processors.TimeStamper(fmt="iso", utc=True),
             structlog.processors.format_exc_info,
-            _say_loud,
+            _show_on_stderr,
             structlog.processors.JSONRenderer(default=repr),
         ],
         logger_factory=structlog.WriteLoggerFactory(file=file),
@@ -32,16 +32,17 @@ def configure(run_dir: Path, process: str) -> structlog.typing.FilteringBoundLog
     return structlog.get_logger()
 
 
-def _say_loud(logger: Any, method: str, event: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
-    if event["level"] in _LOUD:
+def _show_on_stderr(logger: Any, method: str, event: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
+    """Write warnings and errors to stderr, and pass every event on unchanged."""
+    if event["level"] in _SHOWN_LEVELS:
         sys.stderr.write(human_line(event) + "\n")
         sys.stderr.flush()
     return event
 
 
 def human_line(event: MutableMapping[str, Any]) -> str:
-    """`learner warning: message key=value ...`, with an exception's traceback on lines of its own."""
-    quiet = ("event", "level", "timestamp", "process", "exception")
-    details = "".join(f" {key}={value}" for key, value in event.items() if key not in quiet)
+    """Return an event as text, "learner warning: message key=value", followed by its traceback if it has one."""
+    not_details = ("event", "level", "timestamp", "process", "exception")
+    details = "".join(f" {key}={value}" for key, value in event.items() if key not in not_details)
     trace = f"\n{event['exception']}" if "exception" in event else ""
     return f"{event.get('process', '?')} {event['level']}: {event['event']}{details}{trace}"

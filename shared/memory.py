@@ -1,8 +1,8 @@
-"""How much memory a process holds: what a week unattended is watched for. Torch-free at import.
+"""Measure how much memory a process uses, so that a leak shows. This file imports torch only when it measures a GPU.
 
-Resident memory is counted without what belongs to a file or to shared memory: the replay lies in both processes, and
-filling it is no growth. Child processes that the main thread started (workers, compilers) are counted with theirs; a page
-that a forked one has not written yet lies in both and is counted once.
+Resident memory is counted without files and without shared memory: both processes map the replay, and filling it must
+not look like a leak. The processes that the main thread started (workers, compilers) are counted too. A forked process
+shares with its parent the pages that neither has written since; such a page counts once.
 """
 
 from __future__ import annotations
@@ -15,36 +15,42 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-EVERY_S = 1.0  # between two measurements: /proc and the driver are not asked every tick
-REST = 100  # times what a measurement took until the next: the kernel walks every page, some 25 ms a GB
-ROLLUP = "smaps_rollup"  # in /proc/PID, of Linux 5.4 and newer
+EVERY_S = 1.0  # least time between two measurements, so that not every tick reads /proc and asks the driver
+# Wait this many times a measurement's duration before the next one (1 % overhead): the kernel takes 25 ms for each GB.
+REST = 100
+ROLLUP = "smaps_rollup"  # a file in /proc/PID since Linux 5.4
 
 
 @dataclass(frozen=True)
 class Memory:
-    """What a process holds of its own; on a GPU also what its allocator reserved and what all processes use together.
+    """The memory of a process. A value that was not measured is 0."""
 
-    0 for what was not measured.
-    """
-
-    rss_bytes: int
-    gpu_bytes: int = 0
-    device_bytes: int = 0
+    rss_bytes: int  # resident memory of the process and its children
+    gpu_bytes: int = 0  # GPU memory that torch reserved in this process
+    device_bytes: int = 0  # GPU memory that all processes use together
 
 
 class MemoryMeter:
-    """This process's memory, measured anew at most once a second and in at most 1 % of the time; never waits for a GPU."""
+    """Measures the memory of this process, at most once a second and in at most 1 % of the time.
+
+    It never waits for a GPU.
+    """
 
     def __init__(
         self, device: str, *, whole_device: bool = True, measure: Callable[[str], Memory] | None = None
     ) -> None:
-        """device: whose GPU memory is measured, such as "cuda:0"; "cpu": none. whole_device: other processes' too."""
+        """Measure for the first time.
+
+        device: the GPU whose memory is measured, such as "cuda:0"; none for "cpu".
+        whole_device: measure `Memory.device_bytes` too.
+        measure: replaces the measurement, in tests.
+        """
         self._device, self._measure = device, measure or partial(_measure, whole_device=whole_device)
         self._measure_now()
 
-    def read(self, *, anew: bool = False) -> Memory:
-        """anew: measured in this call, whenever it last was."""
-        if anew or time.monotonic() > self._rest_until:
+    def read(self, *, now: bool = False) -> Memory:
+        """Return the latest measurement. Measure again if it is old enough or if `now` is true."""
+        if now or time.monotonic() > self._rest_until:
             self._measure_now()
         return self._memory
 
@@ -56,17 +62,17 @@ class MemoryMeter:
 
 
 def own_rss_bytes() -> int:
-    """Anonymous resident memory of this process and of its child processes."""
+    """Return the anonymous resident memory of this process and of the processes that it started."""
     pid, children = os.getpid(), []
-    with contextlib.suppress(OSError):  # a kernel without CONFIG_PROC_CHILDREN
+    with contextlib.suppress(OSError):  # the kernel may be built without CONFIG_PROC_CHILDREN
         children = [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
     if not children:
-        return _unshared_bytes(pid)  # nobody has pages in common with it: the same number without the walk
+        return _unshared_bytes(pid)  # no process shares its pages, so this gives the same number faster
     return sum(_proportional_bytes(process) for process in (pid, *children))
 
 
 def gigabytes(num_bytes: int) -> float | None:
-    """As metrics.jsonl has it; None for what was not measured."""
+    """Return a size in GB, the unit of metrics.jsonl, or None if it was not measured."""
     return num_bytes / 1e9 if num_bytes else None
 
 
@@ -84,7 +90,10 @@ def _measure(device: str, *, whole_device: bool) -> Memory:
 
 
 def _proportional_bytes(pid: int) -> int:
-    """Anonymous memory, each page divided by the number of processes it lies in; undivided where the kernel cannot say."""
+    """Return anonymous memory, where a page that n processes share counts as 1/n page.
+
+    Without `smaps_rollup`, such a page counts as a whole one.
+    """
     with contextlib.suppress(OSError):
         for line in Path(f"/proc/{pid}/{ROLLUP}").read_text().splitlines():
             if line.startswith("Pss_Anon:"):
@@ -93,9 +102,9 @@ def _proportional_bytes(pid: int) -> int:
 
 
 def _unshared_bytes(pid: int) -> int:
-    """Resident memory that belongs to no file and to no shared memory."""
+    """Return the resident memory that belongs neither to a file nor to shared memory; 0 if the process has ended."""
     try:
         _, resident, shared = Path(f"/proc/{pid}/statm").read_text().split()[:3]
-    except OSError:  # it ended meanwhile
+    except OSError:
         return 0
     return (int(resident) - int(shared)) * os.sysconf("SC_PAGE_SIZE")

@@ -3,8 +3,8 @@
     collector -> learner     Hello, SelfTest, Commit
     learner -> collector     Welcome, Grant, Refusal
 
-Bytes that are not exactly one of these messages, with every value within its bounds, raise MalformedMessage. The channel
-(`shared.handover.Channel`) counts and drops them.
+Bytes that are not exactly one of these messages, with every value within its bounds, raise MalformedMessage. The
+channel (`shared.handover.Channel`) counts and drops them.
 """
 
 from __future__ import annotations
@@ -88,8 +88,8 @@ class Grant:
 class Commit:
     """A granted chunk is complete in the replay.
 
-    `num_episodes` episodes finished in it. The newest of them, at most MAX_EPISODES, are described by three packed arrays
-    of equal length, oldest first: float32 returns, int32 lengths in agent steps, and uint8 indices into EPISODE_KINDS.
+    `num_episodes` episodes finished in it. Three packed arrays of equal length describe the newest of them, at most
+    MAX_EPISODES, oldest first: float32 returns, int32 lengths in agent steps, and uint8 indices into EPISODE_KINDS.
     """
 
     seq: int = _int()
@@ -131,7 +131,7 @@ def encode(message: Message) -> bytes:
 
 
 def decode(raw: bytes) -> Message:
-    """Return the message in these bytes. Raises: MalformedMessage unless they are exactly one message within its bounds."""
+    """Return the message in these bytes. Raises: MalformedMessage if they are not one message within its bounds."""
     if len(raw) > MAX_MESSAGE_BYTES:
         raise MalformedMessage(f"a message has {len(raw)} bytes; expected at most {MAX_MESSAGE_BYTES}")
     try:
@@ -154,8 +154,8 @@ def _check_episodes(commit: Commit) -> None:
     count = len(commit.kinds)
     if not len(commit.returns) == len(commit.lengths) == 4 * count:
         raise MalformedMessage(
-            f"a commit has {len(commit.returns)} bytes of returns, {len(commit.lengths)} of lengths and {count} of kinds; "
-            "expected 4, 4 and 1 bytes for each episode"
+            f"a commit has {len(commit.returns)} bytes of returns, {len(commit.lengths)} of lengths and {count} of "
+            "kinds; expected 4, 4 and 1 bytes for each episode"
         )
     if commit.num_episodes < count:
         raise MalformedMessage(

@@ -200,7 +200,7 @@ SIM_GPU_USED_GB = _metric(
 
 @dataclass(frozen=True)
 class MetricFamily:
-    """Metrics that exist once per observation entry and horizon: the texts hold {entry} and {horizon} as placeholders."""
+    """Metrics that exist once per observation entry and horizon. The texts hold {entry} and {horizon}."""
 
     name: str
     tag: str

@@ -1,13 +1,13 @@
 """The progress file, through which a process reports to launch: its phase, a counter that moves, its latest numbers.
 
-A progress file is one page with two slots. The writer always fills the slot that is not current. So one whole slot remains
-at every instant, also if the writer is killed in the middle of a write:
+A progress file is one page with two slots. The writer always fills the slot that is not current. So one whole slot
+remains at every instant, also if the writer is killed in the middle of a write:
 
     offset 0     slot 0 | magic crc32 length | pid generation counter changed_at phase_since phase | status | refusal |
     offset 8192  slot 1 | the same                                                                                   |
 
-The status is a JSON object with the fields of `LearnerStatus` or `CollectorStatus`. The refusal is text that explains why
-the process cannot work; it is empty for a process that can.
+The status is a JSON object with the fields of `LearnerStatus` or `CollectorStatus`. The refusal is text that explains
+why the process cannot work; it is empty for a process that can.
 
 Example: slot 0 holds generation 6 and slot 1 holds generation 7. A reader that finds a slot with a wrong checksum (the
 writer was filling it) takes the other slot. If both slots changed while it was reading, it reads the page again.
@@ -32,7 +32,7 @@ from shared.metrics import CollectorStatus, LearnerStatus
 
 MAX_STATUS_BYTES = 3072
 MAX_REFUSAL_BYTES = 3072
-# Every phase that a process may report, and the setting of `deadlines` that limits how long its counter may stand still.
+# Every phase that a process may report, and the setting of `deadlines` that limits how long its counter may not move.
 PHASE_DEADLINES = {
     "starting": "start_s",
     "simulator": "start_s",
@@ -89,7 +89,7 @@ class Progress:
     def create(path: Path, pid: int | None = None) -> Progress:
         """Return the writer of a new file in phase "starting". The file replaces an older one in a single step."""
         partial = path.with_name(path.name + ".partial")
-        # Write zeros instead of leaving the file sparse: without allocated blocks, a full disk would later cause SIGBUS.
+        # Write zeros instead of leaving the file sparse: without allocated blocks, a full disk would cause SIGBUS.
         partial.write_bytes(bytes(2 * _SLOT_BYTES))
         with partial.open("r+b") as file:
             page = mmap.mmap(file.fileno(), 2 * _SLOT_BYTES)
@@ -118,14 +118,14 @@ class Progress:
         encoded = json.dumps(content).encode()
         if len(encoded) > MAX_STATUS_BYTES:
             raise ValueError(
-                f"the status takes {len(encoded)} bytes with {len(content)} fields; expected at most {MAX_STATUS_BYTES}; "
-                "report fewer fields"
+                f"the status takes {len(encoded)} bytes with {len(content)} fields; expected at most "
+                f"{MAX_STATUS_BYTES}; report fewer fields"
             )
         self._status = encoded
         self._write()
 
     def refuse(self, reason: str) -> None:
-        """Report why this process cannot work. Launch shows at most MAX_REFUSAL_BYTES of the reason, cut at a character."""
+        """Report why this process cannot work. A reason longer than MAX_REFUSAL_BYTES is cut between two characters."""
         encoded = reason.encode(errors="replace")[:MAX_REFUSAL_BYTES]
         self._refusal = encoded.decode(errors="ignore").encode()
         self._write()
@@ -162,7 +162,7 @@ def read(path: Path) -> Snapshot:
             return max(whole, key=lambda snapshot: snapshot.generation)
         time.sleep(0.001)
     raise ValueError(
-        f"{path} holds no whole progress slot in {len(raw)} bytes; expected a file written by Progress.create; remove it"
+        f"{path} holds no whole progress slot in {len(raw)} bytes; expected a file of Progress.create; remove it"
     )
 
 

@@ -27,8 +27,8 @@ RECIPE_KEYS = {
     "networks.use_scan": _ROLLOUT,
     "networks.rssm_rollout.": _ROLLOUT,
     "replay_buffer.device": "use replay_buffer.gpu_storage",
-    "replay_buffer.scratch_dir": "use replay_buffer.gpu_storage: the replay is in the memory of the train GPU or of the "
-    "host, never on the disk",
+    "replay_buffer.scratch_dir": "use replay_buffer.gpu_storage: the replay is in the memory of the train GPU or of "
+    "the host, never on the disk",
     "replay_buffer.prefetch": _WINDOWS,
     "logger.eval_every": _EVALUATION,
     "logger.eval_rollout_steps": _EVALUATION,

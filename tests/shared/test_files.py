@@ -1,4 +1,4 @@
-"""A file is replaced as a whole: whatever interrupts the write, readers find the old content or the new one."""
+"""A file is replaced as a whole: after any interruption, readers find the old content or the new content."""
 
 from __future__ import annotations
 

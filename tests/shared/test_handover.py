@@ -1,4 +1,4 @@
-"""The socket and the slab between real processes."""
+"""Messages and the slab of the replay reach the other process, and its end is noticed."""
 
 import socket
 import subprocess
@@ -26,7 +26,7 @@ def pair(folder) -> tuple[Channel, Channel, socket.socket]:
     return client, Channel(sock), listener
 
 
-def test_the_slab_travels_as_a_descriptor_and_both_sides_see_one_memory(tmp_path):
+def test_a_slab_sent_as_a_descriptor_is_one_memory_in_both_processes(tmp_path):
     client, server, _ = pair(tmp_path)
     slab, fd = create_memfd_slab(1 << 21)
     server.send(Welcome("memfd", 1 << 21, 8, "", [], 0, 0, 0), (fd,))
@@ -35,11 +35,11 @@ def test_the_slab_travels_as_a_descriptor_and_both_sides_see_one_memory(tmp_path
     other = map_memfd_slab(fds[0], message.num_bytes)
     other[12345] = 77
     assert slab[12345] == 77
-    with pytest.raises(TransportError, match="welcome said"):
+    with pytest.raises(TransportError, match="expected 4194304, as in the Welcome"):
         map_memfd_slab(fds[0], message.num_bytes * 2)
 
 
-def test_end_of_file_is_the_obituary_even_with_messages_before_it(tmp_path):
+def test_messages_sent_before_a_disconnect_are_received_first(tmp_path):
     client, server, _ = pair(tmp_path)
     client.send(Grant(1, 2, 0))
     client.close()
@@ -56,21 +56,21 @@ def test_malformed_packets_are_counted_and_dropped(tmp_path):
     assert server.num_malformed == 1
 
 
-def test_a_peer_that_never_reads_ends_in_an_error_not_a_hang(tmp_path):
+def test_sending_to_a_process_that_never_reads_raises_after_the_deadline(tmp_path):
     client, _server, _ = pair(tmp_path)
     with pytest.raises(TransportError, match="has not read"):
         for _ in range(100_000):
             client.send(Refusal("x" * 2000), deadline_s=0.2)
 
 
-def test_connecting_where_nobody_listens_names_the_socket_and_the_mend(tmp_path):
+def test_connecting_without_a_learner_raises_with_the_socket_and_the_setting_to_raise(tmp_path):
     began = time.monotonic()
     with pytest.raises(TransportError, match=r"no learner listens at .*replay.sock.*deadlines.start_s"):
         connect(tmp_path, deadline_s=0.2, alive=nothing)
     assert time.monotonic() - began < DEADLINE_S
 
 
-def test_waiting_for_an_answer_has_a_deadline_and_keeps_moving(tmp_path):
+def test_waiting_for_a_message_has_a_deadline_and_reports_progress(tmp_path):
     client, _server, _ = pair(tmp_path)
     calls = []
     with pytest.raises(TransportError, match="for the learner's welcome"):
@@ -78,7 +78,7 @@ def test_waiting_for_an_answer_has_a_deadline_and_keeps_moving(tmp_path):
     assert len(calls) >= 2
 
 
-def test_nothing_is_left_in_dev_shm_by_a_killed_importer(tmp_path):
+def test_a_killed_process_that_mapped_the_slab_leaves_nothing_in_dev_shm(tmp_path):
     listener = listen(tmp_path)
     script = textwrap.dedent("""
         import sys, time
@@ -112,7 +112,7 @@ def test_nothing_is_left_in_dev_shm_by_a_killed_importer(tmp_path):
 
 
 @pytest.mark.gpu
-def test_a_cuda_slab_is_written_by_another_process(tmp_path):
+def test_another_process_writes_into_a_cuda_slab(tmp_path):
     from shared.handover import export_cuda_slab
 
     slab = torch.zeros(1 << 21, dtype=torch.uint8, device="cuda")

@@ -1,4 +1,4 @@
-"""Logs: every event is one JSON line; only what is wrong reaches the terminal."""
+"""Every event is one JSON line in the log, and only warnings and errors reach the terminal."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def _lines(path: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def test_events_are_json_lines_and_only_warnings_are_said_aloud(
+def test_events_are_json_lines_and_only_warnings_and_errors_reach_stderr(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "logs").mkdir()
@@ -36,6 +36,6 @@ def test_events_are_json_lines_and_only_warnings_are_said_aloud(
     assert info["folder"] == repr(tmp_path)
     assert (warning["row"], warning["level"]) == (7, "warning")
     assert "ValueError: bad\nvalue" in failed["exception"]
-    said = capsys.readouterr().err
-    assert said.startswith("learner warning: chunk dropped row=7\nlearner error: failed\nTraceback")
-    assert "replay allocated" not in said
+    shown = capsys.readouterr().err
+    assert shown.startswith("learner warning: chunk dropped row=7\nlearner error: failed\nTraceback")
+    assert "replay allocated" not in shown

@@ -1,4 +1,4 @@
-"""Memory that grows is seen, memory that is shared is not counted, and nobody asks more often than is useful."""
+"""Growing memory is measured, shared memory is not counted, and measuring takes little time."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ MB = 1_000_000
 
 
 def fill(page: mmap.mmap) -> None:
-    """Every byte, without a second copy of them on the heap."""
+    """Write every byte, without a second copy of them on the heap."""
     for _ in range(len(page) // MB):
         page.write(b"\1" * MB)
 
 
-def test_what_a_process_writes_is_its_own_and_what_it_shares_is_not() -> None:
+def test_private_memory_is_counted_and_shared_memory_is_not() -> None:
     before = own_rss_bytes()
-    # of its own, and not of the heap, which may have pages left over
+    # a mapping, because the heap may have free pages already
     with mmap.mmap(-1, 200 * MB, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) as held:
         fill(held)
         grown = own_rss_bytes()
@@ -32,11 +32,11 @@ def test_what_a_process_writes_is_its_own_and_what_it_shares_is_not() -> None:
         os.ftruncate(descriptor, 200 * MB)
         with mmap.mmap(descriptor, 200 * MB) as page:
             fill(page)
-            assert own_rss_bytes() - grown < 20 * MB, "filling the replay is no growth"
+            assert own_rss_bytes() - grown < 20 * MB, "filling the replay must not count"
         os.close(descriptor)
 
 
-def test_worker_processes_count_with_their_collector() -> None:
+def test_the_memory_of_worker_processes_is_counted() -> None:
     script = "import sys; held = b'x' * 100_000_000; sys.stdout.write('up\\n'); sys.stdout.flush(); sys.stdin.read()"
     before = own_rss_bytes()
     command = [sys.executable, "-c", script]
@@ -48,7 +48,7 @@ def test_worker_processes_count_with_their_collector() -> None:
 
 
 def forked(own_rss: str) -> list[float]:
-    """MB that a process of 200 MB counts by itself, beside a forked child, and once that child has written 50 MB anew."""
+    """Return the MB that a process of 200 MB counts: alone, with a forked child, after that child has written 50 MB."""
     script = f"""
 import os, sys
 from pathlib import Path
@@ -56,13 +56,13 @@ from shared import memory
 {own_rss}
 held = bytearray(b"x") * 200_000_000
 seen = [memory.own_rss_bytes()]
-told, asked, wrote = os.pipe(), os.pipe(), os.pipe()
+up, asked, wrote = os.pipe(), os.pipe(), os.pipe()
 if os.fork() == 0:
-    os.write(told[1], b"1"), os.read(asked[0], 1)
+    os.write(up[1], b"1"), os.read(asked[0], 1)
     held[:50_000_000] = bytes(50_000_000)
     os.write(wrote[1], b"1"), os.read(asked[0], 1)
     os._exit(0)
-os.read(told[0], 1)
+os.read(up[0], 1)
 seen.append(memory.own_rss_bytes())
 os.write(asked[1], b"1"), os.read(wrote[0], 1)
 seen.append(memory.own_rss_bytes())
@@ -76,10 +76,10 @@ print(*seen)
 def test_pages_that_a_forked_worker_has_not_written_are_counted_once() -> None:
     alone, beside_child, written = forked("")
     assert alone > 200 and beside_child - alone < 20
-    assert 50 <= written - beside_child < 120, "what it wrote is its own"
+    assert 50 <= written - beside_child < 120, "only the pages that the child wrote count twice"
 
 
-def test_where_the_kernel_keeps_no_rollup_each_process_counts_by_itself() -> None:
+def test_without_smaps_rollup_a_page_of_two_processes_counts_twice() -> None:
     alone, beside_child, _ = forked("memory.ROLLUP = 'no_such_file'")
     assert alone > 200 and beside_child - alone > 180
 
@@ -98,7 +98,7 @@ def test_memory_is_measured_at_most_once_a_second(monkeypatch: pytest.MonkeyPatc
     for clock[0] in (0.0, 0.5, 1.0, 1.1, 2.0, 2.2):
         seen.append(meter.read().rss_bytes)
     assert seen == [1, 1, 1, 2, 2, 3]
-    assert [meter.read(anew=True).rss_bytes, meter.read().rss_bytes] == [4, 4], "unless somebody has to know"
+    assert [meter.read(now=True).rss_bytes, meter.read().rss_bytes] == [4, 4], "`now` measures in any case"
 
 
 def test_measuring_takes_at_most_a_hundredth_of_the_time(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -106,7 +106,7 @@ def test_measuring_takes_at_most_a_hundredth_of_the_time(monkeypatch: pytest.Mon
 
     def measure(device: str) -> Memory:
         asked_at.append(clock[0])
-        clock[0] += 0.5  # as the pages of a large process take
+        clock[0] += 0.5  # the time that a large process takes
         return Memory(1)
 
     monkeypatch.setattr(memory.time, "monotonic", lambda: clock[0])
@@ -117,7 +117,7 @@ def test_measuring_takes_at_most_a_hundredth_of_the_time(monkeypatch: pytest.Mon
 
 
 @pytest.mark.parametrize("whole_device", [True, False])
-def test_the_driver_is_asked_only_by_who_reports_its_answer(
+def test_the_driver_is_asked_only_if_the_memory_of_the_whole_device_is_measured(
     monkeypatch: pytest.MonkeyPatch, whole_device: bool
 ) -> None:
     asked = []
@@ -134,7 +134,7 @@ def test_the_driver_is_asked_only_by_who_reports_its_answer(
 
 
 @pytest.mark.gpu
-def test_a_gpus_memory_is_read_without_waiting_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_measuring_the_memory_of_a_gpu_does_not_wait_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
     import torch
 
     monkeypatch.setattr(memory, "EVERY_S", 0.0)
@@ -149,6 +149,6 @@ def test_a_gpus_memory_is_read_without_waiting_for_it(monkeypatch: pytest.Monkey
     torch.cuda._sleep(4_000_000_000)  # cycles: about 2 s
     done.record()
     found = meter.read()
-    assert not done.query(), "the kernel before it still runs"
+    assert not done.query(), "the kernel that started earlier still runs"
     torch.cuda.synchronize()
     assert held.numel() <= found.gpu_bytes <= found.device_bytes

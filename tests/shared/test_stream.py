@@ -1,4 +1,4 @@
-"""The slab's layout: blocks neither overlap nor move, and a spec from the socket is checked."""
+"""The fields of a slab do not overlap, and a spec that comes from a socket is checked."""
 
 import pytest
 import torch
@@ -29,7 +29,7 @@ def test_a_chunk_of_rows_is_contiguous_in_every_field():
         assert views[entry.key][2:6].is_contiguous(), entry.name
 
 
-def test_a_spec_survives_the_socket():
+def test_a_spec_is_the_same_after_it_was_sent_as_a_dictionary():
     assert StreamSpec.from_dict(SPEC.to_dict()) == SPEC
     assert StreamSpec.from_dict(SPEC.to_dict()).digest() == SPEC.digest()
 
@@ -54,12 +54,14 @@ def test_a_spec_out_of_bounds_is_refused(change):
 
 def test_a_slab_of_the_wrong_size_is_refused():
     layout = plan_layout(SPEC, capacity=7)
-    with pytest.raises(ValueError, match="wanted uint8"):
+    with pytest.raises(ValueError, match="expected uint8"):
         ring_views(torch.zeros(layout.num_bytes - 1, dtype=torch.uint8), layout)
 
 
-def test_evaluation_columns_meet_every_kind_of_environment_that_lies_in_blocks():
-    blocks = [column * 20 // 4096 for column in evaluation_columns(4096, 40)]  # as Isaac Lab lays terrain types
+def test_evaluation_environments_are_spread_over_every_block_of_equal_environments():
+    blocks = [
+        column * 20 // 4096 for column in evaluation_columns(4096, 40)
+    ]  # 20 blocks, as Isaac Lab has for types of terrain
     assert sorted(blocks) == [kind for kind in range(20) for _ in range(2)]
     assert evaluation_columns(8, 1) == [7] and evaluation_columns(8, 0) == []
     assert evaluation_columns(8, 8) == list(range(8))
