@@ -57,7 +57,7 @@ def find_name_conflict(folders: Sequence[Path]) -> str | None:
             if theirs is not None and theirs != ours:
                 return (
                     f"{theirs} has the name of a module of Tandem, {ours}, and would hide it or be hidden by it; "
-                    f"expected no module named {name} in the current folder or on PYTHONPATH; rename {theirs}, "
+                    f"expected no other module named {name} in the current folder or on PYTHONPATH; rename {theirs}, "
                     f"or start from another folder and without {theirs.parent} on PYTHONPATH"
                 )
     return None

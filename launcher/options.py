@@ -19,7 +19,7 @@ DISTRIBUTION = "tandem-dreamer"
 EPILOG = """\
 Settings are given as key=value. They replace values of the config:
   {command} env.name=walker env.task=walk optimization.autocast=false
-Every key, with its unit and its default, is in shared/config.py.
+Every key, with its unit and its default, is in docs/settings.md.
 
 configs (configs/*.yaml): {configs}
 

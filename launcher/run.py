@@ -144,7 +144,7 @@ def _closing_lines(outcome: Outcome, folder: RunFolder, seconds: float) -> list[
     """Return how the run ended and how it can be continued. An error comes last, where it is seen."""
     refused = outcome.exit_code == ExitCode.REFUSED
     ended = f"ended after {duration(seconds)}"
-    lines = [ended if refused else f"{outcome.reason}; {ended}; summary: {folder.summary}"]
+    lines = [ended] if refused else [f"{ended}: {outcome.reason}", f"summary: {folder.summary}"]
     saved = newest_checkpoint(folder.checkpoints)
     if outcome.exit_code != ExitCode.FINISHED and saved is not None:
         step, path = checkpoint_step(saved), _as_typed(folder.path)
