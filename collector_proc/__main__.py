@@ -36,7 +36,7 @@ def main() -> int:
     arguments = _parse_arguments()
     assert "torch" not in sys.modules, "torch was imported before the simulator started"
     process = start_process(arguments.run_dir, "collector")
-    die_first_when_memory_ends()  # rather than the learner, which owns what must survive
+    die_first_when_memory_ends()  # so that the learner survives, which owns the networks and the replay
     seed = process.settings.env.seed + 1000 * arguments.incarnation + 1_000_000 * process.run.num_resumes
     simulator, code = None, ExitCode.FAILED
     try:
