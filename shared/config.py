@@ -34,9 +34,11 @@ class EnvSettings:
     )
     name: str = setting(
         "cheetah",
-        "dm_control: the domain; isaaclab, mjlab: the task id; torchrl: gym:ID or module:function; pendulum: pendulum.",
+        "dm_control: the domain; isaaclab, mjlab: the task id; torchrl: gym:ID or module:callable; pendulum: 'pendulum'.",
     )
-    task: str = setting("run", "dm_control: the task of the domain; pendulum: swingup or balance; others: unused.")
+    task: str = setting(
+        "run", "dm_control: the task of the domain; pendulum: 'swingup' or 'balance'; other backends: must be empty."
+    )
     seed: int = setting(0, "Seed of the simulator, the networks' initial weights and all sampling.", minimum=0)
     frame_skip: int = setting(
         2,
@@ -138,14 +140,14 @@ class CompileSettings:
 @dataclass
 class OptimizationSettings:
     total_optim_steps: int = setting(100_000, "Length of the run.", unit="gradient steps", minimum=1)
-    log_every: int = setting(100, "Distance between two rows of metrics.jsonl.", unit="gradient steps", minimum=1)
+    log_every: int = setting(100, "Gradient steps between two rows of metrics.jsonl.", unit="gradient steps", minimum=1)
     replay_ratio: Optional[float] = setting(
         500.0,
         "Replayed agent steps per collected agent step; the faster process waits. null: neither process waits.",
         minimum=1e-9,
     )
     publish_every: int = setting(
-        10, "How often the learner sends new weights to the collector.", unit="gradient steps", minimum=1
+        10, "Gradient steps between two publications of new weights to the collector.", unit="gradient steps", minimum=1
     )
     grad_clip: float = setting(
         100.0,
@@ -193,7 +195,7 @@ class OptimizationSettings:
     )
     slow_critic_decay: Optional[float] = setting(
         None,
-        "Decay (usually 0.98) of a slow copy of the critic, used for the lambda-return; null: use the critic itself.",
+        "Decay (usually 0.98) of a moving average of the critic, used for the lambda-return; null: use the critic.",
         minimum=0.0,
         maximum=1.0,
     )
