@@ -1,12 +1,13 @@
-"""Checkpoints: one folder each, complete or absent, and `latest` naming the newest.
+"""Checkpoints: one folder each. A folder is either complete or ignored; `latest` names the newest.
 
     checkpoints/00001200/state.pt      networks, optimisers, counters, random states
-                         replay.bin    the rows in the sampler's reach, oldest first, field after field
-                         manifest.json stream digest, rows, fields; written last, so what has one is complete
+                         replay.bin    the rows that can be sampled: one field after the other, each oldest row first
+                         manifest.json digest of the stream, number of rows, fields
     checkpoints/latest                 "00001200"
 
-A folder is written as `.partial-*` and renamed. One of the same step is moved aside first and deleted last, so that
-there is a complete newest checkpoint at every instant.
+manifest.json is written last, so a folder that has one is complete. A folder is written as `.partial-*` and then renamed.
+If there is a checkpoint of the same step, it is renamed to `.aside-*` first and deleted last, so that a complete newest
+checkpoint exists at every instant.
 """
 
 from __future__ import annotations
@@ -16,23 +17,27 @@ import math
 import os
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 
 from learner_proc.replay import Replay
 from shared.errors import SettingError
+from shared.files import write_atomic
 from shared.run_folder import newest_checkpoint
 from shared.stream import DTYPE_BYTES, ObsSpec, StreamSpec
 
-BLOCK_BYTES = 64 * 1024 * 1024  # of a field, on its way between the replay and the file
+BLOCK_BYTES = 64 * 1024 * 1024  # copied at a time between the replay and the file
 
 
 def save(root: Path, step: int, state: dict[str, Any], replay: Replay | None, *, spec_digest: str, keep: int) -> Path:
-    """Write a checkpoint beside its final name, sync it, rename it, then delete all but the `keep` newest."""
+    """Write a checkpoint and return its folder. Then delete all but the `keep` newest checkpoints.
+
+    replay: its rows are saved too, unless it is None. spec_digest: `StreamSpec.digest` of what the run streams.
+    """
     root.mkdir(parents=True, exist_ok=True)
     final, partial, aside = root / f"{step:08d}", root / f".partial-{step:08d}", root / f".aside-{step:08d}"
-    for leftover in root.glob(".partial-*"):  # of a save that was killed
+    for leftover in root.glob(".partial-*"):  # left by a process that was killed while it saved
         shutil.rmtree(leftover)
     partial.mkdir()
     with (partial / "state.pt").open("wb") as file:
@@ -42,14 +47,15 @@ def save(root: Path, step: int, state: dict[str, Any], replay: Replay | None, *,
     manifest = {"step": step, "spec_digest": spec_digest, "replay_rows": rows, "fields": []}
     if replay is not None and rows > 0:
         manifest["fields"] = _write_rows(partial / "replay.bin", replay)
-    _replace_text(partial / "manifest.json", json.dumps(manifest, indent=1))
+    write_atomic(partial / "manifest.json", json.dumps(manifest, indent=1))
     if final.exists():
         shutil.rmtree(aside, ignore_errors=True)
         final.rename(aside)
     partial.rename(final)
-    _replace_text(root / "latest", final.name)
+    write_atomic(root / "latest", final.name)
     shutil.rmtree(aside, ignore_errors=True)
-    for old in sorted(p for p in root.iterdir() if p.is_dir() and p.name.isdigit() and p != final)[: -keep + 1 or None]:
+    others = sorted(folder for folder in root.iterdir() if folder.name.isdigit() and folder != final)
+    for old in others[: max(0, len(others) - (keep - 1))]:
         shutil.rmtree(old)
     return final
 
@@ -66,34 +72,43 @@ def newest(root: Path) -> Path:
 
 
 def stream_spec(folder: Path) -> StreamSpec:
-    """What the run streamed, from the replay stored with its checkpoint. Raises: SettingError if none was stored."""
+    """Return what the run streamed, read from the replay in its checkpoint.
+
+    Raises: SettingError if the checkpoint has no replay.
+    """
     fields = {field["name"]: field for field in json.loads((folder / "manifest.json").read_text())["fields"]}
     if not fields:
         raise SettingError(
-            f"{folder} holds no replay; wanted rows to look at; run with checkpoint.replay=true until the prefill is done"
+            f"{folder} contains no replay; expected at least one row of it; run with checkpoint.replay=true until the "
+            "prefill is done"
         )
     obs = {
-        name[4:]: ObsSpec(tuple(f["shape"][1:]), f["dtype"]) for name, f in fields.items() if name.startswith("obs.")
+        name.removeprefix("obs."): ObsSpec(tuple(field["shape"][1:]), field["dtype"])
+        for name, field in fields.items()
+        if name.startswith("obs.")
     }
     num_envs, action_dim = fields["action"]["shape"]
     return StreamSpec(num_envs, obs, action_dim)
 
 
 def load_state(folder: Path) -> dict[str, Any]:
-    """In host memory: on the GPU it would lie where the replay's slab wants a segment of its own."""
+    """Return the content of state.pt, in host memory.
+
+    On the GPU it could be placed in the memory segment that is meant for the replay alone.
+    """
     return torch.load(folder / "state.pt", map_location="cpu", weights_only=True)
 
 
 def load_replay(folder: Path, replay: Replay, *, spec_digest: str) -> int:
-    """Fill the ring from a checkpoint; a ring that became smaller keeps the newest rows. Returns the rows restored.
+    """Fill the ring from a checkpoint and return the number of rows. A ring that became smaller gets the newest rows.
 
-    Raises: SettingError if the checkpoint's stream is another one.
+    Raises: SettingError if the checkpoint was written for another stream.
     """
     manifest = json.loads((folder / "manifest.json").read_text())
     if manifest["spec_digest"] != spec_digest:
         raise SettingError(
-            f"{folder} was written for stream {manifest['spec_digest']}, this run streams {spec_digest}; wanted the same "
-            "observations, actions and number of environments; undo the overrides of env.* or start a new run"
+            f"{folder} was written for stream {manifest['spec_digest']}; expected stream {spec_digest}, with the "
+            "observations, actions and number of environments of this run; undo the overrides of env.* or start a new run"
         )
     saved_rows = manifest["replay_rows"]
     num_rows = min(saved_rows, replay.layout.capacity)
@@ -112,14 +127,17 @@ def load_replay(folder: Path, replay: Replay, *, spec_digest: str) -> int:
 
 
 def random_state(replay: Replay, device: torch.device) -> dict[str, torch.Tensor]:
-    """Every generator the learner draws from."""
+    """Return the state of every random generator that the learner uses."""
     state = {"cpu": torch.get_rng_state(), "sampler": replay.generator.get_state()}
-    return state | ({"cuda": torch.cuda.get_rng_state(device)} if device.type == "cuda" else {})
+    if device.type == "cuda":
+        state["cuda"] = torch.cuda.get_rng_state(device)
+    return state
 
 
 def restore_random_state(state: dict[str, torch.Tensor], replay: Replay, device: torch.device) -> None:
-    """The sampler's generator only where the replay lies on the kind of device it was saved from."""
+    """Restore what `random_state` returned."""
     torch.set_rng_state(state["cpu"])
+    # The sizes differ if the replay was on a GPU when it was saved and is now in host memory, or the reverse.
     if len(state["sampler"]) == len(replay.generator.get_state()):
         replay.generator.set_state(state["sampler"])
     if device.type == "cuda" and "cuda" in state:
@@ -127,7 +145,10 @@ def restore_random_state(state: dict[str, torch.Tensor], replay: Replay, device:
 
 
 def _write_rows(path: Path, replay: Replay) -> list[dict[str, Any]]:
-    """Every field's rows in order, block by block: a full ring is never copied whole. Returns what was written."""
+    """Write every field's rows, oldest first, and return name, shape and dtype of each field.
+
+    The rows are copied block by block, so that no copy of a full ring is needed.
+    """
     capacity, start = replay.layout.capacity, replay.first % replay.layout.capacity
     end = start + replay.num_rows
     spans = [(start, min(end, capacity))] + ([(0, end - capacity)] if end > capacity else [])
@@ -145,7 +166,7 @@ def _write_rows(path: Path, replay: Replay) -> list[dict[str, Any]]:
 
 
 def _read_rows(path: Path, offset: int, target: torch.Tensor, row_bytes: int) -> None:
-    """Rows from a byte offset of the file into `target`, block by block."""
+    """Read rows from a byte offset of the file into `target`, block by block."""
     step = max(1, BLOCK_BYTES // row_bytes)
     with path.open("rb") as file:
         file.seek(offset)
@@ -155,17 +176,7 @@ def _read_rows(path: Path, offset: int, target: torch.Tensor, row_bytes: int) ->
             part.copy_(torch.frombuffer(raw, dtype=target.dtype).view(part.shape))
 
 
-def _sync(file: Any) -> None:
+def _sync(file: IO[bytes]) -> None:
+    """Flush a file to the disk."""
     file.flush()
     os.fsync(file.fileno())
-
-
-def _replace_text(path: Path, text: str) -> None:
-    partial = path.with_name(path.name + ".partial")
-    with partial.open("w") as file:
-        file.write(text)
-        _sync(file)
-    partial.replace(path)
-    folder = os.open(path.parent, os.O_RDONLY)
-    os.fsync(folder)  # the rename itself
-    os.close(folder)

@@ -17,10 +17,12 @@ from learner_proc.gradient_step import GradientStep
 from learner_proc.handshake import SharedReplay
 from learner_proc.link import CollectorLink
 from learner_proc.measurements import Measurements
-from learner_proc.metrics_writer import Counters, Report
+from learner_proc.metrics_writer import MetricsWriter
 from learner_proc.pacing import Pacing
 from learner_proc.publisher import Publisher
 from learner_proc.streaming import Chunk
+from learner_proc.totals import Counters
+from shared import metrics
 from shared.process import Process
 from shared.run_folder import RunFolder
 
@@ -68,14 +70,14 @@ class Learner:
         step: GradientStep,
         update: Update,
         measurements: Measurements,
-        report: Report,
+        writer: MetricsWriter,
         publisher: Publisher,
     ) -> None:
         self.link, self.pacing, self.counters, self.publisher = link, pacing, counters, publisher
         self.replay, self._spec = shared.replay, shared.spec
         self._process, self._progress, self._log = process, process.progress, process.log
         self._settings, self._device = process.settings, device
-        self._step, self._update, self.measurements, self._report = step, update, measurements, report
+        self._step, self._update, self.measurements, self._writer = step, update, measurements, writer
         self._queue = StepQueue(device)
         self._saved_at = self._status_at = time.monotonic()
 
@@ -113,7 +115,7 @@ class Learner:
         """Update the statistics that normalise observations, the metrics, and what is known of the collector."""
         vectors = {name: x for name, x in chunk.rows.get("obs").to_dict().items() if x.is_floating_point()}
         self._step.observe_statistics({name: x.to(self._device) for name, x in vectors.items()})
-        self._report.add_commit(chunk.commit, newest_version=self.publisher.version)
+        self._writer.add_commit(chunk.commit, newest_version=self.publisher.version)
         self.publisher.collector_has(chunk.commit.policy_version)
 
     def may_step(self) -> bool:
@@ -132,7 +134,7 @@ class Learner:
         Raises: FloatingPointError if no recent gradient was finite.
         """
         self._queue.wait()
-        self._report.add_step(self._update())
+        self._writer.add_step(self._update())
         self._queue.mark()
         self.counters.gradient_steps += 1
         self.pacing.replayed += self.pacing.step_frames
@@ -142,7 +144,7 @@ class Learner:
             self.publish()
         if steps % options.log_every == 0:
             self.request_row()
-        self._report.poll()
+        self._writer.poll()
         self._check_gradients()
         if time.monotonic() - self._saved_at > self._settings.checkpoint.every_s:
             self._save()
@@ -155,11 +157,13 @@ class Learner:
     def request_row(self) -> None:
         """Ask for a row of metrics.jsonl. It is written once its numbers have left the GPU."""
         # The seed makes a resumed run measure the same windows as a run that was never interrupted.
-        self._report.request_row(
+        self._writer.request_row(
             self.measurements(seed=self.counters.gradient_steps),
-            replay_ratio=self._replay_ratio(),
-            messages_dropped=self.link.num_dropped,
-            publications_skipped=self.publisher.num_skipped,
+            {
+                metrics.REPLAY_RATIO: self._replay_ratio(),
+                metrics.MESSAGES_DROPPED: self.link.num_dropped,
+                metrics.PUBLICATIONS_SKIPPED: self.publisher.num_skipped,
+            },
         )
 
     def show_status(self) -> None:
@@ -167,8 +171,12 @@ class Learner:
         if time.monotonic() - self._status_at > STATUS_S:
             self._status_at = time.monotonic()
             options = self._settings.optimization
-            extra = {"replay_ratio": self._replay_ratio(), "replay_ratio_target": options.replay_ratio}
-            self._progress.status(self._report.live() | extra | {"total_optim_steps": options.total_optim_steps})
+            status = self._writer.status(
+                total_optim_steps=options.total_optim_steps,
+                replay_ratio=self._replay_ratio(),
+                replay_ratio_target=options.replay_ratio,
+            )
+            self._progress.status(status)
 
     def _version_for_grant(self) -> int:
         """Return the version that the collector must adopt first: the newest one in lockstep, otherwise 0 for any."""
@@ -180,7 +188,7 @@ class Learner:
 
     def _check_gradients(self) -> None:
         """Raises: FloatingPointError after MAX_SKIPPED gradient steps in a row without a finite gradient."""
-        skipped = self._report.skipped_in_a_row
+        skipped = self._writer.skipped_in_a_row
         if skipped >= MAX_SKIPPED:
             raise FloatingPointError(
                 f"the gradients of the last {skipped} steps up to step {self.counters.gradient_steps} were not finite; "
@@ -203,7 +211,7 @@ class Learner:
         state = {
             "gradient_step": self._step.state_dict(),
             "counters": asdict(self.counters),
-            "episodes": self._report.recent(),
+            "episodes": self._writer.episodes.state(),
             "random_state": checkpoint.random_state(self.replay, self._device),
         }
         folder = checkpoint.save(
@@ -221,10 +229,10 @@ class Learner:
     def _end(self) -> None:
         """Write the last row and the last checkpoint, then close everything."""
         self.request_row()
-        self._report.poll(wait=True)
+        self._writer.poll(wait=True)
         self._save()
         self._progress.phase("stopping")
-        self._report.close()
+        self._writer.close()
         self.publisher.close()
         self.link.close()
         self._log.info("ended", gradient_steps=self.counters.gradient_steps, asked=self._process.stop.requested)

@@ -15,12 +15,14 @@ from learner_proc.handshake import Handshake, SharedReplay
 from learner_proc.learn import IDLE_S, Learner
 from learner_proc.link import CollectorLink
 from learner_proc.measurements import Measurements
-from learner_proc.metrics_writer import Counters, Report
+from learner_proc.metrics_writer import MetricsWriter
 from learner_proc.pacing import Pacing
 from learner_proc.publisher import Publisher
 from learner_proc.replay import Replay
 from learner_proc.startup import allocate_replay, build_gradient_step, build_step
 from learner_proc.streaming import Chunk
+from learner_proc.totals import Counters
+from shared import metrics
 from shared.errors import SettingError, TransportError
 from shared.geometry import Geometry
 from shared.process import Process
@@ -108,30 +110,15 @@ class WaitingLearner:
 
     def build(self, shared: SharedReplay) -> Learner:
         """Build and compile the networks, and return the learner that trains."""
-        process, optimization = self._process, self._process.settings.optimization
+        process, began = self._process, time.monotonic()
         process.progress.phase("compiling")
         self.serve()  # grant the whole prefill now, because no grant is sent while the networks are compiled
-        began = time.monotonic()
         step = build_gradient_step(shared.spec, process.settings, device=self._device)
         update = build_step(step, shared.replay, process.settings, self._geometry, device=self._device)
         self._restore(step, shared.replay)
-        measurements = Measurements(step, shared.replay, optimization)
-        seconds = time.monotonic() - began
-        process.log.info("networks ready", seconds=round(seconds, 2), parameters=step.parameter_counts())
-        report = Report(
-            RunFolder(process.run_dir).metrics,
-            self._device,
-            self.counters,
-            streaming_since=began,
-            diagnostic_metrics=measurements.metrics,
-            constants={
-                "replay_ratio_target": optimization.replay_ratio,
-                "transport": "cuda_ipc" if shared.fd is None else "memfd",
-                "transport_bytes_per_s": round(self.link.bandwidth),
-                "startup_s": round(seconds, 3),
-            },
-        )
-        report.remember(self._saved.get("episodes", {}))  # checkpoints of older versions do not have them
+        measurements = Measurements(step, shared.replay, process.settings.optimization)
+        startup_s = time.monotonic() - began
+        process.log.info("networks ready", seconds=round(startup_s, 2), parameters=step.parameter_counts())
         learner = Learner(
             process,
             device=self._device,
@@ -142,7 +129,7 @@ class WaitingLearner:
             step=step,
             update=update,
             measurements=measurements,
-            report=report,
+            writer=self._open_writer(shared, measurements, streaming_since=began, startup_s=startup_s),
             publisher=Publisher(
                 step.policy,
                 socket_dir=process.run.socket_dir,
@@ -154,6 +141,26 @@ class WaitingLearner:
             learner.take(chunk)
         learner.publish()
         return learner
+
+    def _open_writer(
+        self, shared: SharedReplay, measurements: Measurements, *, streaming_since: float, startup_s: float
+    ) -> MetricsWriter:
+        """Open metrics.jsonl; in a resumed run, continue with the episodes of the checkpoint."""
+        writer = MetricsWriter(
+            RunFolder(self._process.run_dir).metrics,
+            self._device,
+            self.counters,
+            constants={
+                metrics.REPLAY_RATIO_TARGET: self._process.settings.optimization.replay_ratio,
+                metrics.TRANSPORT: "cuda_ipc" if shared.fd is None else "memfd",
+                metrics.TRANSPORT_BYTES_PER_S: round(self.link.bandwidth),
+                metrics.STARTUP_S: round(startup_s, 3),
+            },
+            once_per_row=measurements.metrics,
+            streaming_since=streaming_since,
+        )
+        writer.episodes.load_state(self._saved.get("episodes", {}))  # older checkpoints do not have them
+        return writer
 
     def _restore(self, step: GradientStep, replay: Replay) -> None:
         """Load networks, optimisers and random states in a resumed run. Raises: SettingError if they do not fit."""

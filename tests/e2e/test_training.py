@@ -15,8 +15,10 @@ import torch
 
 from benchmarks.show_frames import sample_frames
 from launcher.forwarding import SUMMARY_KEYS
+from learner_proc.diagnostics import HORIZONS
 from learner_proc.run_report import write_report
 from shared.compose import load_settings
+from shared.metrics import FAMILIES, METRICS
 from shared.progress import read
 
 REPO = Path(__file__).parents[2]
@@ -89,6 +91,8 @@ def test_a_run_ends_by_itself_and_leaves_a_complete_folder(tmp_path):
     assert result["env_frames"] == 2 * result["agent_steps"] > 0
     assert [row["gradient_steps"] for row in rows(run_dir)] == list(range(5, 41, 5))
     assert all(row["loss_model"] is not None and row["kl"] >= 0 for row in rows(run_dir))
+    open_loop = [family.member("policy", horizon).name for family in FAMILIES for horizon in HORIZONS]
+    assert all(list(row) == [*METRICS, *open_loop] for row in rows(run_dir))
     assert (run_dir / "checkpoints" / "latest").read_text() == "00000040"
     assert any((run_dir / "tb").iterdir())
     for line in (run_dir / "logs" / "learner.jsonl").read_text().splitlines():
