@@ -17,7 +17,7 @@ from collector_proc.simulators.base import Arrival
 from launcher.probe import StreamCheck
 from shared.progress import read
 from shared.stream import ObsSpec, StreamSpec
-from tests.fakes.isaac_worlds import environment
+from tests.fakes.isaac_tiers import environment
 
 REPO = Path(__file__).parents[2]
 SMALL = [

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from learner_proc.startup import open_run
-from tests.fakes.isaac_worlds import environment, wheel_sources
+from tests.fakes.isaac_tiers import environment, wheel_sources
 
 REPO = Path(__file__).parents[2]
 LAUNCH = """

@@ -1,8 +1,11 @@
-"""A torchrl environment whose every number says where it comes from, and which hands out the buffers it overwrites.
+"""A torchrl environment in which every number shows where it comes from. Its outputs are buffers that it overwrites.
 
-    obs "where" = (1000 * row + frames so far, episode); obs ("extra", "push") = the action received; reward = frames so far
+    observation "where"             (1000 * row + number of frames so far, number of the episode)
+    observation ("extra", "push")   the last action
+    reward                          number of frames so far
 
-Row r has episodes of 5 + r frames; rows of even number terminate, the others time out. Stepping a row past its end fails.
+Row r has episodes of 5 + r frames. Rows with an even number terminate, and the others time out. A step after the end of
+an episode fails.
 """
 
 from __future__ import annotations
@@ -34,11 +37,14 @@ from torchrl.envs import (
 )
 
 IMAGE = (128, 96, 3)
-singles = itertools.count()  # the row of the next environment that make_single makes
+singles = itertools.count()  # the number of the next row that make_single creates
 
 
 class CountingEnv(EnvBase):
-    """Rows `rows`, as one batch or, of a single row, without a batch size. diverge_at: the frame whose reward is NaN."""
+    """The rows with the numbers `rows`: one batch of them, or a single row without a batch size.
+
+    diverge_at: the frame whose reward is NaN.
+    """
 
     def __init__(self, rows: list[int], *, batched: bool, diverge_at: int = -1, image: bool = False) -> None:
         lead = torch.Size([len(rows)] if batched else [])
@@ -121,7 +127,7 @@ def make_nothing() -> dict:
     return {}
 
 
-SELF_RESETTING: dict[str, Any] = {"auto_reset": True}  # torchrl's metaclass takes it, and gives back an AutoResetEnv
+SELF_RESETTING: dict[str, Any] = {"auto_reset": True}  # with it, torchrl's metaclass returns an AutoResetEnv
 
 
 def make_self_resetting(num_envs: int) -> EnvBase:
@@ -138,7 +144,7 @@ def make_self_resetting_workers(num_envs: int) -> EnvBase:
 
 
 class Spoiled(gymnasium.vector.VectorWrapper):
-    """Row 0's third reward since the reset of all rows is NaN; everything else is true."""
+    """Replaces the third reward of row 0 after a reset of all rows by NaN."""
 
     def __init__(self, env: gymnasium.vector.VectorEnv) -> None:
         super().__init__(env)
@@ -163,7 +169,10 @@ def transformed(env: EnvBase, *transforms: Transform) -> EnvBase:
 
 
 def make_accounts(num_envs: int) -> EnvBase:
-    """Transforms that keep account, one that copies an account, one that reads an observation, one that reads both."""
+    """Add transforms that describe the run, one that copies such an entry, and two that read observations.
+
+    "joined" is made of an observation, and "timed" of an observation and a step count.
+    """
     return transformed(
         make_batched(num_envs),
         *(StepCounter(), RewardSum(), InitTracker(), TrajCounter()),
@@ -174,7 +183,7 @@ def make_accounts(num_envs: int) -> EnvBase:
 
 
 class LastReward(Transform):
-    """A user's own: what the last action earned, as an observation."""
+    """A user's own transform: the last reward as an observation."""
 
     def __init__(self) -> None:
         super().__init__(in_keys=["reward"], out_keys=["last_reward"])
@@ -199,7 +208,7 @@ def make_tallied() -> EnvBase:
 
 
 def make_workers(batch: str, num_envs: int) -> EnvBase:
-    """A SerialEnv or ParallelEnv whose workers keep account."""
+    """Return a SerialEnv or ParallelEnv whose workers add entries that describe the run."""
     return {"SerialEnv": SerialEnv, "ParallelEnv": ParallelEnv}[batch](num_envs, make_tallied)
 
 
@@ -208,7 +217,7 @@ def make_only_accounts(num_envs: int) -> EnvBase:
 
 
 class WithInfo(gymnasium.Wrapper):
-    """An info at every step and reset."""
+    """Returns an info at every step and reset."""
 
     def reset(self, **options: Any) -> Any:
         obs, _ = super().reset(**options)
@@ -224,7 +233,7 @@ def make_infos() -> EnvBase:
 
 
 class WordyEnv(CountingEnv):
-    """One of its observations is a word."""
+    """One of the observations is a word."""
 
     def __init__(self, rows: list[int]) -> None:
         super().__init__(rows, batched=True)
@@ -245,7 +254,7 @@ def make_colliding(num_envs: int) -> EnvBase:
 
 
 class UnfinishedEnv(CountingEnv):
-    """Says that an episode is done or truncated, and never whether it terminated."""
+    """Reports whether an episode is done or truncated, but not whether it terminated."""
 
     def __init__(self, rows: list[int]) -> None:
         super().__init__(rows, batched=True)
@@ -267,7 +276,7 @@ def make_mistaken(num_envs: int) -> EnvBase:
 
 
 def make_demanding(robot: str) -> EnvBase:
-    raise AssertionError("nobody can say which robot")
+    raise AssertionError("this function must not be called, because it needs an argument that is not offered")
 
 
 class StuckEnv(CountingEnv):
@@ -280,7 +289,7 @@ def make_stuck(num_envs: int) -> EnvBase:
 
 
 def make_vector(num_envs: int, mode: str, *, spoil: bool = False) -> EnvBase:
-    """gymnasium's vector of inverted pendulums: they fall after few steps, one sooner than the other."""
+    """Return a gymnasium vector of inverted pendulums. They fall after a few steps, not all at the same time."""
     options = {"autoreset_mode": gymnasium.vector.AutoresetMode[mode]}
     vector = gymnasium.make_vec("InvertedPendulum-v5", num_envs, vectorization_mode="sync", vector_kwargs=options)
     return GymWrapper(Spoiled(vector) if spoil else vector)

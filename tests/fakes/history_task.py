@@ -1,4 +1,4 @@
-"""Isaac Lab's real cart-pole with observations of the last three frames; imported after launch, by name."""
+"""Isaac Lab's own cart-pole with observations of the last three frames. It is imported after Kit has started."""
 
 import gymnasium
 from isaaclab.utils import configclass  # pyright: ignore[reportMissingImports]

@@ -1,6 +1,6 @@
-"""What one tier's `isaaclab` looks like and does, as JSON: `isaac_facts.py TASK`. Two tiers must agree.
+"""Print facts about the `isaaclab` of one tier as JSON: `isaac_facts.py TASK`. They must be equal on both tiers.
 
-Only facts the backend builds on; a process allows one environment.
+These are the facts that the backend relies on. The script drives one environment, because a process can have only one.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ STEPS = 200
 
 
 class Tee:
-    """A stdout of somebody's own, which a launch must not lose."""
+    """A replaced stdout, as a test runner may have."""
 
     def write(self, text: str) -> int:
         return os.write(1, text.encode())
 
     def flush(self) -> None:
-        """Nothing is held back."""
+        """There is no buffer."""
 
 
 def main() -> None:
@@ -62,22 +62,22 @@ def main() -> None:
 
 
 def parameters(function: Any) -> list[str]:
-    """Names of a function's parameters that a caller may count on; a further one of the real thing is no drift."""
+    """Return the names of a function's parameters that the backend may rely on."""
     return [name for name in inspect.signature(function).parameters if name not in ("self", "use_fabric")]
 
 
 def stepping(env: Any) -> dict[str, Any]:
-    """What step hands out, and what becomes of it."""
+    """Return what `step` returns, and how later steps change it."""
     import torch
 
     obs, _ = env.reset()
     oldest, reset_idx = [], env._reset_idx
 
-    def watched(env_ids: Any) -> Any:
+    def recorded(env_ids: Any) -> Any:
         oldest.append(int(env.episode_length_buf[env_ids].max()))
         return reset_idx(env_ids)
 
-    env._reset_idx = watched
+    env._reset_idx = recorded
     facts: dict[str, Any] = {"groups": sorted(obs), "box": str(type(env.single_action_space).__name__)}
     facts["unbounded"] = not bool(torch.as_tensor(env.single_action_space.low).isfinite().any())
     generator = torch.Generator().manual_seed(0)
@@ -96,7 +96,7 @@ def stepping(env: Any) -> dict[str, Any]:
     facts["ages of ended episodes when step returns"] = sorted(ages)
     facts["steps before the limit at which episodes time out"] = int(env.max_episode_length) - max(oldest)
     facts["dtypes"] = sorted(kinds)
-    if hasattr(env, "observation_manager"):  # of direct environments each task decides
+    if hasattr(env, "observation_manager"):  # in direct environments, this depends on the task
         facts["rewards keep their memory"] = len(rewards) == 1
         facts["log outlives its tick"] = any(stale)
     return facts

@@ -50,9 +50,8 @@ class ObservationMap:
         self._keys = entry_names(_leaves({name: sample[name] for name in groups}))
         flat = self._read(sample)
         self.outside = torch.zeros((), dtype=torch.int64, device=next(iter(flat.values())).device)
-        self._lowest = torch.full(
-            (), env.image_low, device=self.outside.device
-        )  # lowest and highest value of all float images so far
+        # the lowest and the highest value of all float images so far
+        self._lowest = torch.full((), env.image_low, device=self.outside.device)
         self._highest = torch.full_like(self._lowest, env.image_high)
         images = [name for name, entry in flat.items() if entry.dim() == 4]
         if bool(images) != env.from_pixels:
@@ -124,7 +123,7 @@ class ObservationMap:
         return values.round().clamp(0, 255).to(torch.uint8)
 
     def _watch(self, values: Tensor) -> None:
-        """Remember on the device whether a value lay outside the range. NaN is ignored: `ManagerStep` looks for it."""
+        """Remember on the device whether a value lay outside the range. NaN is ignored: `BatchedStep` looks for it."""
         low, high = values.nan_to_num(self._low, self._high, self._low).aminmax()
         self._lowest, self._highest = torch.minimum(self._lowest, low), torch.maximum(self._highest, high)
         self.outside.copy_((self._lowest < self._low - TOLERANCE) | (self._highest > self._high + TOLERANCE))

@@ -112,7 +112,7 @@ class Divergence:
         )
 
 
-class ManagerStep:
+class BatchedStep:
     """Turns each tick of E environments into an Arrival that owns its memory, and counts the rows that diverged.
 
     The backend calls, in every tick: `pending()`, which returns the environments to reset first; the simulator's step;

@@ -77,14 +77,14 @@ class TerminalObservations:
         if not self._caught:
             return obs
         arrived = {name: entry.clone() for name, entry in obs.items()}
-        for indices, rows in reversed(
-            self._caught
-        ):  # if an environment was reset twice in one step, the first observation counts
+        # Reversed, because the first observation counts if an environment was reset twice in one step.
+        for indices, rows in reversed(self._caught):
             for name, entry in rows.items():
                 arrived[name][indices] = entry
         return arrived
 
     def _hook(self, env_ids: Any) -> Any:
+        """Take the observations of the environments that are about to be reset, and reset them."""
         if self._stepping:
             indices = slice(None) if env_ids is None else env_ids
             # Cloned, because an observation may be a view of the state, which the reset overwrites.
@@ -93,6 +93,7 @@ class TerminalObservations:
         return self._reset_idx(env_ids)
 
     def _observe(self) -> dict[str, Any]:
+        """Return the observation groups of the current state."""
         env = self._env
         if hasattr(env, "observation_manager"):
             return _compute_with_history(env.observation_manager)
@@ -102,6 +103,7 @@ class TerminalObservations:
         return obs
 
     def _put_native(self, obs: dict[str, Tensor], extras: dict[str, Any], done: Tensor) -> dict[str, Tensor]:
+        """Do the work of `put_into` with the final observations that Isaac Lab reports. Raises: SimulatorError."""
         indices = done.nonzero().squeeze(-1)
         if not len(indices):
             return obs  # extras may still hold the final observations of an earlier step
@@ -143,12 +145,13 @@ class IsaacLabSimulator:
             ) from error
 
     def _build(self, settings: Settings, *, seed: int, crash_dir: Path | None) -> None:
+        """Build the task after Kit has started. Raises: SettingError, SimulatorError."""
         import gymnasium
         import isaaclab_tasks  # noqa: F401  # pyright: ignore[reportMissingImports] # registers the tasks
         import torch
 
         from collector_proc.simulators.batched.spaces import ObservationMap
-        from collector_proc.simulators.batched.step import ManagerStep, finite_horizon, whole_columns
+        from collector_proc.simulators.batched.step import BatchedStep, finite_horizon, whole_columns
 
         env = settings.env
         task = _registered_task(env.name, gymnasium.registry)
@@ -167,7 +170,7 @@ class IsaacLabSimulator:
         self._actions = self._action_map(env.action_scale)
         where = torch.device(self.device)
         factor = 1 / self._env.step_dt if env.reward_per_second else 1.0
-        self._steps = ManagerStep(
+        self._steps = BatchedStep(
             self._env.num_envs,
             device=where,
             reward_factor=factor,

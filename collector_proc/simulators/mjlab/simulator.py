@@ -14,7 +14,7 @@ from torch import Tensor
 
 from collector_proc.simulators.batched.spaces import ActionMap, ObservationMap
 from collector_proc.simulators.batched.step import (
-    ManagerStep,
+    BatchedStep,
     episode_length_s,
     finite_horizon,
     randomize_episode_lengths,
@@ -49,7 +49,7 @@ class MjlabSimulator:
         space = self._env.single_action_space
         low, high = (torch.as_tensor(bound).expand(space.shape) for bound in (space.low, space.high))
         self._act = ActionMap(low, high, scale=env.action_scale, device=self._torch_device)
-        self._tick = ManagerStep(
+        self._tick = BatchedStep(
             env.num_envs,
             device=self._torch_device,
             reward_factor=1 / self._env.step_dt if env.reward_per_second else 1.0,
@@ -97,7 +97,7 @@ class MjlabSimulator:
 def _make(env: EnvSettings, *, num_envs: int, seed: int, device: str) -> Any:
     """Build the task.
 
-    Raises: SettingError if the task does not exist or does not fit the settings; SimulatorError if it does not start.
+    Raises: SettingError if it does not fit the settings; SimulatorError if it does not start.
     """
     import mjlab.tasks  # noqa: F401  # importing it registers every task
     from mjlab.envs import ManagerBasedRlEnv

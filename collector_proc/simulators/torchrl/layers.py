@@ -147,16 +147,14 @@ def _own_reset(env: EnvBase) -> tuple[str, str] | None:
         if own.get("_torchrl_native_autoreset"):
             return "native_autoreset=True", "make it with native_autoreset=False"
         for wrapped in _wrapped(own.get("_env")):
-            if (
-                "AutoReset" in type(wrapped).__name__
-            ):  # wrappers of gym, brax and jumanji, whose reset replaces the observation
+            # Wrappers of gym, brax and jumanji have such names. Their reset replaces the last observation.
+            if "AutoReset" in type(wrapped).__name__:
                 return type(wrapped).__name__, "make it without that wrapper"
             if getattr(getattr(wrapped, "autoreset_mode", None), "name", "") == "NEXT_STEP":
                 return f"{type(wrapped).__name__} with AutoresetMode.NEXT_STEP", MAKE_VECTOR
         for word in (AutoResetTransform.__name__, VecGymEnvTransform.__name__):
-            if word in str(
-                own.get("_dummy_env_str")
-            ):  # a batch of workers holds a text description of its environments
+            # A batch of workers has a text that describes its environments.
+            if word in str(own.get("_dummy_env_str")):
                 return f"{word} in {type(part).__name__}", f"make its environments without {word}"
     return None
 

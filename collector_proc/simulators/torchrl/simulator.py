@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from collector_proc.simulators.batched.spaces import ActionMap, ObservationMap
-from collector_proc.simulators.batched.step import ManagerStep
+from collector_proc.simulators.batched.step import BatchedStep
 from collector_proc.simulators.dm_control.environment import UNLIMITED, environment_seed, renderer_variables
 from collector_proc.simulators.torchrl.checks import WRAPPERS
 from collector_proc.simulators.torchrl.layers import MAKE_VECTOR, refuse_own_resets, resets_any_row
@@ -172,10 +172,9 @@ class TorchrlSimulator:
         self.device = str(first.device)
         self._observe = ObservationMap(sample, env)
         self._act = ActionMap(*self._rows[0].bounds(), scale=env.action_scale, device=first.device)
-        self._tick = ManagerStep(env.num_envs, device=first.device, crash_dir=crash_dir, images=self._observe)
-        self._steps = torch.zeros(
-            env.num_envs, dtype=torch.int64, device=first.device
-        )  # agent steps of the running episodes
+        self._tick = BatchedStep(env.num_envs, device=first.device, crash_dir=crash_dir, images=self._observe)
+        # the number of agent steps of each current episode
+        self._steps = torch.zeros(env.num_envs, dtype=torch.int64, device=first.device)
         self.spec = StreamSpec(env.num_envs, self._observe.spec, self._act.action_dim)
 
     @property
@@ -230,6 +229,7 @@ class TorchrlSimulator:
 
 
 def _check_horizon(env: EnvSettings, vector: list[EnvRows]) -> None:
+    """Raises: SettingError if env.horizon is set, but some rows can be reset only when their episode has ended."""
     if env.horizon is not None and not all(rows.resets_any or rows.num_rows == 1 for rows in vector):
         raise SettingError(
             f"env.horizon={env.horizon} would end episodes of a gymnasium vector in SAME_STEP mode, which cannot "
@@ -294,6 +294,11 @@ def _maker(env: EnvSettings, *, num_envs: int, device: str) -> Callable[[int], E
 
 
 def _imported_maker(module: str, name: str, *, num_envs: int, device: str) -> Callable[[int], EnvBase]:
+    """Return a function that creates one environment from a seed, with the user's callable.
+
+    The callable gets num_envs, seed and device if it has parameters of these names. Importing and calling it can raise
+    any exception.
+    """
     from torchrl.envs import EnvBase
 
     target = getattr(importlib.import_module(module), name)

@@ -1,4 +1,4 @@
-"""Somebody's own package of tasks, which only an import registers."""
+"""A user's package of tasks. Importing it registers them."""
 
 from isaaclab_tasks import register  # pyright: ignore[reportAttributeAccessIssue, reportMissingImports]
 

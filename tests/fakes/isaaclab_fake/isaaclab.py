@@ -1,8 +1,12 @@
-"""Tier A's stand-in for `isaaclab`, as unkind as the real one: what AppLauncher does to a process, without Kit.
+"""The fake `isaaclab` of tier A. Its AppLauncher changes the process as the real one does, without Kit.
 
-Put this folder on PYTHONPATH. Switches, all environment variables: FAKE_RECORD=file (what the launch met, as JSON),
-FAKE_NAN=tick:env, FAKE_CRASH=tick:file (exit with 0, once: the file is made), FAKE_HANG_CLOSE=1,
-FAKE_EXIT=code (of the launch itself).
+Put this folder on PYTHONPATH. These environment variables are switches:
+
+    FAKE_RECORD=file       append the state of the process at the start to the file, as JSON
+    FAKE_NAN=tick:env      make the state of an environment NaN
+    FAKE_CRASH=tick:file   end the process with exit code 0, unless the file exists; it is created
+    FAKE_HANG_CLOSE=1      never return from close
+    FAKE_EXIT=code         end the process while AppLauncher starts
 """
 
 from __future__ import annotations
@@ -23,12 +27,12 @@ __path__: list[str] = []
 
 class _App:
     def close(self) -> None:
-        """Kit's fast shutdown: the end of the process, with a code that says nothing."""
+        """End the process with exit code 0, as Kit's fast shutdown does after success and after failure."""
         os._exit(0)
 
 
 class AppLauncher:
-    """Takes arguments, streams, signals and modules as the launcher of 2.3.2 does."""
+    """Changes arguments, streams, signal handlers and modules as the AppLauncher of 2.3.2 does."""
 
     def __init__(self, launcher_args: dict | None = None, **kwargs: object) -> None:
         if "torch" in sys.modules:
@@ -56,16 +60,16 @@ class AppLauncher:
             raise SystemExit(0)
         for name in [name for name in sys.modules if re.match(".*lab.*", name)]:
             sys.modules[name] = sys.modules.pop(name)
-        with open(os.devnull, "w") as nowhere:
-            sys.stdout = nowhere
-            sys.argv += ["--/app/eaten=1"]
+        with open(os.devnull, "w") as discarded:
+            sys.stdout = discarded
+            sys.argv += ["--/app/added=1"]
         sys.stdout = sys.__stdout__
         gc.disable()
         atexit.register(os._exit, 0)
         self.app = _App()
         for signum in (signal.SIGTERM, signal.SIGABRT, signal.SIGSEGV):
             signal.signal(signum, lambda number, frame: None)
-        signal.signal(signal.SIGINT, lambda number, frame: os._exit(0))  # SimulationApp's
+        signal.signal(signal.SIGINT, lambda number, frame: os._exit(0))  # as SimulationApp does
 
     @staticmethod
     def _record(kwargs: dict) -> None:

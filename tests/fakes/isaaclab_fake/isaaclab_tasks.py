@@ -1,20 +1,21 @@
-"""Tier A's tasks: environments whose observations say which environment, episode and age they are of.
+"""The tasks of tier A. Their observations show the environment, the episode and the age that they belong to.
 
-policy (E, 4): environment, episode, age in steps, last action. Even environments terminate at age 5 + env, odd ones are cut
-after 10 steps by default: at `max_episode_length`, direct ones at one less. The reward of a step is the age it leads to, times step_dt.
+policy (E, 4): environment, episode, age in steps, last action. The reward of a step is its age times step_dt.
+Environments with an even number terminate at age 5 + number. The others time out after 10 steps by default: at
+`max_episode_length`, or one step earlier in direct tasks.
 
-Fake-Manager-v0       observation manager; unbounded actions; reset takes env_ids
-Fake-Direct-v0        _get_observations hands out a view of the state; reset takes no env_ids
-Fake-Bounded-v0       a box of actions [0, 4]
-Fake-Groups-v0        groups policy and critic, the latter of two terms
-Fake-Camera-v0        policy is an image (100, 100, 3): bytes, or floats whose mean was taken off
-Fake-Float-v0         as Fake-Direct-v0, but for images: floats whose mean was taken off
-Fake-Spread-v0        as Fake-Direct-v0; a reset of all draws their ages
-Fake-Endless-v0       no time-out among its terminations
-Fake-Agents-v0        several agents
-Fake-Finite-v0        as Fake-Manager-v0, with cfg.is_finite_horizon: running out of time is the end of the task
-Fake-Final-v0         cfg.compute_final_obs, as newer versions have it
-Fake-Discrete-v0      nothing we can drive
+Fake-Manager-v0       has an observation manager and unbounded actions; reset takes env_ids
+Fake-Direct-v0        _get_observations returns a view of the state; reset takes no env_ids
+Fake-Bounded-v0       actions are a box [0, 4]
+Fake-Groups-v0        has the groups policy and critic; critic has two terms
+Fake-Camera-v0        policy is an image (100, 100, 3): bytes, or floats with the mean subtracted
+Fake-Float-v0         as Fake-Direct-v0, but with images: floats with the mean subtracted
+Fake-Spread-v0        as Fake-Direct-v0, but a reset of all environments draws random ages
+Fake-Endless-v0       none of its terminations is a time-out
+Fake-Agents-v0        has several agents
+Fake-Finite-v0        as Fake-Manager-v0, with cfg.is_finite_horizon: a time-out is the end of the task
+Fake-Final-v0         has cfg.compute_final_obs, as newer versions of Isaac Lab
+Fake-Discrete-v0      has discrete actions, which the backend refuses
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ ALIVE: list[object] = []
 
 
 def image(env: FakeEnv, *, data_type: str = "rgb", normalize: bool = True) -> torch.Tensor:
-    """A grey of the environment's age between a black and a white column. The first reset sees nothing."""
+    """Return an image whose grey value shows the age, between a black and a white column. The first one is blank."""
     picture = (20 * env.state[:, 2]).to(torch.uint8).view(-1, 1, 1, 1).repeat(1, 100, 100, 3)
     picture[:, :, 0], picture[:, :, 99] = 0, 255
     if env.num_resets == 1 and env.num_steps == 0:
@@ -79,7 +80,7 @@ def parse_env_cfg(
 
 
 class FakeEnv(gymnasium.Env):
-    """The step order and the buffers of ManagerBasedRLEnv 2.3.2."""
+    """Has the buffers of ManagerBasedRLEnv 2.3.2, and does things in the same order within a step."""
 
     early = 0  # steps before max_episode_length at which an episode times out
 
@@ -90,7 +91,7 @@ class FakeEnv(gymnasium.Env):
         self.cfg, self.device, self.num_envs = cfg, cfg.sim.device, cfg.scene.num_envs
         self.step_dt = cfg.sim.dt * cfg.decimation
         torch.manual_seed(cfg.seed)
-        self.state = torch.zeros(self.num_envs, 4, device=self.device)  # what a simulator would hold
+        self.state = torch.zeros(self.num_envs, 4, device=self.device)  # the state of the simulator
         self.state[:, 0] = torch.arange(self.num_envs)
         self.episode_length_buf = torch.zeros(self.num_envs, dtype=torch.long, device=self.device)
         self.reward_buf = torch.zeros(self.num_envs, device=self.device)
@@ -135,20 +136,20 @@ class FakeEnv(gymnasium.Env):
         if action.shape != (self.num_envs, 1):
             raise ValueError(f"Invalid action shape, expected: 1, received: {action.shape[1]}.")
         self.num_steps += 1
-        self._act_up()
+        self._fail_as_asked()
         self.state[:, 2] += 1
         self.state[:, 3] = action[:, 0]
         self.episode_length_buf += 1
         age, even = self.state[:, 2], self.state[:, 0] % 2 == 0
         self.reset_terminated[:] = even & (age >= 5 + self.state[:, 0])
         self.reset_time_outs[:] = self.episode_length_buf >= self.max_episode_length - self.early
-        self.reward_buf[:] = age * self.step_dt  # in place: what was handed out before is overwritten
+        self.reward_buf[:] = age * self.step_dt  # in place, so it overwrites what earlier steps returned
         done = self.reset_terminated | self.reset_time_outs
         indices = done.nonzero(as_tuple=False).squeeze(-1)
         if getattr(self.cfg, "compute_final_obs", False):
             self.extras["final_obs"] = self.observe()
         if len(indices) > 0:
-            self.extras["log"] = {"Episode/age": age[indices].mean()}  # else the old one stays
+            self.extras["log"] = {"Episode/age": age[indices].mean()}  # otherwise the earlier entry stays
             self._reset_idx(indices)
         return self.observe(), self.reward_buf, self.reset_terminated, self.reset_time_outs, self.extras
 
@@ -161,8 +162,8 @@ class FakeEnv(gymnasium.Env):
         while os.environ.get("FAKE_HANG_CLOSE"):
             time.sleep(0.05)
 
-    def _act_up(self) -> None:
-        """What the environment variables ask for."""
+    def _fail_as_asked(self) -> None:
+        """Diverge or crash if the environment variables ask for it."""
         tick, _, env = os.environ.get("FAKE_NAN", "").partition(":")
         if tick and self.num_steps == int(tick):
             self.state[int(env), 2] = math.nan
@@ -179,7 +180,7 @@ class ManagerEnv(FakeEnv):
 
 
 class DirectEnv(FakeEnv):
-    """What it observes is the simulator's own memory."""
+    """Returns the simulator's own memory as observation."""
 
     early = 1
 
@@ -196,7 +197,7 @@ class DirectEnv(FakeEnv):
 
 
 class SpreadEnv(DirectEnv):
-    """Draws ages in a reset of all environments, as Isaac-Velocity-Flat-Anymal-C-Direct-v0 does."""
+    """Draws random ages in a reset of all environments, as Isaac-Velocity-Flat-Anymal-C-Direct-v0 does."""
 
     def _reset_idx(self, env_ids: torch.Tensor) -> None:
         super()._reset_idx(env_ids)

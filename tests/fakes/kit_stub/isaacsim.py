@@ -1,8 +1,7 @@
-"""Tier B's stand-in for Kit: modules that answer everything with nothing, so that isaaclab's real Python layer imports.
+"""The stub of Kit for tier B: modules with which Isaac Lab's own Python layer can be imported and run without Kit.
 
-Importing this module (AppLauncher does it first) arranges for the other Kit modules to exist, and for a toy simulator
-(toy_physics.py) to be put under the real environments once they are imported. Nothing of isaaclab itself is replaced beyond
-the simulator it would have driven.
+AppLauncher imports this module first. From then on, every other module of Kit can be imported, and a toy simulator
+(toy_physics.py) takes the place of the real one in Isaac Lab's environments. Nothing else of Isaac Lab is replaced.
 """
 
 from __future__ import annotations
@@ -31,7 +30,7 @@ __path__: list[str] = []
 
 
 class _AnyMeta(type):
-    """A class of which every attribute is such a class, and every call an object that answers like it."""
+    """The type of a class whose attributes are again such classes, and whose objects are `Anything`."""
 
     def __getattr__(cls, name: str) -> Any:
         if name.startswith("__"):
@@ -54,10 +53,10 @@ class _AnyMeta(type):
 
 
 class Anything(metaclass=_AnyMeta):
-    """Called, indexed, entered, iterated, compared: it is always there and never says anything."""
+    """An object that can be called, indexed, entered and iterated. The result is again such an object, or empty."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        """Takes whatever it is given."""
+        """Accept all arguments."""
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
@@ -99,7 +98,7 @@ class _StubModule(types.ModuleType):
 
 
 class _Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
-    """Makes stub modules, and swaps the toy simulator into the environments' modules after they have run."""
+    """Creates stub modules, and puts the toy simulator into the environments' modules after their import."""
 
     def find_spec(self, fullname: str, path: Sequence[str] | None, target: Any = None) -> Any:
         if fullname.split(".")[0] in ROOTS and fullname not in sys.modules:
@@ -129,7 +128,7 @@ class _Swapping(importlib.abc.Loader):
         self._loader.exec_module(module)
         import toy_physics
 
-        toy_physics.put_under(module)
+        toy_physics.replace_simulator(module)
 
 
 def _swapping(fullname: str, path: Sequence[str] | None) -> Any:
@@ -140,7 +139,7 @@ def _swapping(fullname: str, path: Sequence[str] | None) -> Any:
 
 
 class SimulationApp:
-    """What AppLauncher creates; like Kit it takes SIGINT and reads every argument it finds."""
+    """The application that AppLauncher creates. Like Kit, it handles SIGINT and reads all arguments."""
 
     def __init__(self, launch_config: dict | None = None, experience: str = "") -> None:
         self.config = launch_config

@@ -1,7 +1,7 @@
-"""Toy simulators under Isaac Lab's real environments: a batched cart-pole and a four-legged thing that falls over.
+"""Toy simulators for Isaac Lab's own environments: a batched cart-pole, and a robot with four legs that falls over.
 
-They have the attributes and the in-place state tensors of the assets they stand for, and no more physics than that: nothing
-measured on them says anything about Isaac Sim.
+They have the attributes of the real assets, and state tensors that change in place as theirs do. Their physics are not
+those of the real robots, so no measurement with them is valid for Isaac Sim.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-STARTUP_TERMS = ("physics_material", "add_base_mass", "base_com")  # they reach into PhysX
+STARTUP_TERMS = ("physics_material", "add_base_mass", "base_com")  # they call PhysX
 LEGS = ("LF", "LH", "RF", "RH")
 FALLEN = 0.5  # rad of tilt at which the toy's base touches the ground
 
 
 class ToySimulation:
-    """In place of SimulationContext: steps what has been registered."""
+    """Replaces SimulationContext. It steps the articulations of the scene."""
 
     class RenderMode(enum.IntEnum):
         NO_GUI_OR_RENDERING = -1
@@ -64,7 +64,7 @@ class ToySimulation:
         return None
 
     def reset(self) -> None:
-        """Physics handles would be made here."""
+        """Start playing. The real one also creates handles of the physics engine."""
         self._playing = True
 
     def is_playing(self) -> bool:
@@ -74,7 +74,7 @@ class ToySimulation:
 
 
 class ToyArticulation:
-    """Joints with torques on them. Subclasses say how they move."""
+    """Joints on which torques act. Subclasses define how they move."""
 
     joint_names: ClassVar[list[str]] = []
     body_names: ClassVar[list[str]] = []
@@ -168,7 +168,7 @@ class ToyCartpole(ToyArticulation):
 
 
 class ToyQuadruped(ToyArticulation):
-    """Twelve PD joints; how the legs are bent tilts the base, which gravity tilts further."""
+    """Twelve joints with PD control. Bent legs tilt the base, and gravity tilts it further."""
 
     joint_names: ClassVar[list[str]] = [f"{leg}_{joint}" for joint in ("HAA", "HFE", "KFE") for leg in LEGS]
     body_names: ClassVar[list[str]] = [
@@ -218,7 +218,7 @@ class ToyQuadruped(ToyArticulation):
 
 
 class ToyContactSensor:
-    """Forces on the base once it has tilted over; feet that touch the ground while their knee is bent."""
+    """Reports a force on the base if it has fallen, and contacts of the feet that depend on the knees."""
 
     def __init__(self, robot: ToyQuadruped) -> None:
         self._robot, self.body_names, self.num_bodies = robot, robot.body_names, robot.num_bodies
@@ -245,12 +245,12 @@ class ToyContactSensor:
 
 
 class ToyScene:
-    """In place of InteractiveScene: the cart-pole, or the quadruped if its configuration has contact sensors."""
+    """Replaces InteractiveScene. It has the cart-pole, or the quadruped if the configuration has contact sensors."""
 
     def __init__(self, cfg: Any) -> None:
         self.cfg, self.num_envs = cfg, cfg.num_envs
         simulation = ToySimulation.current
-        assert simulation is not None, "the environment makes its simulation first"
+        assert simulation is not None, "the environment creates its simulation before its scene"
         self._simulation, simulation.num_envs = simulation, cfg.num_envs
         rows = torch.arange(self.num_envs, device=simulation.device)
         side = math.ceil(math.sqrt(self.num_envs))
@@ -281,14 +281,14 @@ class ToyScene:
             entity.reset(env_ids)
 
     def clone_environments(self, copy_from_source: bool = False) -> None:
-        """There is one batch already."""
+        """There is nothing to do, because all environments are one batch."""
 
     def filter_collisions(self, global_prim_paths: Any = None) -> None:
-        """Nothing collides."""
+        """There is nothing to do, because nothing collides."""
 
 
-def put_under(module: ModuleType) -> None:
-    """Swap the toy in where an environment's module names the simulator."""
+def replace_simulator(module: ModuleType) -> None:
+    """Replace the simulator's names in a module of an environment by the toy's."""
     replaced: Any = module
     if module.__name__.endswith("direct.cartpole.cartpole_env"):
         from isaacsim import Anything
@@ -315,6 +315,6 @@ def put_under(module: ModuleType) -> None:
 
 
 def _make_cartpole(cfg: Any) -> ToyCartpole:
-    """What a direct task makes for itself."""
+    """Create the cart-pole, as a direct task does itself."""
     assert ToySimulation.current is not None
     return ToyCartpole(ToySimulation.current.num_envs, ToySimulation.current.device)

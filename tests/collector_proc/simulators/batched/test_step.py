@@ -13,7 +13,7 @@ import torch
 from collector_proc.simulators.batched.spaces import ActionMap, ObservationMap
 from collector_proc.simulators.batched.step import (
     MAX_STREAK,
-    ManagerStep,
+    BatchedStep,
     episode_length_s,
     randomize_episode_lengths,
 )
@@ -41,14 +41,14 @@ def settings(**changes: object) -> EnvSettings:
 
 
 def test_a_time_out_is_not_terminal_but_a_time_out_with_termination_is() -> None:
-    steps = ManagerStep(3, device=CPU)
+    steps = BatchedStep(3, device=CPU)
     steps.begin(obs(0))
     row = steps.row(obs(1), torch.ones(3), terminated=mask(1, 2), time_out=mask(0, 1))
     assert row.is_last.all() and torch.equal(row.is_terminal, mask(1, 2)) and not row.is_first.any()
 
 
 def test_the_row_after_a_reset_is_first_and_keeps_its_reward() -> None:
-    steps = ManagerStep(3, device=CPU, reward_factor=50.0)
+    steps = BatchedStep(3, device=CPU, reward_factor=50.0)
     assert steps.begin(obs(0)).is_first.all()
     row = steps.row(obs(1), torch.full((3,), 0.02), terminated=mask(1), time_out=NO)
     arrival = steps.arrival(row, obs(7), was_reset=mask(1))
@@ -65,7 +65,7 @@ def test_the_row_after_a_reset_is_first_and_keeps_its_reward() -> None:
 
 
 def test_rows_share_no_memory_with_the_simulators_buffers() -> None:
-    steps = ManagerStep(3, device=CPU)
+    steps = BatchedStep(3, device=CPU)
     steps.begin(obs(0))
     buffers = obs(1)["policy"], torch.ones(3), mask(0), mask(1)
     fresh = obs(5)
@@ -81,7 +81,7 @@ def test_rows_share_no_memory_with_the_simulators_buffers() -> None:
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
 def test_a_row_that_is_not_finite_becomes_zeros_and_its_environment_is_pending(bad: float, tmp_path: Path) -> None:
-    steps = ManagerStep(3, device=CPU, crash_dir=tmp_path)
+    steps = BatchedStep(3, device=CPU, crash_dir=tmp_path)
     steps.begin(obs(0))
     assert steps.pending() is None
     broken, reward = obs(1), torch.tensor([1.0, bad, 3.0])
@@ -99,7 +99,7 @@ def test_a_row_that_is_not_finite_becomes_zeros_and_its_environment_is_pending(b
 
 
 def test_a_reset_that_is_not_finite_is_blanked_and_repeated() -> None:
-    steps = ManagerStep(3, device=CPU)
+    steps = BatchedStep(3, device=CPU)
     steps.begin(obs(0))
     fresh = obs(7)
     fresh["policy"][0] = float("nan")
@@ -111,7 +111,7 @@ def test_a_reset_that_is_not_finite_is_blanked_and_repeated() -> None:
     assert pending is not None and pending.tolist() == [0] and steps.num_diverged == 1
 
 
-def stream(steps: ManagerStep, num_envs: int, ticks: list[list[int]]) -> None:
+def stream(steps: BatchedStep, num_envs: int, ticks: list[list[int]]) -> None:
     """Make one tick per list; each list names the environments whose reward is NaN."""
     entries, none = {"policy": torch.zeros(num_envs, 1)}, torch.zeros(num_envs, dtype=torch.bool)
     steps.begin(entries)
@@ -124,33 +124,33 @@ def stream(steps: ManagerStep, num_envs: int, ticks: list[list[int]]) -> None:
 
 
 def test_an_environment_that_keeps_diverging_raises_and_only_a_few_states_are_written(tmp_path: Path) -> None:
-    steps = ManagerStep(100, device=CPU, crash_dir=tmp_path)
+    steps = BatchedStep(100, device=CPU, crash_dir=tmp_path)
     with pytest.raises(SimulatorError, match=f"{MAX_STREAK} rows diverged.* and {MAX_STREAK} in one environment"):
         stream(steps, 100, [[7]] * (MAX_STREAK + 1))
     assert steps.num_diverged == MAX_STREAK and len(list(tmp_path.iterdir())) == 4
 
 
 def test_a_single_finite_row_right_after_a_reset_does_not_end_the_streak() -> None:
-    steps = ManagerStep(100, device=CPU)
+    steps = BatchedStep(100, device=CPU)
     with pytest.raises(SimulatorError, match=f"{MAX_STREAK} in one environment without two finite rows"):
         stream(steps, 100, [[7], []] * MAX_STREAK)
 
 
 def test_rare_divergence_of_environments_that_recover_does_not_raise() -> None:
-    steps = ManagerStep(400, device=CPU)  # a different environment in each of 1200 ticks: 0.25 % of the rows
+    steps = BatchedStep(400, device=CPU)  # a different environment in each of 1200 ticks: 0.25 % of the rows
     stream(steps, 400, [[tick % 400] for tick in range(1200)])
     assert steps.num_diverged == 1200
 
 
 def test_too_many_diverged_rows_raise_although_every_environment_recovers() -> None:
-    # Two different environments in each tick: 3.3 % of the rows. The allowed 600 of 60,000 rows are reached after 300 ticks.
-    steps = ManagerStep(60, device=CPU)
+    # Two different environments in each tick are 3.3 % of the rows. The allowed 600 rows are reached after 300 ticks.
+    steps = BatchedStep(60, device=CPU)
     with pytest.raises(SimulatorError, match=r"602 rows diverged: 602 of them in the last 1000 ticks.*at most 1%"):
         stream(steps, 60, [[tick % 30, 30 + tick % 30] for tick in range(400)])
 
 
 def test_only_recent_divergence_counts() -> None:
-    steps = ManagerStep(60, device=CPU)
+    steps = BatchedStep(60, device=CPU)
     waves = [[tick % 30, 30 + tick % 30] for tick in range(290)] + [[]] * 1000  # 580 diverged rows, then none
     stream(steps, 60, waves + waves[:290])
     assert steps.num_diverged == 1160
@@ -159,13 +159,13 @@ def test_only_recent_divergence_counts() -> None:
 def test_a_state_that_cannot_be_written_does_not_end_the_run(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    steps = ManagerStep(100, device=CPU, crash_dir=tmp_path / "gone")
+    steps = BatchedStep(100, device=CPU, crash_dir=tmp_path / "gone")
     stream(steps, 100, [[7], []])
     assert steps.num_diverged == 1 and "FileNotFoundError" in capsys.readouterr().err
 
 
 def test_diverged_rows_are_marked_apart_from_ended_episodes() -> None:
-    steps = ManagerStep(3, device=CPU)
+    steps = BatchedStep(3, device=CPU)
     steps.begin(obs(0))
     row = steps.row(obs(1), torch.tensor([1.0, float("nan"), 1.0]), terminated=mask(2), time_out=NO)
     assert row.diverged is not None and torch.equal(row.diverged, mask(1)) and torch.equal(row.is_last, mask(1, 2))
@@ -174,7 +174,7 @@ def test_diverged_rows_are_marked_apart_from_ended_episodes() -> None:
 def test_an_image_that_leaves_its_range_raises_with_the_values_seen() -> None:
     picture = torch.linspace(0, 1, 3 * 64 * 64).view(3, 64, 64, 1)
     entries = ObservationMap({"camera": picture}, settings(from_pixels=True))
-    steps = ManagerStep(3, device=CPU, images=entries)
+    steps = BatchedStep(3, device=CPU, images=entries)
     steps.begin(entries({"camera": picture}))
     assert steps.pending() is None
     for factor in (1.0, 1.5, 1.0):  # one image outside is enough, also if later ones are inside
@@ -193,7 +193,7 @@ def test_rows_can_be_chosen_before_they_are_converted() -> None:
 @pytest.mark.gpu
 def test_no_ordinary_tick_waits_for_the_gpu() -> None:
     device = torch.device("cuda", 0)
-    steps = ManagerStep(3, device=device)
+    steps = BatchedStep(3, device=device)
     fresh = {"policy": torch.ones(3, 2, device=device)}
     reward, none = torch.ones(3, device=device), torch.zeros(3, dtype=torch.bool, device=device)
     steps.begin(fresh)

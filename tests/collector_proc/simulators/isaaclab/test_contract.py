@@ -19,11 +19,11 @@ import numpy as np
 import pytest
 import torch
 
-from tests.fakes.isaac_worlds import DEADLINE_S, FAKES, REPO, drive, environment, wheel_sources
+from tests.fakes.isaac_tiers import DEADLINE_S, FAKES, REPO, drive, environment, wheel_sources
 
 NEEDS_WHEEL = pytest.mark.skipif(not wheel_sources(), reason="isaaclab 2.3.2.post1 is not installed")
 CARTPOLE, DIRECT, ANYMAL = "Isaac-Cartpole-v0", "Isaac-Cartpole-Direct-v0", "Isaac-Velocity-Flat-Anymal-C-v0"
-WORLDS = [
+TIER_TASKS = [
     pytest.param(("A", "Fake-Manager-v0"), id="A-manager"),
     pytest.param(("A", "Fake-Direct-v0"), id="A-direct"),
     pytest.param(("B", CARTPOLE), id="B-manager", marks=NEEDS_WHEEL),
@@ -35,9 +35,9 @@ Seen = Callable[[tuple[str, str]], dict[str, Any]]
 
 @pytest.fixture(scope="module")
 def seen(tmp_path_factory: pytest.TempPathFactory) -> Seen:
-    """Return 120 ticks of 32 environments of a world. Each world runs only once."""
+    """Return a function from (tier, task) to 120 ticks of 32 environments. Each runs only once."""
     return functools.cache(
-        lambda world: drive(tmp_path_factory.mktemp("world"), *world, "env.horizon=100", num_envs=32, ticks=120)
+        lambda tier_task: drive(tmp_path_factory.mktemp("task"), *tier_task, "env.horizon=100", num_envs=32, ticks=120)
     )
 
 
@@ -52,15 +52,15 @@ def observed(task: str, state: torch.Tensor) -> tuple[torch.Tensor, slice, torch
     return state, slice(0, 4), torch.zeros(4)
 
 
-@pytest.mark.parametrize("world", WORLDS)
-def test_every_ended_episode_leaves_its_true_last_observation_and_acts_on_the_next(world, seen: Seen) -> None:
-    run = seen(world)
+@pytest.mark.parametrize("tier_task", TIER_TASKS)
+def test_every_ended_episode_leaves_its_true_last_observation_and_acts_on_the_next(tier_task, seen: Seen) -> None:
+    run = seen(tier_task)
     assert not run["error"]
     policy, acting, last = (run["rows"][key] for key in ("obs.policy", "acting.policy", "is_last"))
     num_ends = 0
     for tick, env in last.nonzero().tolist():
         state = run["truth"][tick].pop(env)
-        expected, where, noise = observed(world[1], state)
+        expected, where, noise = observed(tier_task[1], state)
         assert ((policy[tick, env, where] - expected).abs() <= noise + 1e-5).all(), (tick, env)
         assert not torch.equal(acting[tick, env], policy[tick, env])
         num_ends += 1
@@ -70,34 +70,34 @@ def test_every_ended_episode_leaves_its_true_last_observation_and_acts_on_the_ne
     torch.testing.assert_close(policy[~last], acting[~last], rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("world", WORLDS)
-def test_an_episode_begins_after_each_end_and_time_outs_are_not_terminal(world, seen: Seen) -> None:
-    rows = seen(world)["rows"]
+@pytest.mark.parametrize("tier_task", TIER_TASKS)
+def test_an_episode_begins_after_each_end_and_time_outs_are_not_terminal(tier_task, seen: Seen) -> None:
+    rows = seen(tier_task)["rows"]
     first, last, terminal = rows["is_first"], rows["is_last"], rows["is_terminal"]
     assert first[0].all() and torch.equal(first[1:], last[:-1])
     assert terminal.any() and (last & ~terminal).any() and not (terminal & ~last).any()
     assert rows["reward"][1:][first[1:]].any(), "the first row of an episode keeps its true reward"
 
 
-@pytest.mark.parametrize("world", WORLDS)
-def test_no_arrival_shares_memory_with_the_simulator(world, seen: Seen) -> None:
-    run = seen(world)
+@pytest.mark.parametrize("tier_task", TIER_TASKS)
+def test_no_arrival_shares_memory_with_the_simulator(tier_task, seen: Seen) -> None:
+    run = seen(tier_task)
     for name, entry in run["rows"].items():
         torch.testing.assert_close(
             run["kept"][name], entry, rtol=0, atol=0, msg=f"{name} was overwritten by later steps"
         )
 
 
-@pytest.mark.parametrize("world", WORLDS)
-def test_environments_differ_and_a_seed_reproduces_them_in_a_new_process(world, seen: Seen, tmp_path: Path) -> None:
-    run, again = seen(world), drive(tmp_path, *world, "env.horizon=100", num_envs=32, ticks=120)
+@pytest.mark.parametrize("tier_task", TIER_TASKS)
+def test_environments_differ_and_a_seed_reproduces_them_in_a_new_process(tier_task, seen: Seen, tmp_path: Path) -> None:
+    run, again = seen(tier_task), drive(tmp_path, *tier_task, "env.horizon=100", num_envs=32, ticks=120)
     assert all(torch.equal(run["rows"][name], again["rows"][name]) for name in run["rows"])
     policy = run["rows"]["obs.policy"][1:20]
     assert len({policy[:, env].numpy().tobytes() for env in range(32)}) == 32
 
 
-@pytest.mark.parametrize("world", WORLDS)
-def test_changes_to_the_process_are_undone(world, seen: Seen) -> None:
+@pytest.mark.parametrize("tier_task", TIER_TASKS)
+def test_changes_to_the_process_are_undone(tier_task, seen: Seen) -> None:
     expected = {
         "argv": True,
         "stdout": True,
@@ -106,12 +106,12 @@ def test_changes_to_the_process_are_undone(world, seen: Seen) -> None:
         "gc": True,
         "launcher lives": True,
     }
-    assert seen(world)["facts"] == expected
+    assert seen(tier_task)["facts"] == expected
 
 
-@pytest.mark.parametrize("world", WORLDS)
-def test_an_environment_with_broken_physics_becomes_zeros_and_is_reset(world, tmp_path: Path) -> None:
-    run = drive(tmp_path, *world, "env.randomize_start=false", num_envs=4, ticks=8, nan=(4, 1))
+@pytest.mark.parametrize("tier_task", TIER_TASKS)
+def test_an_environment_with_broken_physics_becomes_zeros_and_is_reset(tier_task, tmp_path: Path) -> None:
+    run = drive(tmp_path, *tier_task, "env.randomize_start=false", num_envs=4, ticks=8, nan=(4, 1))
     rows = run["rows"]
     assert all(entry.isfinite().all() for entry in rows.values()), "every streamed value is finite"
     assert not rows["obs.policy"][4, 1].any() and rows["reward"][4, 1] == 0

@@ -25,7 +25,7 @@ from collector_proc.simulators.registry import check_env
 from shared.compose import compose
 from shared.errors import SettingError
 from shared.lifetime import SIM_GPU_INDEX
-from tests.fakes.isaac_worlds import TIER_A, drive, environment
+from tests.fakes.isaac_tiers import TIER_A, drive, environment
 
 WHOLE = "env.randomize_start=false"
 TASKS = ["Fake-Manager-v0", "Fake-Direct-v0", "Fake-Final-v0", "Fake-Bounded-v0"]

@@ -43,7 +43,7 @@ def scalar_frame(theta: float, speed: float, action: float) -> tuple[float, floa
 
 
 def swing_up(obs: Tensor) -> Tensor:
-    """Return actions (E, 1) for obs (E, 3) that add energy until the pendulum is near the top, and then hold it there."""
+    """Return actions (E, 1) for obs (E, 3): add energy until the pendulum is near the top, then hold it there."""
     cosine, sine, speed = obs[:, 0], obs[:, 1], obs[:, 2] * 8
     missing = 15 - (speed**2 / 2 + 15 * cosine)  # at rest on top the energy is 15; without torque it is constant
     pump = torch.sign(speed + 1e-6) * torch.sign(missing)

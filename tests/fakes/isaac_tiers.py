@@ -1,4 +1,7 @@
-"""Runs the Isaac Lab backend over tier A (a fake package) or tier B (the real Python layer over a stub of Kit)."""
+"""Run the Isaac Lab backend without Isaac Sim, on one of two tiers.
+
+Tier A is a fake `isaaclab` package. Tier B is Isaac Lab's own Python layer on a stub of Kit.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +24,7 @@ DEADLINE_S = 600.0
 
 
 def wheel_sources() -> list[str]:
-    """The source folders of the installed wheel, which Kit puts on the path; empty if it is not installed."""
+    """Return the source folders of the installed wheel, which Kit adds to the path; empty if it is not installed."""
     try:
         if importlib.metadata.version("isaaclab") != WHEEL:
             return []
@@ -33,7 +36,7 @@ def wheel_sources() -> list[str]:
 
 
 def environment(tier: str, **switches: str) -> dict[str, str]:
-    """os.environ with the tier's packages first on the path."""
+    """Return os.environ with the packages of the tier first on the path. switches: variables that the fakes read."""
     roots = [str(TIER_A)] if tier == "A" else [str(TIER_B), *wheel_sources()]
     kept = {key: value for key, value in os.environ.items() if not key.startswith("FAKE_")}
     return kept | {"PYTHONPATH": os.pathsep.join([*roots, str(REPO)]), "OMP_NUM_THREADS": "1"} | switches
@@ -49,7 +52,7 @@ def drive(
     nan: tuple[int, int] | None = None,
     **switches: str,
 ) -> dict[str, Any]:
-    """What tests/fakes/isaac_driver.py saw. Fails if its process did not end with the code of its main."""
+    """Run tests/fakes/isaac_driver.py and return its result. Fails if the process ends with an unexpected code."""
     job, result = tmp_path / "job.json", tmp_path / "result.pt"
     given = [f"env.name={task}", f"env.num_envs={num_envs}", "collector.eval_envs=2", *overrides]
     job.write_text(json.dumps({"config": "isaaclab", "overrides": given, "ticks": ticks, "nan": nan}))
@@ -58,7 +61,7 @@ def drive(
         command, env=environment(tier, **switches), cwd=REPO, capture_output=True, text=True, timeout=DEADLINE_S
     )
     assert result.exists(), done.stdout[-3000:] + done.stderr[-6000:]
-    wanted = 3 if "FAKE_HANG_CLOSE" in switches else 7
-    answer = torch.load(result, weights_only=False) if done.returncode == wanted else {}
-    assert done.returncode == wanted, (done.returncode, done.stdout[-3000:], done.stderr[-6000:])
+    expected = 3 if "FAKE_HANG_CLOSE" in switches else 7
+    answer = torch.load(result, weights_only=False) if done.returncode == expected else {}
+    assert done.returncode == expected, (done.returncode, done.stdout[-3000:], done.stderr[-6000:])
     return answer | {"stderr": done.stderr}
