@@ -41,8 +41,8 @@ class Metric:
 METRICS: dict[str, Metric] = {}  # every declared metric by its column name; members of families are not in it
 
 
-def _metric(name: str, tag: str, unit: str, meaning: str) -> Metric:
-    """Declare a metric. Raises: ValueError if its name or its tag is taken."""
+def declare(name: str, tag: str, unit: str, meaning: str) -> Metric:
+    """Add a metric to METRICS and return it. Raises: ValueError if its name or its tag is taken."""
     if name in METRICS or any(known.tag == tag for known in METRICS.values()):
         raise ValueError(f"metric {name!r} ({tag!r}) is declared twice; expected unique names and tags; rename one")
     METRICS[name] = Metric(name, tag, unit, meaning)
@@ -50,99 +50,99 @@ def _metric(name: str, tag: str, unit: str, meaning: str) -> Metric:
 
 
 # ---- progress of the run ------------------------------------------------------------------------------------------
-TIME = _metric("time", "run/time", "s since 1970", "When the row was written.")
-WALL_S = _metric("wall_s", "run/wall_s", "s", "Time that the learner has trained, over all launches of the run.")
-GRADIENT_STEPS = _metric(
+TIME = declare("time", "run/time", "s since 1970", "When the row was written.")
+WALL_S = declare("wall_s", "run/wall_s", "s", "Time that the learner has trained, over all launches of the run.")
+GRADIENT_STEPS = declare(
     "gradient_steps", "run/gradient_steps", "steps", "Updates of all three optimisers since the run began."
 )
-AGENT_STEPS = _metric(
+AGENT_STEPS = declare(
     "agent_steps", "run/agent_steps", "agent steps", "Decisions of all environments since the run began."
 )
-ENV_FRAMES = _metric("env_frames", "run/env_frames", "env frames", "Agent steps times the action repeat.")
-EPISODES = _metric("episodes", "run/episodes", "episodes", "Finished episodes since the run began.")
-STARTUP_S = _metric("startup_s", "run/startup_s", "s", "Time to build and compile the networks in this launch.")
+ENV_FRAMES = declare("env_frames", "run/env_frames", "env frames", "Agent steps times the action repeat.")
+EPISODES = declare("episodes", "run/episodes", "episodes", "Finished episodes since the run began.")
+STARTUP_S = declare("startup_s", "run/startup_s", "s", "Time to build and compile the networks in this launch.")
 
 # ---- returns ------------------------------------------------------------------------------------------------------
-EPISODE_RETURN_MEAN = _metric(
+EPISODE_RETURN_MEAN = declare(
     "episode_return_mean", "return/train_mean", "reward", "Mean return of the newest 100 training episodes."
 )
-EVAL_RETURN_MEAN = _metric(
+EVAL_RETURN_MEAN = declare(
     "eval_return_mean", "return/eval_mean", "reward", "Mean return of the newest 20 evaluation episodes (no noise)."
 )
-RANDOM_RETURN_MEAN = _metric(
+RANDOM_RETURN_MEAN = declare(
     "random_return_mean", "return/random_mean", "reward", "Mean return of the newest 100 episodes of random actions."
 )
-EPISODE_LENGTH_MEAN = _metric(
+EPISODE_LENGTH_MEAN = declare(
     "episode_length_mean", "return/length_mean", "agent steps", "Mean length of the newest 100 episodes of any kind."
 )
 
 # ---- pace ---------------------------------------------------------------------------------------------------------
-COLLECT_FPS = _metric(
+COLLECT_FPS = declare(
     "collect_fps", "pace/collect_fps", "agent steps/s", "Agent steps collected per second since the previous row."
 )
-UPDATES_PER_S = _metric(
+UPDATES_PER_S = declare(
     "updates_per_s", "pace/updates_per_s", "gradient steps/s", "Gradient steps per second since the previous row."
 )
-COLLECT_FPS_MEAN = _metric(
+COLLECT_FPS_MEAN = declare(
     "collect_fps_mean", "pace/collect_fps_mean", "agent steps/s", "Agent steps per second since this launch began."
 )
-UPDATES_PER_S_MEAN = _metric(
+UPDATES_PER_S_MEAN = declare(
     "updates_per_s_mean",
     "pace/updates_per_s_mean",
     "gradient steps/s",
     "Gradient steps per second since the first one of this launch.",
 )
-REPLAY_RATIO = _metric(
+REPLAY_RATIO = declare(
     "replay_ratio", "pace/replay_ratio", "1", "Replayed agent steps per collected agent step, over the whole run."
 )
-REPLAY_RATIO_TARGET = _metric(
+REPLAY_RATIO_TARGET = declare(
     "replay_ratio_target", "pace/replay_ratio_target", "1", "The setting optimization.replay_ratio."
 )
-POLICY_VERSION = _metric("policy_version", "pace/policy_version", "versions", "Version of the weights published last.")
-POLICY_LAG_MEAN = _metric(
+POLICY_VERSION = declare("policy_version", "pace/policy_version", "versions", "Version of the weights published last.")
+POLICY_LAG_MEAN = declare(
     "policy_lag_mean",
     "pace/policy_lag_mean",
     "versions",
     "Newest version minus the version that acted, mean over the newest 100 chunks.",
 )
-SAMPLED_VERSION_MEAN = _metric(
+SAMPLED_VERSION_MEAN = declare(
     "sampled_version_mean", "pace/sampled_version_mean", "versions", "Mean policy version of freshly sampled rows."
 )
 
 # ---- losses -------------------------------------------------------------------------------------------------------
-LOSS_MODEL = _metric("loss_model", "loss/model", "nats", "World model loss: the sum of the parts below and the KL.")
-LOSS_OBS = _metric("loss_obs", "loss/obs", "nats", "Negative log-likelihood of the observations.")
-LOSS_REWARD = _metric("loss_reward", "loss/reward", "nats", "Negative log-likelihood of the rewards.")
-LOSS_CONT = _metric("loss_cont", "loss/cont", "nats", "Negative log-likelihood of the continue flags.")
-LOSS_ACTOR = _metric("loss_actor", "loss/actor", "scaled reward", "Actor loss: minus the imagined return.")
-LOSS_VALUE = _metric("loss_value", "loss/value", "nats", "Critic loss: negative log-likelihood of the lambda return.")
+LOSS_MODEL = declare("loss_model", "loss/model", "nats", "World model loss: the sum of the parts below and the KL.")
+LOSS_OBS = declare("loss_obs", "loss/obs", "nats", "Negative log-likelihood of the observations.")
+LOSS_REWARD = declare("loss_reward", "loss/reward", "nats", "Negative log-likelihood of the rewards.")
+LOSS_CONT = declare("loss_cont", "loss/cont", "nats", "Negative log-likelihood of the continue flags.")
+LOSS_ACTOR = declare("loss_actor", "loss/actor", "scaled reward", "Actor loss: minus the imagined return.")
+LOSS_VALUE = declare("loss_value", "loss/value", "nats", "Critic loss: negative log-likelihood of the lambda return.")
 
 # ---- world model --------------------------------------------------------------------------------------------------
-KL = _metric("kl", "model/kl", "nats", "KL between posterior and prior, before free nats are applied.")
-KL_FREE = _metric(
+KL = declare("kl", "model/kl", "nats", "KL between posterior and prior, before free nats are applied.")
+KL_FREE = declare(
     "kl_free", "model/kl_free", "share", "Share of updates in which the KL lay under the free nats: no gradient."
 )
 
 # ---- behaviour ----------------------------------------------------------------------------------------------------
-IMAGINED_RETURN = _metric(
+IMAGINED_RETURN = declare(
     "imagined_return", "behavior/imagined_return", "scaled reward", "Mean lambda return of imagined trajectories."
 )
-IMAGINED_REWARD = _metric(
+IMAGINED_REWARD = declare(
     "imagined_reward", "behavior/imagined_reward", "scaled reward", "Mean predicted reward of imagined steps."
 )
-RETURN_SCALE = _metric(
+RETURN_SCALE = declare(
     "return_scale", "behavior/return_scale", "scaled reward", "What the actor's returns are divided by; 1 if unused."
 )
-VALUE_MEAN = _metric("value_mean", "behavior/value_mean", "scaled reward", "Mean value of imagined beliefs.")
-VALUE_BIAS = _metric(
+VALUE_MEAN = declare("value_mean", "behavior/value_mean", "scaled reward", "Mean value of imagined beliefs.")
+VALUE_BIAS = declare(
     "value_bias", "behavior/value_bias", "scaled reward", "Mean of value minus lambda return over imagined beliefs."
 )
-ACTOR_STD = _metric("actor_std", "behavior/actor_std", "1", "Mean standard deviation of the actor before the tanh.")
-ACTOR_ENTROPY = _metric("actor_entropy", "behavior/actor_entropy", "nats", "Entropy of the actor's actions.")
-IMAGINED_VALUE = _metric(
+ACTOR_STD = declare("actor_std", "behavior/actor_std", "1", "Mean standard deviation of the actor before the tanh.")
+ACTOR_ENTROPY = declare("actor_entropy", "behavior/actor_entropy", "nats", "Entropy of the actor's actions.")
+IMAGINED_VALUE = declare(
     "imagined_value", "behavior/imagined_value", "scaled reward", "Critic's value at sampled replay states."
 )
-RECORDED_RETURN = _metric(
+RECORDED_RETURN = declare(
     "recorded_return",
     "behavior/recorded_return",
     "scaled reward",
@@ -150,50 +150,50 @@ RECORDED_RETURN = _metric(
 )
 
 # ---- gradients ----------------------------------------------------------------------------------------------------
-GRAD_NORM_MODEL = _metric("grad_norm_model", "gradient/norm_model", "1", "World model gradient norm before clipping.")
-GRAD_NORM_ACTOR = _metric("grad_norm_actor", "gradient/norm_actor", "1", "Actor gradient norm before clipping.")
-GRAD_NORM_VALUE = _metric("grad_norm_value", "gradient/norm_value", "1", "Critic gradient norm before clipping.")
-CLIPPED_MODEL = _metric("clipped_model", "gradient/clipped_model", "share", "Share of clipped world model updates.")
-CLIPPED_ACTOR = _metric("clipped_actor", "gradient/clipped_actor", "share", "Share of clipped actor updates.")
-CLIPPED_VALUE = _metric("clipped_value", "gradient/clipped_value", "share", "Share of clipped critic updates.")
-SKIPPED = _metric(
+GRAD_NORM_MODEL = declare("grad_norm_model", "gradient/norm_model", "1", "World model gradient norm before clipping.")
+GRAD_NORM_ACTOR = declare("grad_norm_actor", "gradient/norm_actor", "1", "Actor gradient norm before clipping.")
+GRAD_NORM_VALUE = declare("grad_norm_value", "gradient/norm_value", "1", "Critic gradient norm before clipping.")
+CLIPPED_MODEL = declare("clipped_model", "gradient/clipped_model", "share", "Share of clipped world model updates.")
+CLIPPED_ACTOR = declare("clipped_actor", "gradient/clipped_actor", "share", "Share of clipped actor updates.")
+CLIPPED_VALUE = declare("clipped_value", "gradient/clipped_value", "share", "Share of clipped critic updates.")
+SKIPPED = declare(
     "skipped", "gradient/skipped", "share", "Share of updates that were skipped because a gradient was not finite."
 )
-NAN_SKIPS = _metric("nan_skips", "gradient/nan_skips", "updates", "Skipped updates since the run began.")
+NAN_SKIPS = declare("nan_skips", "gradient/nan_skips", "updates", "Skipped updates since the run began.")
 
 # ---- health -------------------------------------------------------------------------------------------------------
-NUM_DIVERGED = _metric(
+NUM_DIVERGED = declare(
     "num_diverged", "health/num_diverged", "episodes", "Environments that were reset because a number was not finite."
 )
-MESSAGES_DROPPED = _metric(
+MESSAGES_DROPPED = declare(
     "messages_dropped", "health/messages_dropped", "messages", "Malformed or unexpected messages from collectors."
 )
-PUBLICATIONS_SKIPPED = _metric(
+PUBLICATIONS_SKIPPED = declare(
     "publications_skipped",
     "health/publications_skipped",
     "versions",
     "Weights that were not published because both copy buffers were busy.",
 )
-TRANSPORT = _metric("transport", "health/transport", "name", "How chunks travel: cuda_ipc or memfd.")
-TRANSPORT_BYTES_PER_S = _metric(
+TRANSPORT = declare("transport", "health/transport", "name", "How chunks travel: cuda_ipc or memfd.")
+TRANSPORT_BYTES_PER_S = declare(
     "transport_bytes_per_s", "health/transport_bytes_per_s", "bytes/s", "Rate of the start-up self-test."
 )
 
 # ---- memory -------------------------------------------------------------------------------------------------------
-LEARNER_RSS_GB = _metric(
+LEARNER_RSS_GB = declare(
     "learner_rss_gb", "memory/learner_rss_gb", "GB", "Resident memory of the learner, without shared pages."
 )
-LEARNER_GPU_GB = _metric("learner_gpu_gb", "memory/learner_gpu_gb", "GB", "GPU memory that torch reserved there.")
-COLLECTOR_RSS_GB = _metric(
+LEARNER_GPU_GB = declare("learner_gpu_gb", "memory/learner_gpu_gb", "GB", "GPU memory that torch reserved there.")
+COLLECTOR_RSS_GB = declare(
     "collector_rss_gb",
     "memory/collector_rss_gb",
     "GB",
     "Resident memory of the collector and its workers, without shared pages.",
 )
-COLLECTOR_GPU_GB = _metric(
+COLLECTOR_GPU_GB = declare(
     "collector_gpu_gb", "memory/collector_gpu_gb", "GB", "GPU memory that torch reserved in the collector."
 )
-SIM_GPU_USED_GB = _metric(
+SIM_GPU_USED_GB = declare(
     "sim_gpu_used_gb", "memory/sim_gpu_used_gb", "GB", "Memory in use on the simulator's GPU, by all processes."
 )
 

@@ -55,10 +55,10 @@ def test_a_child_that_handles_sigterm_ends_with_its_own_exit_code(tmp_path: Path
 def test_the_childs_own_children_end_with_it(how: str, tmp_path: Path) -> None:
     script = (
         "import pathlib, subprocess, sys, time\n"
-        "worker = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)'])\n"
+        "worker = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(600)'])\n"
         "pathlib.Path(sys.argv[1] + '.new').write_text(str(worker.pid))\n"
         "pathlib.Path(sys.argv[1] + '.new').rename(sys.argv[1])\n"
-        "time.sleep(60 if sys.argv[2] == 'kill' else 0)\n"
+        "time.sleep(600 if sys.argv[2] == 'kill' else 0)\n"
     )
     child = _child(tmp_path, script, str(tmp_path / "worker"), how)
     wait_for_file(tmp_path / "worker")
@@ -89,7 +89,7 @@ def test_a_stack_dump_names_the_function_that_a_child_is_in(tmp_path: Path) -> N
     script = (
         "import pathlib, sys, time; from shared.lifetime import enable_stack_dumps\n"
         "enable_stack_dumps(pathlib.Path(sys.argv[1]), 'learner')\n"
-        "def stuck_in_here():\n    pathlib.Path(sys.argv[2]).touch(); time.sleep(60)\n"
+        "def stuck_in_here():\n    pathlib.Path(sys.argv[2]).touch(); time.sleep(600)\n"
         "stuck_in_here()\n"
     )
     child = _child(tmp_path, script, str(tmp_path), str(tmp_path / "up"))

@@ -16,12 +16,12 @@ def test_a_process_is_killed_when_its_parent_ends(tmp_path: Path) -> None:
     orphan = (
         "import os, pathlib, sys, time; from shared.lifetime import die_with_parent\n"
         "die_with_parent(); pathlib.Path(sys.argv[1] + '.new').write_text(str(os.getpid()))\n"
-        "pathlib.Path(sys.argv[1] + '.new').rename(sys.argv[1]); time.sleep(60)\n"
+        "pathlib.Path(sys.argv[1] + '.new').rename(sys.argv[1]); time.sleep(600)\n"
     )
     parent = (
         "import os, subprocess, sys, time\n"
         "env = os.environ | {'TANDEM_LAUNCH_PID': str(os.getpid())}\n"
-        "subprocess.Popen([sys.executable, '-c', *sys.argv[1:]], env=env, start_new_session=True); time.sleep(60)\n"
+        "subprocess.Popen([sys.executable, '-c', *sys.argv[1:]], env=env, start_new_session=True); time.sleep(600)\n"
     )
     started = subprocess.Popen([sys.executable, "-c", parent, orphan, str(tmp_path / "pid")])
     wait_for_file(tmp_path / "pid")

@@ -114,5 +114,5 @@ def test_a_declared_status_field_means_the_metric_of_the_same_name() -> None:
 def test_a_second_metric_of_the_same_name_or_tag_is_refused() -> None:
     for name, tag in (("kl", "model/other"), ("other", "model/kl")):
         with pytest.raises(ValueError, match="declared twice"):
-            metrics._metric(name, tag, "nats", "A duplicate.")
+            metrics.declare(name, tag, "nats", "A duplicate.")
     assert isinstance(METRICS["kl"], Metric) and "other" not in METRICS
