@@ -112,9 +112,9 @@ class Progress:
         self._changed_at = time.monotonic()
         self._write()
 
-    def status(self, numbers: LearnerStatus | CollectorStatus | Mapping[str, Any]) -> None:
+    def status(self, status: LearnerStatus | CollectorStatus) -> None:
         """Replace the numbers that launch shows. Raises: ValueError if they take more than MAX_STATUS_BYTES as JSON."""
-        content = dict(numbers) if isinstance(numbers, Mapping) else dataclasses.asdict(numbers)
+        content = dataclasses.asdict(status)
         encoded = json.dumps(content).encode()
         if len(encoded) > MAX_STATUS_BYTES:
             raise ValueError(

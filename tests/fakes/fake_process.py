@@ -33,8 +33,8 @@ class FakeProgress:
     def phase(self, name: str) -> None:
         self.phases.append(name)
 
-    def status(self, numbers: CollectorStatus) -> None:
-        self.last_status = numbers
+    def status(self, status: CollectorStatus) -> None:
+        self.last_status = status
 
 
 def fake_process(settings: Settings, progress: FakeProgress, stop: StopFlag, *, socket_dir: str = "") -> Process:
