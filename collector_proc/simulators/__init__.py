@@ -1,1 +1,1 @@
-"""One contract (base.py) and one file per simulator backend."""
+"""Simulators behind one interface (base.py): a registry of backends, and one folder for each of them."""

@@ -61,7 +61,7 @@ class Simulator(Protocol):
         """Make one agent step in every environment.
 
         An environment whose previous row was `is_last` ignores the action and is reset: its row is `is_first`, with
-        reward 0.
+        reward 0. This does not apply to simulators that reset inside `step` (see above).
         Shapes: action (E, A) float32 in [-1, 1], on the simulator's device.
         Raises: SimulatorError if a worker died or exceeded its deadline, or if resets do not make the physics finite.
         """

@@ -40,7 +40,8 @@ class Backend:
     """What is known about a simulator backend before any of its code is imported.
 
     package: the folder with `checks` and `simulator`, as a module path. simulator: the class in `simulator`.
-    ignores: the keys of settings that it does not read; any value but the default is then refused.
+    ignores: the keys of settings that it does not read; any value but the default is then refused. They include
+    ENV_COUNTS if env.num_envs is the number of environments, and TASK_CHOICES if its tasks leave nothing to choose.
     horizon_needs_time_out: env.horizon moves the task's own time-out, so it is refused for a task without one.
     """
 
