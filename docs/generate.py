@@ -146,7 +146,7 @@ def _allowed(field: dataclasses.Field[Any]) -> str:
 
 def _first_sentence(text: str) -> str:
     comment = " ".join(line.removeprefix("#").strip() for line in _leading_comment(text))
-    return re.split(r"[.:]\s", f"{comment} ")[0]
+    return re.split(r"\.\s", f"{comment} ")[0] + "."
 
 
 def _leading_comment(text: str) -> list[str]:
