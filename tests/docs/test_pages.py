@@ -134,4 +134,4 @@ def test_the_tree_in_the_readme_names_what_is_there() -> None:
 
 def test_the_readme_opens_its_reading_order_with_the_plain_step() -> None:
     order = (REPO / "README.md").read_text().partition("## Read these files in this order\n")[2]
-    assert order.lstrip().startswith("1. `learner_proc/")
+    assert order.lstrip().startswith("1. `learner_proc/plain_step.py`")
