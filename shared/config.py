@@ -34,7 +34,7 @@ class EnvSettings:
     )
     name: str = setting(
         "cheetah",
-        "dm_control: the domain; isaaclab, mjlab: the task id; torchrl: gym:ID or module:callable; pendulum: 'pendulum'.",
+        "dm_control: domain; isaaclab, mjlab: task id; torchrl: gym:ID or module:callable; pendulum: 'pendulum'.",
     )
     task: str = setting(
         "run", "dm_control: the task of the domain; pendulum: 'swingup' or 'balance'; other backends: must be empty."
