@@ -1,9 +1,9 @@
-"""A run looked at: returns, losses and what the model predicts, as one page of pictures.
+"""Draws a page of pictures about a run: returns, losses, and predictions of the world model.
 
     python -m learner_proc.run_report runs/NAME          writes runs/NAME/report/index.html
 
-The curves come from metrics.jsonl. The open-loop pictures come from the newest checkpoint: the model sees five rows of a
-window drawn from the replay, then predicts the rest from the recorded actions alone.
+The curves come from metrics.jsonl. The open-loop pictures come from the newest checkpoint: the model observes the first
+rows of a window from the replay, then predicts the rest from the recorded actions alone.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import argparse
 import html
 import json
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -19,60 +20,87 @@ import torch
 
 from learner_proc.diagnostics import WINDOW_LENGTH, Diagnostics, OpenLoop
 from learner_proc.startup import open_run
+from shared import metrics
 from shared.errors import SettingError
+from shared.lifetime import ExitCode
+from shared.metrics import GRADIENT_STEPS, KL, LOSS_MODEL, OPEN_LOOP, REPEAT_LAST, Metric, find
+from shared.run_folder import RunFolder
 
-PANELS: tuple[tuple[str, tuple[str, ...]], ...] = (
-    ("returns", ("eval_return_mean", "episode_return_mean", "random_return_mean")),
-    ("imagined against recorded return (scaled, discounted)", ("imagined_return", "imagined_value", "recorded_return")),
-    ("world model, nats", ("loss_obs", "loss_reward", "loss_cont")),
-    ("KL, nats", ("kl",)),
-    (
-        "share of batches without KL gradient, of clipped gradients",
-        ("kl_free", "clipped_model", "clipped_actor", "clipped_value"),
+PANELS: dict[str, tuple[Metric, ...]] = {
+    "returns": (metrics.EVAL_RETURN_MEAN, metrics.EPISODE_RETURN_MEAN, metrics.RANDOM_RETURN_MEAN),
+    "imagined against recorded return (scaled, discounted)": (
+        metrics.IMAGINED_RETURN,
+        metrics.IMAGINED_VALUE,
+        metrics.RECORDED_RETURN,
     ),
-    ("actor", ("actor_entropy", "actor_std")),
-    ("value bias (scaled)", ("value_bias",)),
-    ("policy version: newest, and mean of sampled rows", ("policy_version", "sampled_version_mean")),
-)
-MAX_DIMENSIONS, STRIP_STEPS = 6, 10
+    "world model, nats": (metrics.LOSS_OBS, metrics.LOSS_REWARD, metrics.LOSS_CONT),
+    "KL, nats": (KL,),
+    "share of batches without KL gradient, of clipped gradients": (
+        metrics.KL_FREE,
+        metrics.CLIPPED_MODEL,
+        metrics.CLIPPED_ACTOR,
+        metrics.CLIPPED_VALUE,
+    ),
+    "actor": (metrics.ACTOR_ENTROPY, metrics.ACTOR_STD),
+    "value bias (scaled)": (metrics.VALUE_BIAS,),
+    "policy version: newest, and mean of sampled rows": (metrics.POLICY_VERSION, metrics.SAMPLED_VERSION_MEAN),
+}
+NUM_WINDOWS = 64  # sampled; the NUM_DRAWN of them in which the fewest episodes begin are drawn
+NUM_DRAWN = 3
+MAX_DIMENSIONS = 6  # of a vector that is drawn
+STRIP_STEPS = 10  # images in a row of a strip
+CURVES, ERRORS = "curves", "open_loop_error"  # names of pictures
+CAPTIONS = {
+    ERRORS: "Below 1, the model predicts better than a repetition of the last observation. Look at 5 steps first, then at "
+    "the imagination horizon (15). At 50 steps, a task near an unstable balance cannot be predicted, and for an object at "
+    "rest no prediction is better than the repetition.",
+    CURVES: "Clipped gradients are no fault, because Adam does not depend on their scale. A KL below the free nats does "
+    "not train the prior. A value far above the recorded return means that the actor exploits errors of the model.",
+}
 
 
 def write_report(run_dir: Path) -> Path:
-    """Draw every picture into `report/` of the run folder; returns the page.
+    """Draw every picture into `report/` of the run folder and return the page that shows them.
 
-    Raises: SettingError if the run has no rows or no checkpoint with a replay, or matplotlib is missing.
+    Raises: SettingError if the run has no rows or no checkpoint with a replay, or if matplotlib is missing.
     """
-    metrics = run_dir / "metrics.jsonl"
-    lines = metrics.read_text().splitlines() if metrics.is_file() else []
-    rows = [row for row in map(json.loads, lines) if row["loss_model"] is not None]
-    if not rows:
-        raise SettingError(
-            f"{metrics} holds no row of a gradient step; wanted the folder of a run that has trained; mend the path, "
-            "or let the run go on for optimization.log_every steps"
-        )
+    rows = _trained_rows(RunFolder(run_dir).metrics)
     _pyplot()
     folder = run_dir / "report"
     folder.mkdir(exist_ok=True)
     settings, step, replay = open_run(run_dir)
     length = min(WINDOW_LENGTH, replay.num_rows)
     diagnostics = Diagnostics(step.spec, step.world_model, step.policy.normaliser, length=length)
-    _draw_curves(rows, settings.optimization.free_nats, folder / "curves.png")
-    _draw_errors(rows, folder / "open_loop_error.png")
-    rollout = diagnostics.rollout(replay.sample(64, length), num_windows=3)
-    for name in rollout.observed:
-        draw = _draw_images if rollout.observed[name].dim() == 5 else _draw_vectors
+    _draw_curves(rows, settings.optimization.free_nats, folder / f"{CURVES}.png")
+    _draw_errors(rows, sorted(step.spec.obs), diagnostics.horizons, folder / f"{ERRORS}.png")
+    rollout = diagnostics.rollout(replay.sample(NUM_WINDOWS, length), num_windows=NUM_DRAWN)
+    for name, observed in rollout.observed.items():
+        draw = _draw_images if observed.dim() == 5 else _draw_vectors
         draw(rollout, name, folder / f"open_loop_{name}.png")
     page = folder / "index.html"
-    page.write_text(_page(run_dir, rows[-1], sorted(path.name for path in folder.glob("*.png"))))
+    page.write_text(_page(run_dir, rows[-1], sorted(path.stem for path in folder.glob("*.png"))))
     return page
 
 
+def _trained_rows(path: Path) -> list[dict[str, Any]]:
+    """Return the rows of metrics.jsonl since the first gradient step. Raises: SettingError if there are none."""
+    lines = path.read_text().splitlines() if path.is_file() else []
+    rows = [row for row in map(json.loads, lines) if LOSS_MODEL.of(row) is not None]
+    if not rows:
+        raise SettingError(
+            f"{path} has no row of a gradient step; expected the folder of a run that has trained; correct the path, or "
+            "let the run continue for optimization.log_every steps"
+        )
+    return rows
+
+
 def _pyplot() -> Any:
+    """Return matplotlib.pyplot, set up to draw into files. Raises: SettingError if it is not installed."""
     try:
         import matplotlib
     except ImportError as error:
         raise SettingError(
-            "matplotlib is not installed; wanted it for the report; run: pip install -e '.[report]'"
+            "matplotlib is not installed; expected it, because the report is drawn with it; run: pip install -e '.[report]'"
         ) from error
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
@@ -80,20 +108,15 @@ def _pyplot() -> Any:
     return plt
 
 
-def _series(rows: list[dict], key: str) -> tuple[list[float], list[float]]:
-    points = [(row["gradient_steps"], row[key]) for row in rows if row.get(key) is not None]
-    return [x for x, _ in points], [y for _, y in points]
-
-
 def _draw_curves(rows: list[dict], free_nats: float | None, out: Path) -> None:
+    """Draw every panel of PANELS over the gradient steps."""
     plt = _pyplot()
     figure, axes = plt.subplots(4, 2, figsize=(11, 11), sharex=True)
-    for axis, (title, keys) in zip(axes.flat, PANELS, strict=True):
-        for key in keys:
-            steps, values = _series(rows, key)
-            if values:
-                axis.plot(steps, values, label=key, linewidth=1.3)
-        if keys == ("kl",) and free_nats is not None:
+    for axis, (title, panel) in zip(axes.flat, PANELS.items(), strict=True):
+        for metric in panel:
+            points = [(GRADIENT_STEPS.of(row), metric.of(row)) for row in rows if metric.of(row) is not None]
+            _plot_points(axis, points, label=metric.name, linewidth=1.3)
+        if panel == (KL,) and free_nats is not None:
             axis.axhline(free_nats, color="grey", linestyle=":", label="free nats")
         axis.set_title(title, fontsize=10)
         axis.grid(alpha=0.25)
@@ -104,23 +127,32 @@ def _draw_curves(rows: list[dict], free_nats: float | None, out: Path) -> None:
     _save(figure, out)
 
 
-def _draw_errors(rows: list[dict], out: Path) -> None:
-    """Open-loop error of every horizon as a share of the error of repeating the last observation."""
+def _draw_errors(rows: list[dict], entries: Iterable[str], horizons: Iterable[int], out: Path) -> None:
+    """Draw the open-loop error at every horizon, divided by the error of repeating the last observation."""
     plt = _pyplot()
     figure, axis = plt.subplots(figsize=(8, 3.4))
-    for key in sorted(k for k in rows[-1] if k.startswith("open_loop_")):
-        still = key.replace("open_loop", "repeat_last")
-        points = [(row["gradient_steps"], row[key] / row[still]) for row in rows if row.get(key) and row.get(still)]
-        axis.plot(*zip(*points, strict=True), label=key.removeprefix("open_loop_")) if points else None
+    for entry, horizon in [(entry, horizon) for entry in entries for horizon in horizons]:
+        points = []
+        for row in rows:
+            error, repeated = OPEN_LOOP.member(entry, horizon).of(row), REPEAT_LAST.member(entry, horizon).of(row)
+            if error and repeated:
+                points.append((GRADIENT_STEPS.of(row), error / repeated))
+        _plot_points(axis, points, label=f"{entry}_{horizon}")
     axis.axhline(1.0, color="grey", linestyle=":", label="repeat the last observation")
-    axis.set(yscale="log", xlabel="gradient steps", ylabel="open-loop error / still's")
+    axis.set(yscale="log", xlabel="gradient steps", ylabel="error / error of repeating")
     axis.grid(alpha=0.25)
     axis.legend(frameon=False, fontsize=8)
     _save(figure, out)
 
 
+def _plot_points(axis: Any, points: list[tuple[float | None, float | None]], **style: Any) -> None:
+    """Add a line to a panel, unless there are no points."""
+    if points:
+        axis.plot([x for x, _ in points], [y for _, y in points], **style)
+
+
 def _draw_vectors(rollout: OpenLoop, name: str, out: Path) -> None:
-    """Predicted beside observed, one column per window, one row per dimension."""
+    """Draw the predicted and the observed vectors: one column per window, one row per dimension."""
     plt = _pyplot()
     observed, predicted = rollout.observed[name], rollout.predicted[name]  # (n, L, size)
     size = min(MAX_DIMENSIONS, observed.shape[-1])
@@ -137,24 +169,26 @@ def _draw_vectors(rollout: OpenLoop, name: str, out: Path) -> None:
         axes[dimension][0].set_ylabel(f"[{dimension}]")
     for axis in axes[-1]:
         axis.set_xlabel("agent steps")
-    figure.suptitle(f"observation entry '{name}', normalised: the model sees the grey part, then predicts", fontsize=10)
+    figure.suptitle(
+        f"observation entry '{name}', normalised: the model observes the grey part, then predicts", fontsize=10
+    )
     _save(figure, out)
 
 
 def _draw_images(rollout: OpenLoop, name: str, out: Path) -> None:
-    """Strips of frames: observed above, predicted below, for every window."""
+    """Draw two strips of images for every window: observed above, predicted below."""
     plt = _pyplot()
     observed, predicted = rollout.observed[name], rollout.predicted[name]  # (n, L, 64, 64, C)
     steps = torch.linspace(0, observed.shape[1] - 1, STRIP_STEPS).long().tolist()
     figure, axes = plt.subplots(2 * len(observed), STRIP_STEPS, figsize=(11, 2.4 * len(observed)), squeeze=False)
     for window in range(len(observed)):
         for column, step in enumerate(steps):
-            for line, images in enumerate((observed, predicted)):
-                axis = axes[2 * window + line][column]
+            for strip, images in enumerate((observed, predicted)):
+                axis = axes[2 * window + strip][column]
                 axis.imshow((images[window, step] + 0.5).clamp(0, 1).expand(-1, -1, 3).numpy())
                 axis.set(xticks=[], yticks=[])
-                if line == 0:
-                    axis.set_title(f"{step}{' seen' if step < rollout.context else ''}", fontsize=7)
+                if strip == 0:
+                    axis.set_title(f"{step}{' observed' if step < rollout.context else ''}", fontsize=7)
     figure.suptitle("observed above, predicted below", fontsize=10)
     _save(figure, out)
 
@@ -165,40 +199,33 @@ def _save(figure: Any, out: Path) -> None:
     _pyplot().close(figure)
 
 
-CAPTIONS = {
-    "open_loop_error": "Below 1 the model predicts better than a still picture. Read 5 steps first, then the imagination "
-    "horizon (15). At 50 steps a task near an unstable balance is beyond prediction, and what rests is best predicted by "
-    "a still.",
-    "curves": "Clipped gradients are not a fault: Adam is indifferent to their scale. A KL under the free nats trains no "
-    "prior. A value far above the recorded return says that the actor found errors of the model.",
-}
-
-
 def _page(run_dir: Path, row: dict, pictures: list[str]) -> str:
-    shown = "".join(
-        f"<tr><td>{html.escape(key)}</td><td>{value:.5g}</td></tr>"
-        for key, value in row.items()
-        if isinstance(value, int | float) and key != "time"
+    """Return the page: the pictures of these names with their captions, then the numbers of the last row."""
+    numbers = ((metric, metric.of(row)) for metric in map(find, row) if metric is not None and metric != metrics.TIME)
+    table = "".join(
+        f"<tr><td>{html.escape(metric.name)}</td><td>{value:.5g}</td></tr>"
+        for metric, value in numbers
+        if value is not None
     )
     images = "".join(
-        f'<h2>{name[:-4].replace("_", " ")}</h2><p>{CAPTIONS.get(name[:-4], "")}</p><img src="{name}">'
-        for name in pictures
+        f'<h2>{name.replace("_", " ")}</h2><p>{CAPTIONS.get(name, "")}</p><img src="{name}.png">' for name in pictures
     )
     return (
         f"<!doctype html><meta charset=utf-8><title>{html.escape(run_dir.name)}</title>"
         "<style>body{font:15px sans-serif;max-width:1050px;margin:2em auto}img{max-width:100%}td{padding:1px 12px}</style>"
-        f"<h1>{html.escape(run_dir.name)}</h1>{images}<h2>last row</h2><table>{shown}</table>\n"
+        f"<h1>{html.escape(run_dir.name)}</h1>{images}<h2>last row</h2><table>{table}</table>\n"
     )
 
 
 def main() -> int:
+    """Write the report and print the path of its page. Returns 0, or ExitCode.REFUSED if the run cannot be shown."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path, help="run folder with a checkpoint")
     try:
         page = write_report(parser.parse_args().run)
     except SettingError as error:
         sys.stderr.write(f"error: {error}\n")
-        return 2
+        return ExitCode.REFUSED
     sys.stdout.write(f"{page}\n")
     return 0
 
