@@ -1,4 +1,4 @@
-"""Entry of the learner: `python -m learner_proc --run-dir DIR [--device cuda:0] [--resume]`."""
+"""The learner process: `python -m learner_proc --run-dir DIR [--device cuda:0] [--resume]`."""
 
 from __future__ import annotations
 
@@ -7,52 +7,70 @@ import os
 import sys
 from pathlib import Path
 
+from shared.config import Settings
 from shared.errors import SettingError, TransportError
 from shared.lifetime import ExitCode
-from shared.process import start_process
+from shared.process import Process, start_process
 from shared.run_folder import remove_socket_dir
 
 
 def main() -> int:
-    """Exit codes: 0 finished or asked to stop, 2 a checkpoint or setting that does not fit, 1 anything else."""
+    """Run the learner process; returns its exit code."""
     parser = argparse.ArgumentParser(prog="python -m learner_proc", description=__doc__)
     parser.add_argument("--run-dir", type=Path, required=True, help="run folder made by launch.py")
     parser.add_argument("--device", default="cpu", help="device of networks and replay")
     parser.add_argument("--resume", action="store_true", help="continue from the newest checkpoint of the run folder")
     arguments = parser.parse_args()
     process = start_process(arguments.run_dir, "learner")
-    settings, run, log, progress = process.settings, process.run, process.log, process.progress
+    socket_dir = Path(process.run.socket_dir)
+    # launch makes this folder and removes it. If the learner runs alone, the learner does both.
+    runs_alone = not socket_dir.exists()
+    socket_dir.mkdir(mode=0o700, exist_ok=True)
+    try:
+        return train(process, arguments.device, resume=arguments.resume)
+    finally:
+        if runs_alone:
+            remove_socket_dir(socket_dir)
 
-    import torch  # after the stop flag is installed, because it takes seconds in which a signal may arrive
 
-    from learner_proc.startup import keep_freed_memory
+def train(process: Process, device: str, *, resume: bool) -> ExitCode:
+    """Train until the end or until asked to stop; log an error that ends the training and return the exit code.
+
+    REFUSED means that a setting or the checkpoint cannot work.
+    """
+    import torch  # only now: it takes seconds, and a signal that arrives meanwhile must find its handler installed
+
     from learner_proc.waiting import WaitingLearner
 
-    if "OMP_NUM_THREADS" in os.environ:
-        torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
-    if arguments.device == "cpu":
-        keep_freed_memory()
-    else:
-        # what is not cast; float32 asked for by name stays float32
-        rounded = settings.optimization.autocast != "false"
-        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = rounded
-    made_socket_dir = not Path(run.socket_dir).exists()  # launch removes its own; run alone, this process makes one
-    Path(run.socket_dir).mkdir(mode=0o700, exist_ok=True)
+    prepare_torch(process.settings, device)
     try:
-        learner = WaitingLearner(process, device=torch.device(arguments.device), resume=arguments.resume).run()
+        learner = WaitingLearner(process, device=torch.device(device), resume=resume).run()
         if learner is not None:  # None: the process was asked to stop
             learner.run()
         return ExitCode.FINISHED
     except SettingError as error:
-        log.error("refused", error=str(error))
-        progress.refuse(str(error))
+        process.log.error("refused", error=str(error))
+        process.progress.refuse(str(error))
         return ExitCode.REFUSED
     except (TransportError, FloatingPointError) as error:
-        log.error("failed", error=str(error))
+        process.log.error("failed", error=str(error))
         return ExitCode.FAILED
-    finally:
-        if made_socket_dir:
-            remove_socket_dir(Path(run.socket_dir))
+
+
+def prepare_torch(settings: Settings, device: str) -> None:
+    """Set what holds for the whole process: threads, memory, and the precision of matrix products."""
+    import torch
+
+    from learner_proc.startup import keep_freed_memory
+
+    if "OMP_NUM_THREADS" in os.environ:
+        torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+    if device == "cpu":
+        keep_freed_memory()
+        return
+    # Matrix products that autocast leaves in float32 are rounded to TF32, unless the user has turned autocast off.
+    rounded = settings.optimization.autocast != "false"
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = rounded
 
 
 if __name__ == "__main__":

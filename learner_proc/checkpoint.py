@@ -5,9 +5,9 @@
                          manifest.json digest of the stream, number of rows, fields
     checkpoints/latest                 "00001200"
 
-manifest.json is written last, so a folder that has one is complete. A folder is written as `.partial-*` and then renamed.
-If there is a checkpoint of the same step, it is renamed to `.aside-*` first and deleted last, so that a complete newest
-checkpoint exists at every instant.
+manifest.json is written last, so a folder that has one is complete. A folder is written as `.partial-*` and then
+renamed. If there is a checkpoint of the same step, it is renamed to `.aside-*` first and deleted last, so that a
+complete newest checkpoint exists at every instant.
 """
 
 from __future__ import annotations
@@ -108,7 +108,8 @@ def load_replay(folder: Path, replay: Replay, *, spec_digest: str) -> int:
     if manifest["spec_digest"] != spec_digest:
         raise SettingError(
             f"{folder} was written for stream {manifest['spec_digest']}; expected stream {spec_digest}, with the "
-            "observations, actions and number of environments of this run; undo the overrides of env.* or start a new run"
+            "observations, actions and number of environments of this run; "
+            "undo the overrides of env.* or start a new run"
         )
     saved_rows = manifest["replay_rows"]
     num_rows = min(saved_rows, replay.layout.capacity)

@@ -26,9 +26,9 @@ class Window:
 class DeviceSums:
     """Sums the numbers of every gradient step on the device.
 
-    `request` starts an asynchronous copy of the sums to the host and begins the next window; `result` returns the window
-    once the copy has arrived. A value that is not finite is left out of the sum, so that one bad step does not spoil the
-    mean of its window.
+    `request` starts an asynchronous copy of the sums to the host and begins the next window; `result` returns the
+    window once the copy has arrived. A value that is not finite is left out of the sum, so that one bad step does not
+    spoil the mean of its window.
     """
 
     def __init__(self, device: torch.device, *, once_per_window: tuple[Metric, ...]) -> None:

@@ -40,7 +40,10 @@ class Greeting:
 
 @dataclass(frozen=True)
 class Testing:
-    """A collector was sent the slab. It writes a pattern into the chunk from ring row `test_row` and reports its sum."""
+    """A collector was sent the slab. Its self-test has not arrived yet.
+
+    For the self-test it writes a pattern into the chunk that starts at ring row `test_row`, and reports the checksum.
+    """
 
     channel: Channel
     shared: SharedReplay
@@ -50,8 +53,8 @@ class Testing:
 class Handshake:
     """Check hellos, hand the replay over, and check self-tests.
 
-    The first valid hello decides what the run streams: the replay is allocated for it. Every later collector must stream
-    the same.
+    The first valid hello decides what the run streams: the replay is allocated for it. Every later collector must
+    stream the same.
     """
 
     def __init__(
@@ -102,7 +105,8 @@ class Handshake:
         """Return what the collector streams. Raises: Refused if it does not fit this run."""
         if hello.protocol != PROTOCOL:
             raise Refused(
-                f"the collector speaks protocol {hello.protocol}; expected {PROTOCOL}; start both processes from one checkout"
+                f"the collector speaks protocol {hello.protocol}; expected {PROTOCOL}; "
+                "start both processes from one checkout"
             )
         if hello.run_id != self._run_id:
             raise Refused(
@@ -136,8 +140,8 @@ def check_self_test(testing: Testing, result: SelfTest) -> float:
     found = checksum(chunk[entry.key] for entry in replay.layout.fields)
     if found != result.checksum:
         raise Refused(
-            f"the transport's self-test failed: the pattern has checksum {found} in the replay; expected "
-            f"{result.checksum} as in the collector; GPU peer access may be broken: use one GPU for both processes, or set "
-            "replay_buffer.gpu_storage=false"
+            f"the transport's self-test failed: the pattern has checksum {found} in the replay; "
+            f"expected {result.checksum} as in the collector; GPU peer access may be broken: "
+            "use one GPU for both processes, or set replay_buffer.gpu_storage=false"
         )
     return result.num_bytes / max(result.write_s, 1e-9)

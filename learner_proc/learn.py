@@ -54,8 +54,8 @@ class StepQueue:
 class Learner:
     """Owns the replay, the networks and everything else that must survive the collector.
 
-    `WaitingLearner` makes it once a collector streams. `run` first waits until the collector has filled the replay, then
-    trains to `optimization.total_optim_steps` or until the process is asked to stop, and leaves a checkpoint.
+    `WaitingLearner` makes it once a collector streams. `run` first waits until the collector has filled the replay,
+    then trains to `optimization.total_optim_steps` or until the process is asked to stop, and leaves a checkpoint.
     """
 
     def __init__(

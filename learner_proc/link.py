@@ -1,4 +1,5 @@
-"""The learner's end of the collector's socket. It serves one collector at a time, from its connection to its disconnect.
+"""The learner's end of the collector's socket. It serves one collector at a time, from its connection to its
+disconnect.
 
 no collector --connects--> Greeting --Hello / Welcome + slab--> Testing --SelfTest / first Grant--> Streaming
    ^------------------- the collector disconnects or is refused: its grants return to the replay -------'

@@ -41,8 +41,8 @@ class MetricsWriter:
     ) -> None:
         """Open the file and delete the rows that are newer than `counters`, that is, than the checkpoint of a resume.
 
-        constants: numbers that are the same in every row. once_per_row: the metrics that `request_row` is given from the
-        device. streaming_since: when the collector began to stream, time.monotonic() seconds.
+        constants: numbers that are the same in every row. once_per_row: the metrics that `request_row` is given from
+        the device. streaming_since: when the collector began to stream, time.monotonic() seconds.
         """
         cut_after(path, counters.gradient_steps)
         self._file: IO[str] = path.open("a", buffering=1)

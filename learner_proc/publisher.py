@@ -1,4 +1,8 @@
-"""Sends the acting weights to the collector: packed between two gradient steps, sent once copied, newest version only."""
+"""Sends the acting weights to the collector.
+
+They are packed between two gradient steps and sent once they have been copied to the host. The collector receives only
+the newest version.
+"""
 
 from __future__ import annotations
 
@@ -16,8 +20,8 @@ REPUBLISH_S = 0.2  # time between two attempts to send a version that the collec
 class Publisher:
     """Numbers the versions of the acting weights and sends them without ever waiting.
 
-    On a GPU: pack into one flat buffer on the learner's stream, copy on a side stream into one of two pinned buffers, and
-    send once that copy's event has passed (`flush`). While both buffers are busy, a publication is skipped.
+    On a GPU: pack into one flat buffer on the learner's stream, copy on a side stream into one of two pinned buffers,
+    and send once that copy's event has passed (`flush`). While both buffers are busy, a publication is skipped.
 
     It also knows which version the collector has. ZeroMQ drops a message to a collector that has not subscribed yet, so
     a version is sent again until a commit shows that the collector acts with it.

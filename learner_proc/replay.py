@@ -1,13 +1,15 @@
 """The replay ring and its sampler.
 
-Rows are counted from the start of the run and never wrap; ring row = row % T_cap. With T_cap = 8 and chunks of K = 2:
+Rows are counted from the start of the run; their number never wraps. Row n is stored in ring row n % T_cap. Example
+with T_cap = 8 and chunks of K = 2 rows, of which two are granted:
 
-    row        0  1  2  3  4  5  6  7  8  9          ring rows 0 1 hold rows 8 9 once they are granted
+    row        0  1  2  3  4  5  6  7  8  9          rows 8 9 will overwrite rows 0 1, in ring rows 0 1
                      |<- sampled  ->|<- granted->|
                     first         committed    promised
 
-`grant()` moves `promised` on and pushes `first` out of the way before anybody writes; `commit()` moves `committed` on.
-`revoke()` gives the rows of a dead collector back: they were never in the sampler's reach.
+`grant()` increases `promised`, and also `first`, so that rows cannot be sampled any more before they are overwritten.
+`commit()` increases `committed`. `revoke()` takes back the grants of a collector that has disconnected; what it wrote
+could never be sampled.
 """
 
 from __future__ import annotations
@@ -22,19 +24,21 @@ from shared.stream import Layout, ring_views
 
 
 class Replay:
-    """T_cap rows of E environments in one slab, sampled as fixed windows of consecutive rows.
-
-    slab: uint8 (layout.num_bytes,), on the train device or in (pinned) host memory. Samples arrive on `device`.
-    """
+    """T_cap rows of E environments in one slab of memory, sampled as windows of consecutive rows."""
 
     def __init__(self, slab: Tensor, layout: Layout, *, ticks_per_chunk: int, seed: int, device: torch.device) -> None:
+        """Use the slab as an empty ring.
+
+        slab: uint8 (layout.num_bytes,), on the train device or in host memory. device: where samples are put. seed: of
+        the sampler's random generator.
+        """
         assert layout.capacity % ticks_per_chunk == 0, (layout.capacity, ticks_per_chunk)
         self.slab, self.layout, self.ticks_per_chunk, self.device = slab, layout, ticks_per_chunk, device
         self.views = ring_views(slab, layout)
         self.generator = torch.Generator(slab.device).manual_seed(seed)
         self.first = self.committed = self.promised = 0
         self._granted: deque[int] = deque()
-        self._bounds = torch.zeros(2, dtype=torch.int64, device=slab.device)  # first row, sampled rows
+        self._bounds = torch.zeros(2, dtype=torch.int64, device=slab.device)  # `first`, `num_rows`
         self._flat: dict[tuple[str, ...], Tensor] = {
             entry.key: self.views.get(entry.key).flatten(0, 1 if entry.per_env else 0) for entry in layout.fields
         }
@@ -43,17 +47,19 @@ class Replay:
 
     @property
     def num_rows(self) -> int:
-        """Committed rows in the sampler's reach (of each environment)."""
+        """Return the number of rows, for each environment, that can be sampled."""
         return self.committed - self.first
 
     @property
     def num_granted(self) -> int:
+        """Return the number of chunks that are granted and not yet committed."""
         return len(self._granted)
 
     def grant(self) -> int:
-        """Take the next K rows out of the sampler's reach and return their first ring row.
+        """Exclude the next K rows from sampling and return their first ring row.
 
-        On a GPU the caller sends the grant only once this point of the stream has been passed.
+        On a GPU, gradient steps that are queued already may still sample these rows. Send the grant to the collector
+        only once the GPU has passed this point of the stream.
         """
         row = self.promised
         self.promised += self.ticks_per_chunk
@@ -63,40 +69,46 @@ class Replay:
         return row % self.layout.capacity
 
     def commit(self, row: int) -> TensorDict:
-        """Put the oldest granted chunk into the sampler's reach; returns views of its K rows.
+        """Make the oldest granted chunk available for sampling and return views of its K rows.
 
-        Raises: ValueError if `row` is not the oldest grant's ring row.
+        Raises: ValueError if `row` is not the ring row of the oldest grant.
         """
         expected = self._granted[0] % self.layout.capacity if self._granted else None
         if row != expected:
-            raise ValueError(f"commit of ring row {row}, wanted the oldest grant, {expected}")
+            raise ValueError(f"ring row {row} was committed; expected {expected}, the oldest grant")
         self.committed = self._granted.popleft() + self.ticks_per_chunk
         self._publish_bounds()
         return self.chunk(row)
 
     def revoke(self) -> None:
-        """Forget every grant; their rows will be granted again."""
+        """Take all grants back. Their rows are granted again next."""
         self._granted.clear()
         self.promised = self.committed
 
     def chunk(self, row: int) -> TensorDict:
-        """Views of the K rows from ring row `row`."""
+        """Return views of the K rows that start at ring row `row`."""
         return self.views[row : row + self.ticks_per_chunk]
 
     def sample(self, num_sequences: int, length: int, *, generator: torch.Generator | None = None) -> TensorDict:
-        """Windows drawn uniformly over (environment, start), newest row included, never across the write head.
+        """Return windows that are drawn uniformly over environments and first rows.
 
-        Returns: TensorDict [B, L] of every field; `policy_version` (B, L). No host synchronisation. generator: another than
-        the one training draws by.
+        A window never contains a granted row; it may contain the newest committed one. generator: use it instead of the
+        generator that training uses. Does not synchronise.
+
+        Shapes: TensorDict [B, L] of every field; `policy_version` (B, L).
         """
         assert self.num_rows >= length, (self.num_rows, length)
         return self.draw(num_sequences, length, generator=generator)
 
     def draw(self, num_sequences: int, length: int, *, generator: torch.Generator | None = None) -> TensorDict:
-        """`sample` by the bounds on the device alone, as a graph captures it; with too few rows it draws nonsense."""
+        """Do what `sample` does, but read the bounds from the device, so that a CUDA graph can capture it.
+
+        If the ring holds fewer than `length` rows, the result has no meaning.
+        """
         device, generator = self.slab.device, generator or self.generator
         first, num_rows = self._bounds[0], self._bounds[1]
-        # float rand is biased beyond 2^24 rows and randint takes no tensor bound; 2^62 leaves a bias below 1e-9
+        # A float random number is biased for more than 2^24 rows, and randint accepts no tensor as its bound. The rest
+        # of a division of a number below 2^62 has a bias below 1e-9.
         start = torch.randint(0, 2**62, (num_sequences, 1), device=device, generator=generator)
         start = start % (num_rows - length + 1)
         env = torch.randint(0, self.layout.num_envs, (num_sequences, 1), device=device, generator=generator)
@@ -111,21 +123,23 @@ class Replay:
         return TensorDict({"obs": TensorDict(obs, [num_sequences, length]), **rest}, [num_sequences, length])
 
     def restore(self, num_rows: int) -> None:
-        """Declare that ring rows 0..num_rows were filled from a checkpoint; a whole number of chunks."""
+        """Declare that the first `num_rows` ring rows were filled from a checkpoint. They must be whole chunks."""
         assert num_rows % self.ticks_per_chunk == 0 and num_rows <= self.layout.capacity, num_rows
         self.first, self.committed, self.promised = 0, num_rows, num_rows
         self._granted.clear()
         self._publish_bounds()
 
     def _publish_bounds(self) -> None:
-        self._bounds[0].fill_(self.first)  # scalar arguments of kernels: ordered on the stream, no host copy
+        """Write the bounds to the device, in the order of the stream and without a copy from the host."""
+        self._bounds[0].fill_(self.first)  # the number is an argument of the kernel
         self._bounds[1].fill_(self.num_rows)
 
 
 class _HostStaging:
-    """Pinned copies of host samples on their way to the GPU.
+    """Copies host samples to the GPU through pinned memory.
 
-    The host runs at most two steps ahead, and each may have a row of metrics beside it, so five suffice.
+    A pinned buffer must not be overwritten before its copy has finished. The host is at most two steps ahead of the
+    GPU, and with each step it may sample once more for a row of metrics. So five buffers are enough.
     """
 
     def __init__(self) -> None:
@@ -133,6 +147,7 @@ class _HostStaging:
         self._turn = 0
 
     def move(self, batch: dict, device: torch.device) -> dict:
+        """Return the batch on the device. Does not wait for the copy."""
         self._turn = (self._turn + 1) % len(self._slots)
         slot = self._slots[self._turn]
         for key, value in batch.items():

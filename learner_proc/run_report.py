@@ -51,11 +51,11 @@ MAX_DIMENSIONS = 6  # of a vector that is drawn
 STRIP_STEPS = 10  # images in a row of a strip
 CURVES, ERRORS = "curves", "open_loop_error"  # names of pictures
 CAPTIONS = {
-    ERRORS: "Below 1, the model predicts better than a repetition of the last observation. Look at 5 steps first, then at "
-    "the imagination horizon (15). At 50 steps, a task near an unstable balance cannot be predicted, and for an object at "
-    "rest no prediction is better than the repetition.",
-    CURVES: "Clipped gradients are no fault, because Adam does not depend on their scale. A KL below the free nats does "
-    "not train the prior. A value far above the recorded return means that the actor exploits errors of the model.",
+    ERRORS: "Below 1, the model predicts better than a repetition of the last observation. Look at 5 steps first, "
+    "then at the imagination horizon (15). At 50 steps, a task near an unstable balance cannot be predicted, and for "
+    "an object at rest no prediction is better than the repetition.",
+    CURVES: "Clipped gradients are no fault, because Adam does not depend on their scale. A KL below the free nats "
+    "does not train the prior. A value far above the recorded return means that the actor exploits errors of the model.",
 }
 
 
@@ -88,8 +88,8 @@ def _trained_rows(path: Path) -> list[dict[str, Any]]:
     rows = [row for row in map(json.loads, lines) if LOSS_MODEL.of(row) is not None]
     if not rows:
         raise SettingError(
-            f"{path} has no row of a gradient step; expected the folder of a run that has trained; correct the path, or "
-            "let the run continue for optimization.log_every steps"
+            f"{path} has no row of a gradient step; expected the folder of a run that has trained; "
+            "correct the path, or let the run continue for optimization.log_every steps"
         )
     return rows
 
@@ -100,7 +100,8 @@ def _pyplot() -> Any:
         import matplotlib
     except ImportError as error:
         raise SettingError(
-            "matplotlib is not installed; expected it, because the report is drawn with it; run: pip install -e '.[report]'"
+            "matplotlib is not installed; expected it, because the report is drawn with it; "
+            "run: pip install -e '.[report]'"
         ) from error
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
@@ -212,7 +213,8 @@ def _page(run_dir: Path, row: dict, pictures: list[str]) -> str:
     )
     return (
         f"<!doctype html><meta charset=utf-8><title>{html.escape(run_dir.name)}</title>"
-        "<style>body{font:15px sans-serif;max-width:1050px;margin:2em auto}img{max-width:100%}td{padding:1px 12px}</style>"
+        "<style>body{font:15px sans-serif;max-width:1050px;margin:2em auto}"
+        "img{max-width:100%}td{padding:1px 12px}</style>"
         f"<h1>{html.escape(run_dir.name)}</h1>{images}<h2>last row</h2><table>{table}</table>\n"
     )
 

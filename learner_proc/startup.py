@@ -1,4 +1,4 @@
-"""What the learner makes once: the replay's memory, and networks that are compiled before the first real batch."""
+"""What the learner makes once: the memory of the replay, and networks that are compiled before training."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ from shared.geometry import Geometry
 from shared.handover import create_memfd_slab, pin_slab
 from shared.stream import StreamSpec, plan_layout
 
-_M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD = -1, -2, -3  # of malloc.h
+_M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD = -1, -2, -3  # numbers of options in malloc.h
 
 
 def allocate_replay(
     spec: StreamSpec, settings: Settings, geometry: Geometry, *, device: torch.device
 ) -> tuple[Replay, int | None]:
-    """The ring in the train device's memory, or in host memory with the descriptor to hand over.
+    """Return an empty replay, and the descriptor of its memory file if it is in host memory, else None.
 
-    Called before anything else is put on the GPU, so that the slab's CUDA segment holds nothing but the slab.
+    Call it before anything else is allocated on the GPU, so that the slab has a segment of GPU memory of its own.
     """
     layout = plan_layout(spec, geometry.capacity)
     fd = None
@@ -41,7 +41,7 @@ def allocate_replay(
 
 
 def build_gradient_step(spec: StreamSpec, settings: Settings, *, device: torch.device) -> GradientStep:
-    """Networks and optimisers from the run's seed."""
+    """Return networks and optimisers, initialised from the seed of the run."""
     torch.manual_seed(settings.env.seed)
     return GradientStep(spec, settings, device=device)
 
@@ -49,7 +49,10 @@ def build_gradient_step(spec: StreamSpec, settings: Settings, *, device: torch.d
 def build_step(
     step: GradientStep, replay: Replay, settings: Settings, geometry: Geometry, *, device: torch.device
 ) -> Update:
-    """What the loop calls: compiled and captured as the settings say, by steps that leave no trace."""
+    """Return the function that the loop calls for one gradient step: compiled and captured as the settings choose.
+
+    Compiling and capturing run a few steps. Afterwards, parameters and random states are restored.
+    """
     options = settings.optimization.compile
     shape = {"num_sequences": geometry.num_sequences, "length": geometry.sequence_length}
     captured = device.type == "cuda" and options.cudagraphs
@@ -68,7 +71,7 @@ def build_step(
 
 
 def open_run(run_dir: Path) -> tuple[Settings, GradientStep, Replay]:
-    """Networks and replay of a run's newest checkpoint on the CPU, to look at; nothing of the run is changed.
+    """Return settings, networks and replay of a run's newest checkpoint, on the CPU. The run is not changed.
 
     Raises: SettingError if the run has no checkpoint with a replay.
     """
@@ -85,19 +88,20 @@ def open_run(run_dir: Path) -> tuple[Settings, GradientStep, Replay]:
 
 
 def keep_freed_memory() -> None:
-    """Let glibc keep what is freed: a gradient step on the CPU frees and asks for the same large blocks every time.
+    """Let glibc keep freed memory in the process instead of returning it to the kernel.
 
-    Handed back, each of them is mapped and zeroed page by page again; at 500 frames that was 14 % of the step.
+    A gradient step on the CPU frees and allocates the same large blocks each time. The kernel has to map and zero every
+    page of a new block, which took 14 % of a step of 500 frames.
     """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # glibc's alone
-    # older ones refuse more than 32 MB; the others only help once the first is taken
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # other C libraries do not have it
+    # Older versions of glibc accept at most 32 MB. The other two options have no effect without this one.
     if mallopt is not None and (mallopt(_M_MMAP_THRESHOLD, 1 << 30) or mallopt(_M_MMAP_THRESHOLD, 32 << 20)):
         mallopt(_M_TRIM_THRESHOLD, -1)
         mallopt(_M_TOP_PAD, 256 << 20)
 
 
 def blank_batch(spec: StreamSpec, geometry: Geometry, *, device: torch.device) -> TensorDict:
-    """A batch of the shapes to come; its values do not matter."""
+    """Return a batch of zeros that has the shapes of real batches."""
     lead = (geometry.num_sequences, geometry.sequence_length)
     batch = TensorDict({"obs": TensorDict({}, lead)}, lead, device=device)
     for entry in spec.fields():

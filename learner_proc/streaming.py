@@ -31,8 +31,8 @@ class Chunk:
 class Streaming:
     """Grants rows of the replay to one collector and takes its commits. Never blocks.
 
-    A grant passes through two queues: it waits as unsent until the GPU no longer reads its rows and the socket has room,
-    then as open until the collector commits it. A collector commits its grants in their order.
+    A grant passes through two queues: it waits as unsent until the GPU no longer reads its rows and the socket has
+    room, then as open until the collector commits it. A collector commits its grants in their order.
     """
 
     def __init__(
@@ -90,7 +90,7 @@ class Streaming:
             if found != commit.checksum:
                 raise TransportError(
                     f"chunk {commit.seq} at ring row {commit.row} has checksum {found} in the replay; expected "
-                    f"{commit.checksum} as in its commit; the link between the GPUs corrupts data: run both processes on "
-                    "one GPU"
+                    f"{commit.checksum} as in its commit; the link between the GPUs corrupts data: "
+                    "run both processes on one GPU"
                 )
         return chunk

@@ -33,8 +33,8 @@ from shared.stream import StreamSpec
 class WaitingLearner:
     """Opens the sockets, waits for a collector, and builds the learner that trains.
 
-    The replay is allocated at the first hello and, in a resumed run, filled from the checkpoint. The collector fills the
-    rest while the networks are compiled.
+    The replay is allocated at the first hello and, in a resumed run, filled from the checkpoint. The collector fills
+    the rest while the networks are compiled.
     """
 
     def __init__(self, process: Process, *, device: torch.device, resume: bool) -> None:
@@ -70,7 +70,8 @@ class WaitingLearner:
     def run(self) -> Learner | None:
         """Return the learner that trains, or None if the process was asked to stop before a collector streamed.
 
-        Raises: TransportError if no collector streams in time; SettingError if the checkpoint does not fit the settings.
+        Raises: TransportError if no collector streams in time; SettingError if the checkpoint does not fit the
+        settings.
         """
         self._process.progress.phase("hello")
         shared = self._wait_for_collector()
@@ -79,8 +80,8 @@ class WaitingLearner:
     def _wait_for_collector(self) -> SharedReplay | None:
         """Serve until a collector streams. Return the replay, or None if the process was asked to stop.
 
-        The deadline starts again with every collector that sends a valid hello. It is twice `deadlines.start_s`, because
-        the simulator may take `start_s` to start, and hello and self-test may take as long again.
+        The deadline starts again with every collector that sends a valid hello. It is twice `deadlines.start_s`,
+        because the simulator may take `start_s` to start, and hello and self-test may take as long again.
         """
         deadline_s, num_welcomed, end = 2 * self._process.settings.deadlines.start_s, -1, 0.0
         while not self._process.stop.requested:
@@ -190,5 +191,8 @@ def allocate_and_restore(
 
 
 def remaining_random_frames(prefill_frames: int, *, counters: Counters, pacing: Pacing) -> int:
-    """Return how many more agent steps a new collector acts at random: the rest of the prefill, 0 after training began."""
+    """Return how many more agent steps a new collector acts at random.
+
+    It is the rest of the prefill, and 0 once training has begun.
+    """
     return 0 if counters.gradient_steps > 0 else max(0, prefill_frames - pacing.collected)

@@ -1,4 +1,4 @@
-"""Pacing: no state of the ledger in which neither side can move, and the ratio is kept."""
+"""Pacing: there is always a side that may continue, and the replay ratio is kept."""
 
 import itertools
 from collections import deque
@@ -9,7 +9,7 @@ from learner_proc.pacing import MAX_GRANTED, Pacing
 
 
 def dead_states(pacing: Pacing, limit: int) -> list[tuple[int, int, int]]:
-    """Every reachable (collected, granted, replayed) below `limit` rows from which nothing can happen."""
+    """Return every reachable state (collected, granted, replayed) in which nothing can happen, up to `limit` rows."""
     seen, queue, dead = set(), deque([(0, 0, 0)]), []
     while queue:
         state = queue.popleft()
@@ -34,13 +34,13 @@ SETTINGS = list(itertools.product((1, 3, 10), (1, 7, 25, 100), (0.25, 1.0, 2.5, 
 
 
 @pytest.mark.parametrize("chunk, step, ratio, prefill", SETTINGS)
-def test_there_is_no_state_in_which_neither_side_can_move(chunk, step, ratio, prefill):
+def test_in_every_state_one_side_may_continue(chunk, step, ratio, prefill):
     pacing = Pacing(chunk, step, ratio, prefill)
     assert dead_states(pacing, limit=prefill + 8 * max(chunk, step)) == []
 
 
-def test_the_search_finds_the_deadlock_of_the_rule_that_looks_alike():
-    class Natural(Pacing):
+def test_the_search_finds_the_deadlock_of_a_simpler_rule():
+    class Simpler(Pacing):
         def may_step(self, granted: int = 0) -> bool:
             assert self.ratio is not None
             return self.prefilled and self.replayed + self.step_frames <= self.ratio * self.collected
@@ -49,10 +49,10 @@ def test_the_search_finds_the_deadlock_of_the_rule_that_looks_alike():
             assert self.ratio is not None
             return granted < 2 and self.ratio * (self.collected + granted * self.chunk_frames) <= self.replayed
 
-    assert dead_states(Natural(10, 7, 1.0, 0), limit=100) != []
+    assert dead_states(Simpler(10, 7, 1.0, 0), limit=100) != []
 
 
-def test_no_step_runs_and_grants_are_free_before_the_prefill():
+def test_before_the_prefill_no_step_runs_and_grants_are_not_limited():
     pacing = Pacing(10, 5, 4.0, prefill=50, collected=40)
     assert not pacing.may_step()
     assert pacing.may_grant(0) and not Pacing(10, 5, 4.0, prefill=50, collected=20).may_grant(3 + MAX_GRANTED)
@@ -61,7 +61,7 @@ def test_no_step_runs_and_grants_are_free_before_the_prefill():
 
 
 @pytest.mark.parametrize("ratio", [0.5, 8.0])
-def test_the_ratio_is_kept_however_fast_either_side_is(ratio):
+def test_the_ratio_is_kept_whichever_side_is_faster(ratio):
     for collector_speed in (1, 50):
         pacing, granted = Pacing(20, 32, ratio, prefill=40), 0
         for _ in range(3000):
@@ -75,16 +75,16 @@ def test_the_ratio_is_kept_however_fast_either_side_is(ratio):
         assert abs(pacing.replayed - ratio * pacing.collected) <= slack
 
 
-def test_free_running_grants_at_most_two_chunks_and_always_steps():
+def test_without_a_ratio_steps_always_run_and_at_most_two_chunks_are_granted():
     pacing = Pacing(10, 5, None, prefill=10, collected=10)
     assert pacing.may_step()
     assert [pacing.may_grant(granted) for granted in (0, 1, 2)] == [True, True, False]
 
 
-def test_in_lockstep_a_chunk_and_the_steps_it_allows_take_turns():
+def test_in_lockstep_a_chunk_and_the_steps_that_it_allows_alternate():
     pacing, granted, order = Pacing(10, 20, 4.0, prefill=20, lockstep=True), 0, []
     for _ in range(24):
-        assert not (pacing.may_grant(granted) and pacing.may_step(granted)), "never both"
+        assert not (pacing.may_grant(granted) and pacing.may_step(granted)), "the two sides never run at the same time"
         if pacing.may_grant(granted):
             granted, order = 1, [*order, "grant"]
         elif granted:

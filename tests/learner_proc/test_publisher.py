@@ -1,0 +1,67 @@
+"""The publisher knows which version the collector has, and sends a version again until it arrives."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from torch import nn
+
+from learner_proc import publisher
+from learner_proc.publisher import Publisher
+
+
+class CountingPublisher(Publisher):
+    """Counts how often the last version was sent again."""
+
+    num_republished = 0
+
+    def republish(self) -> None:
+        self.num_republished += 1
+        super().republish()
+
+
+@pytest.fixture
+def made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[CountingPublisher]:
+    """A publisher that has published version 1 for the first collector, and does not wait before it sends again."""
+    monkeypatch.setattr(publisher, "REPUBLISH_S", 0.0)
+    made = CountingPublisher(nn.Linear(2, 2), socket_dir=tmp_path, run_id="run")
+    made.publish(step=0)
+    made.collector_streams(1)
+    made.num_republished = 0
+    yield made
+    made.close()
+
+
+def test_a_version_is_sent_again_until_the_collector_has_it(made):
+    made.republish_if_missed()
+    made.republish_if_missed()
+    assert made.num_republished == 2
+    made.collector_has(1)
+    made.republish_if_missed()
+    assert made.num_republished == 2
+
+
+def test_a_version_is_not_sent_again_before_the_time_between_two_attempts_has_passed(made, monkeypatch):
+    monkeypatch.setattr(publisher, "REPUBLISH_S", 1000.0)
+    made.republish_if_missed()
+    assert made.num_republished == 0
+
+
+def test_a_new_collector_is_sent_the_weights_that_the_one_before_it_had(made):
+    made.collector_has(1)
+    made.collector_streams(1)
+    assert made.num_republished == 0, "it is the same collector"
+    made.collector_streams(2)
+    assert made.num_republished == 1
+    made.republish_if_missed()
+    assert made.num_republished == 2, "the new collector has not committed with version 1 yet"
+
+
+def test_a_resumed_run_continues_the_numbers_of_its_versions(tmp_path):
+    resumed = Publisher(nn.Linear(2, 2), socket_dir=tmp_path, run_id="run", version=7)
+    assert resumed.published_step == -1
+    resumed.publish(step=30)
+    assert (resumed.version, resumed.published_step) == (8, 30)
+    resumed.close()
