@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from shared.errors import SettingError
 from shared.lifetime import LAUNCH_PID, SIM_GPU_INDEX
@@ -15,7 +16,10 @@ SLOW_FLOAT16 = (
     "optimization.autocast=float16 on the CPU is many times slower than float32, because most CPUs have no float16 "
     "products: set optimization.autocast=false"
 )
-_QUERY = ["nvidia-smi", "--query-gpu=index,uuid,name", "--format=csv,noheader"]
+DEVICE_FILES = ("/dev/nvidia0", "/dev/nvidiactl", "/dev/dxg")  # one exists if the kernel has an NVIDIA GPU (dxg: WSL)
+MPS_FOLDER = "/tmp/nvidia-mps"  # the default of CUDA_MPS_PIPE_DIRECTORY
+# The name comes last, because it may contain commas.
+_QUERY = ["nvidia-smi", "--query-gpu=index,uuid,compute_mode,name", "--format=csv,noheader"]
 _ALLOCATOR_KEYS = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
 
 
@@ -26,6 +30,11 @@ class Gpu:
     index: int  # in PCI order; -1 for a slice of a GPU (MIG)
     uuid: str
     name: str
+    compute_mode: str = "Default"  # "Exclusive_Process": one process only; "Prohibited": none
+
+    @property
+    def is_slice(self) -> bool:
+        return self.uuid.startswith("MIG-")
 
 
 @dataclass(frozen=True)
@@ -47,18 +56,52 @@ class Devices:
         return {role: f"{gpu.name} ({gpu.uuid})" if gpu else "cpu" for role, gpu in roles}
 
 
-def find_devices(*, sim: int | None, train: int | None, autocast: str, environ: Mapping[str, str]) -> Devices:
+def find_devices(
+    *,
+    sim: int | None,
+    train: int | None,
+    autocast: str,
+    gpu_storage: bool,
+    environ: Mapping[str, str],
+    device_files: Sequence[str] = DEVICE_FILES,
+) -> Devices:
     """Return the devices for the options --sim-gpu and --train-gpu on this machine, with notes for the user.
 
-    Raises: SettingError if an option or CUDA_VISIBLE_DEVICES names a GPU that does not exist.
+    gpu_storage: whether the replay is to be in the memory of the train GPU. device_files: one of these exists if the
+    kernel has a GPU, even if nvidia-smi cannot list it.
+    Raises: SettingError if an option or CUDA_VISIBLE_DEVICES names a GPU that does not exist or that cannot be used
+    by both processes, or if an option names a GPU and nvidia-smi cannot list the GPUs of this machine.
     """
     gpus, notes = list_gpus()
-    chosen = choose_devices(visible_gpus(gpus, environ.get("CUDA_VISIBLE_DEVICES")), sim=sim, train=train)
-    return Devices(chosen.sim, chosen.train, notes + chosen.notes + precision_notes(chosen, autocast))
+    mask = environ.get("CUDA_VISIBLE_DEVICES")
+    visible = visible_gpus(gpus, mask)
+    if not visible and (sim, train) != (None, None):
+        _refuse_cpu(gpus, mask, notes, device_files)
+    chosen = choose_devices(visible, sim=sim, train=train)
+    check_shared_use(chosen, gpu_storage=gpu_storage)
+    hints = (*precision_notes(chosen, autocast), *order_notes(chosen, gpus, environ), *mps_notes(chosen, environ))
+    return Devices(chosen.sim, chosen.train, notes + chosen.notes + hints)
+
+
+def _refuse_cpu(gpus: list[Gpu], mask: str | None, notes: tuple[str, ...], device_files: Sequence[str]) -> None:
+    """Raise SettingError if the user named a GPU, this machine has one, and the run would still use the CPU."""
+    if gpus:
+        raise SettingError(
+            f"--sim-gpu or --train-gpu names a GPU, but CUDA_VISIBLE_DEVICES={mask!r} hides every GPU; expected at "
+            "least one visible GPU; unset CUDA_VISIBLE_DEVICES, or leave out both options to train on the CPU"
+        )
+    found = [path for path in device_files if Path(path).exists()]
+    if found:
+        reason = notes[0] if notes else "there is no nvidia-smi"
+        raise SettingError(
+            f"--sim-gpu or --train-gpu names a GPU and {found[0]} exists, but the GPUs cannot be listed: {reason}; "
+            "expected nvidia-smi to list them; install the driver's tools (in a container: the driver capabilities "
+            "'compute,utility'), or leave out both options to train on the CPU"
+        )
 
 
 def list_gpus() -> tuple[list[Gpu], tuple[str, ...]]:
-    """Return every GPU of the machine in PCI order, and a note if nvidia-smi exists but fails."""
+    """Return every GPU of the machine in PCI order, and notes about what nvidia-smi could not tell."""
     try:
         answer = subprocess.run(_QUERY, capture_output=True, text=True, timeout=60)
     except FileNotFoundError:
@@ -68,8 +111,20 @@ def list_gpus() -> tuple[list[Gpu], tuple[str, ...]]:
     if answer.returncode != 0:
         text = " ".join((answer.stdout + answer.stderr).split())
         return [], (f"nvidia-smi found no usable GPU (exit code {answer.returncode}): {text:.200}",)
-    rows = [[part.strip() for part in line.split(",", 2)] for line in answer.stdout.splitlines() if line.strip()]
-    return [Gpu(int(index), uuid, name) for index, uuid, name in rows], ()
+    found = [(line.strip(), _parse_gpu(line)) for line in answer.stdout.splitlines() if line.strip()]
+    unclear = tuple(
+        f"nvidia-smi does not describe one GPU; it is left out: {line:.200}" for line, gpu in found if not gpu
+    )
+    return [gpu for _, gpu in found if gpu], unclear
+
+
+def _parse_gpu(line: str) -> Gpu | None:
+    """Return the GPU that a line of nvidia-smi describes, or None: a broken GPU gives a line of another form."""
+    parts = [part.strip() for part in line.split(",", 3)]
+    if len(parts) < 4 or not parts[0].isdecimal() or not parts[1].startswith("GPU-"):
+        return None
+    index, uuid, compute_mode, name = parts
+    return Gpu(int(index), uuid, name, compute_mode)
 
 
 def visible_gpus(gpus: list[Gpu], mask: str | None) -> list[Gpu]:
@@ -116,6 +171,58 @@ def choose_devices(gpus: list[Gpu], *, sim: int | None, train: int | None) -> De
     if train is None:
         train = next((index for index in (1, 0) if index != sim and index < len(gpus)), sim)
     return Devices(gpus[sim], gpus[train])
+
+
+def check_shared_use(devices: Devices, *, gpu_storage: bool) -> None:
+    """Check that the chosen GPUs can be used by the processes that need them.
+
+    The collector also opens the train GPU if the replay is there, or if both processes use the same GPU.
+    Raises: SettingError if a GPU accepts too few processes, or if two slices of a GPU (MIG) should share memory.
+    """
+    if devices.sim is None or devices.train is None:
+        return
+    shared = gpu_storage or devices.sim == devices.train
+    for gpu in dict.fromkeys((devices.sim, devices.train)):
+        exclusive = gpu.compute_mode.startswith("Exclusive") and gpu == devices.train and shared
+        if exclusive or gpu.compute_mode == "Prohibited":
+            reason = "both processes use this GPU" if exclusive else "no process can use it in this mode"
+            other = ", or set replay_buffer.gpu_storage=false" if exclusive and devices.sim != devices.train else ""
+            raise SettingError(
+                f"GPU {gpu.index} ({gpu.name}) has the compute mode {gpu.compute_mode}; expected Default, because "
+                f"{reason}; run: sudo nvidia-smi -i {gpu.index} -c DEFAULT{other}"
+            )
+    if devices.sim != devices.train and devices.sim.is_slice and devices.train.is_slice:
+        raise SettingError(
+            f"the simulator's and the learner's GPU are two slices (MIG): {devices.sim.uuid} and {devices.train.uuid}; "
+            "expected one slice, because CUDA shows a process only one; let both options name the same slice, or give "
+            "whole GPUs in CUDA_VISIBLE_DEVICES"
+        )
+
+
+def order_notes(devices: Devices, gpus: list[Gpu], environ: Mapping[str, str]) -> tuple[str, ...]:
+    """Return a note if a number in CUDA_VISIBLE_DEVICES may mean another GPU for other programs.
+
+    This project counts GPUs in PCI order, as nvidia-smi does. CUDA's own default is the fastest GPU first.
+    """
+    numbered = any(entry.strip().isdecimal() for entry in environ.get("CUDA_VISIBLE_DEVICES", "").split(","))
+    mixed = len({gpu.name for gpu in gpus}) > 1
+    if devices.train is None or not (numbered and mixed) or environ.get("CUDA_DEVICE_ORDER") == "PCI_BUS_ID":
+        return ()
+    return (
+        "CUDA_VISIBLE_DEVICES is read in the order of nvidia-smi; CUDA itself counts the fastest GPU first unless "
+        "CUDA_DEVICE_ORDER=PCI_BUS_ID is set, so check below that these are the GPUs you meant",
+    )
+
+
+def mps_notes(devices: Devices, environ: Mapping[str, str]) -> tuple[str, ...]:
+    """Return a note if NVIDIA's Multi-Process Service runs: a killed collector can then end the learner too."""
+    folder = Path(environ.get("CUDA_MPS_PIPE_DIRECTORY", MPS_FOLDER))
+    if devices.train is None or not (folder / "control").exists():
+        return ()
+    return (
+        f"NVIDIA's Multi-Process Service runs ({folder}): when a collector is killed, it may end the learner as well; "
+        "for long runs stop it with: echo quit | nvidia-cuda-mps-control",
+    )
 
 
 def precision_notes(devices: Devices, autocast: str) -> tuple[str, ...]:

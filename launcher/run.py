@@ -20,7 +20,7 @@ from launcher.forwarding import RowRelay, last_row, open_forwarder, summarize
 from launcher.options import command_name
 from launcher.provenance import describe_run
 from launcher.run_folder import ResumeUndo, create_run_folder, default_run_dir, open_run_folder
-from launcher.settings import read_settings
+from launcher.settings import check_gpu_compiler, read_settings
 from launcher.watch import run_processes
 from shared.compose import save_settings
 from shared.errors import SettingError
@@ -49,8 +49,13 @@ def run(options: Options, argv: list[str], commands: Mapping[str, Sequence[str]]
             lock = stack.enter_context(open_run_folder(options.resume))
         settings = read_settings(options, Display(Console()).print_line)
         devices = find_devices(
-            sim=options.sim_gpu, train=options.train_gpu, autocast=settings.optimization.autocast, environ=os.environ
+            sim=options.sim_gpu,
+            train=options.train_gpu,
+            autocast=settings.optimization.autocast,
+            gpu_storage=settings.replay_buffer.gpu_storage,
+            environ=os.environ,
         )
+        check_gpu_compiler(settings, devices)
         if lock is None:
             lock = stack.enter_context(create_run_folder(options.run_dir or default_run_dir(settings)))
         starter = Starter(lock.folder, devices, os.environ, resume=options.resume is not None, commands=commands)

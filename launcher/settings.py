@@ -5,10 +5,13 @@ from __future__ import annotations
 import os
 import shutil
 import sys
+import sysconfig
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 from collector_proc.simulators.registry import check_env
+from launcher.devices import Devices
 from launcher.forwarding import check_logger
 from launcher.options import DEFAULT_CONFIG, Options
 from launcher.run_folder import check_unfinished
@@ -47,6 +50,26 @@ def check_compiler(settings: Settings) -> None:
         raise SettingError(
             f"optimization.compile.enabled=true, but the PATH has no C++ compiler ({' or '.join(compilers)}); expected "
             "one, because torch.compile needs it; run: apt install g++, or set optimization.compile.enabled=false"
+        )
+
+
+def check_gpu_compiler(settings: Settings, devices: Devices) -> None:
+    """Raise SettingError if Triton, which compiles for the GPU, lacks a C compiler or the headers of Python."""
+    options = settings.optimization.compile
+    if devices.train is None or not options.enabled or options.backend != "inductor":
+        return
+    compilers = [os.environ["CC"]] if os.environ.get("CC") else ["gcc", "clang", "cc"]
+    header = Path(sysconfig.get_paths()["include"]) / "Python.h"
+    missing = []
+    if not any(map(shutil.which, compilers)):
+        missing.append(f"a C compiler ({' or '.join(compilers)})")
+    if not header.exists():
+        missing.append(f"the headers of Python ({header})")
+    if missing:
+        raise SettingError(
+            f"optimization.compile.enabled=true on a GPU, but this machine lacks {' and '.join(missing)}; expected "
+            "both, because torch.compile needs them; run: apt install gcc python3-dev, or set "
+            "optimization.compile.enabled=false"
         )
 
 

@@ -14,9 +14,13 @@ from launcher.devices import (
     Devices,
     Gpu,
     allocator_conf,
+    check_shared_use,
     child_environment,
     choose_devices,
+    find_devices,
     list_gpus,
+    mps_notes,
+    order_notes,
     precision_notes,
     visible_gpus,
 )
@@ -35,8 +39,8 @@ def _fake_nvidia_smi(folder: Path, script: str, monkeypatch: pytest.MonkeyPatch)
 def test_gpus_are_read_from_nvidia_smi_even_if_their_names_contain_commas(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    rows = "".join(f"{gpu.index}, {gpu.uuid}, {gpu.name}\\n" for gpu in GPUS)
-    expected = "--query-gpu=index,uuid,name --format=csv,noheader"
+    rows = "".join(f"{gpu.index}, {gpu.uuid}, Default, {gpu.name}\\n" for gpu in GPUS)
+    expected = "--query-gpu=index,uuid,compute_mode,name --format=csv,noheader"
     _fake_nvidia_smi(tmp_path, f'[ "$*" = "{expected}" ] && printf "{rows}"', monkeypatch)
     assert list_gpus() == (GPUS, ())
 
@@ -162,3 +166,85 @@ def test_on_the_cpu_the_learner_gets_all_threads_but_the_collectors_one(monkeypa
     assert child_environment("learner", cpu, {"OMP_NUM_THREADS": "3"})["OMP_NUM_THREADS"] == "3"
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0})
     assert child_environment("learner", cpu, {})["OMP_NUM_THREADS"] == "1"
+
+
+def _find(**changes: object) -> Devices:
+    arguments = {"sim": 0, "train": 0, "autocast": "bfloat16", "gpu_storage": True, "environ": {}, "device_files": ()}
+    return find_devices(**{**arguments, **changes})  # type: ignore[arg-type]
+
+
+def test_a_named_gpu_that_cannot_be_listed_is_an_error_if_the_machine_has_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    device = tmp_path / "nvidia0"
+    assert _find(device_files=(str(device),)).kind == "cpu", "there is no GPU, so the CPU is used"
+    device.touch()
+    with pytest.raises(SettingError, match=r"nvidia0 exists, but .*there is no nvidia-smi; expected .*leave out both"):
+        _find(device_files=(str(device),))
+    assert _find(sim=None, train=None, device_files=(str(device),)).kind == "cpu"
+
+
+def test_a_named_gpu_that_the_mask_hides_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _fake_nvidia_smi(tmp_path, "echo 0, GPU-a, Default, H100", monkeypatch)
+    with pytest.raises(SettingError, match=r"CUDA_VISIBLE_DEVICES='' hides every GPU; expected .*; unset"):
+        _find(environ={"CUDA_VISIBLE_DEVICES": ""})
+
+
+def test_a_broken_gpu_is_left_out_with_a_note(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    lines = ("0, GPU-a, Default, H100", "Unable to determine the device handle for gpu 0000:3B:00.0: Unknown Error")
+    _fake_nvidia_smi(tmp_path, "; ".join(f"echo '{line}'" for line in (*lines, "2, [Unknown Error], , ")), monkeypatch)
+    gpus, notes = list_gpus()
+    assert gpus == [Gpu(0, "GPU-a", "H100")]
+    assert len(notes) == 2 and "0000:3B:00.0" in notes[0]
+
+
+EXCLUSIVE = [
+    Gpu(0, "GPU-a", "H100"),
+    Gpu(1, "GPU-b", "H100", "Exclusive_Process"),
+    Gpu(2, "GPU-c", "H100", "Prohibited"),
+]
+
+
+@pytest.mark.parametrize(
+    ("sim", "train", "gpu_storage", "message"),
+    [
+        (0, 1, True, r"GPU 1 .*Exclusive_Process; expected Default.*both processes.*-i 1 -c DEFAULT, or .*=false"),
+        (1, 1, False, r"GPU 1 .*Exclusive_Process; expected Default.*-i 1 -c DEFAULT$"),
+        (2, 0, False, r"GPU 2 .*Prohibited; expected Default.*no process"),
+        (0, 1, False, None),
+        (1, 0, True, None),
+    ],
+)
+def test_a_gpu_that_accepts_too_few_processes_is_refused(
+    sim: int, train: int, gpu_storage: bool, message: str | None
+) -> None:
+    devices = choose_devices(EXCLUSIVE, sim=sim, train=train)
+    if message is None:
+        check_shared_use(devices, gpu_storage=gpu_storage)
+        return
+    with pytest.raises(SettingError, match=message):
+        check_shared_use(devices, gpu_storage=gpu_storage)
+
+
+def test_two_slices_of_a_gpu_are_refused_and_one_slice_is_accepted() -> None:
+    slices = visible_gpus(GPUS, "MIG-a,MIG-b")
+    check_shared_use(choose_devices(slices, sim=1, train=1), gpu_storage=True)
+    with pytest.raises(SettingError, match=r"two slices \(MIG\): MIG-a and MIG-b; expected one slice.*same slice"):
+        check_shared_use(choose_devices(slices, sim=0, train=1), gpu_storage=False)
+
+
+def test_a_number_in_the_mask_gives_a_note_on_a_machine_with_different_gpus() -> None:
+    chosen, mixed = Devices(GPUS[0], GPUS[0]), {"CUDA_VISIBLE_DEVICES": "0"}
+    assert "CUDA_DEVICE_ORDER=PCI_BUS_ID" in order_notes(chosen, GPUS, mixed)[0]
+    assert order_notes(chosen, GPUS[:2], mixed) == ()
+    assert order_notes(chosen, GPUS, {"CUDA_VISIBLE_DEVICES": "GPU-aa0"}) == ()
+    assert order_notes(chosen, GPUS, mixed | {"CUDA_DEVICE_ORDER": "PCI_BUS_ID"}) == ()
+
+
+def test_a_running_multi_process_service_gives_a_note(tmp_path: Path) -> None:
+    chosen, environ = Devices(GPUS[0], GPUS[0]), {"CUDA_MPS_PIPE_DIRECTORY": str(tmp_path)}
+    assert mps_notes(chosen, environ) == ()
+    (tmp_path / "control").touch()
+    assert "may end the learner" in mps_notes(chosen, environ)[0]
+    assert mps_notes(Devices(None, None), environ) == ()
