@@ -10,8 +10,7 @@ from pathlib import Path
 
 import pytest
 
-import launch
-from launch import OWN_MODULES, ROOT, find_name_conflict
+from launcher.main import OWN_MODULES, ROOT, find_name_conflict, main
 
 
 @pytest.fixture(scope="module")
@@ -22,11 +21,8 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     packages.mkdir()
     script.parent.mkdir()
     for name in (*OWN_MODULES, "configs"):
-        if name == "launch":
-            shutil.copy(ROOT / "launch.py", packages)
-        else:
-            shutil.copytree(ROOT / name, packages / name, ignore=shutil.ignore_patterns("__pycache__"))
-    script.write_text("import sys\nfrom launch import main\nsys.exit(main())\n")
+        shutil.copytree(ROOT / name, packages / name, ignore=shutil.ignore_patterns("__pycache__"))
+    script.write_text("import sys\nfrom launcher.main import main\nsys.exit(main())\n")
     return packages, script
 
 
@@ -42,13 +38,14 @@ def _write_module(folder: Path, name: str) -> Path:
     return path
 
 
-# With the installed command, one case has no test: a `launch` on PYTHONPATH is imported in place of our entry point.
+# With the installed command, one case has no test: Python imports a `launcher` on PYTHONPATH in place of our entry
+# point, and reports with an ImportError that the user's file has no `main`.
 CASES = [
     (command, place, name)
     for command in ("launch.py", "tandem")
     for place in ("current folder", "PYTHONPATH")
     for name in OWN_MODULES
-    if (command, place, name) != ("tandem", "PYTHONPATH", "launch")
+    if (command, place, name) != ("tandem", "PYTHONPATH", "launcher")
 ]
 
 
@@ -68,6 +65,16 @@ def test_a_module_with_one_of_our_names_is_refused_before_anything_starts(
     assert done.stderr.startswith(f"error: {theirs} has the name of a module of Tandem, {ours / name}")
     assert f"; rename {theirs}, or start from another folder" in done.stderr and done.stderr.count("\n") == 1
     assert done.stdout == "" and not (cwd / "runs").exists()
+
+
+@pytest.mark.parametrize("command", ["launch.py", "tandem"])
+def test_a_module_named_launch_is_no_conflict(command: str, tmp_path: Path, installed: tuple[Path, Path]) -> None:
+    """ROS 2 puts its package `launch` on PYTHONPATH. No process imports our launch.py, so the two do not collide."""
+    packages, script = installed
+    theirs = _write_module(tmp_path / "ros", "launch").parent
+    start, python_path = (script, [theirs, packages]) if command == "tandem" else (ROOT / "launch.py", [theirs])
+    done = _start([str(start), "--version"], cwd=tmp_path, python_path=python_path)
+    assert (done.returncode, done.stderr) == (0, "") and done.stdout.startswith("tandem-dreamer")
 
 
 def test_a_package_of_the_user_counts_and_a_plain_folder_does_not(tmp_path: Path) -> None:
@@ -98,4 +105,4 @@ def test_the_paths_are_those_of_the_environment(monkeypatch: pytest.MonkeyPatch,
     _write_module(tmp_path / "mine", "shared")
     for value in ("mine", f"{os.pathsep}{tmp_path / 'mine'}"):
         monkeypatch.setenv("PYTHONPATH", value)
-        assert launch.main(["--version"]) == 2
+        assert main(["--version"]) == 2
