@@ -21,7 +21,7 @@ from benchmarks.torchrl_update import DreamerModelLoss, Sizes, TorchRLNetworks, 
 from learner_proc.gradient_step import GradientStep
 from shared import metrics
 from shared.model.distributions import HALF_LOG_TAU
-from shared.model.rssm import MIN_STD
+from shared.model.rssm import MIN_STOCH_STD
 
 RTOL = 1e-4  # the two sides sum float32 values in different orders
 FRAMES = 100
@@ -43,7 +43,7 @@ class SoftplusPlusFloor(nn.Module):
     def forward(self, raw: Tensor) -> tuple[Tensor, Tensor]:
         """Return mean and standard deviation."""
         mean, raw_std = raw.chunk(2, -1)
-        return mean, F.softplus(raw_std) + MIN_STD
+        return mean, F.softplus(raw_std) + MIN_STOCH_STD
 
 
 def with_torchrl(*, device: torch.device, tiny: bool = False, frames: int = FRAMES) -> dict[str, Any]:

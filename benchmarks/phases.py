@@ -18,10 +18,11 @@ from learner_proc.gradient_step import GradientStep
 PARTS = {
     "_learn_model": "world model forward",
     "_imagine": "imagination forward",
-    "_learn_behavior": "heads, returns and their slopes",
-    "_heads.weight_gradients": "critic backward",
+    # the inner one first: the outer one is replaced by a function, which has no attributes
+    "_behavior_gradients.heads.weight_gradients": "critic backward",
+    "_behavior_gradients": "heads, returns and their slopes",
 }
-BACKWARDS = {"_learn_behavior": "imagination and actor backward", None: "world model backward"}
+BACKWARDS = {"_behavior_gradients": "imagination and actor backward", None: "world model backward"}
 OPTIMISERS = "optimisers"
 REST = "rest"
 
@@ -86,10 +87,10 @@ def phase_ms(step: GradientStep, batch: TensorDict, *, repetitions: int, clock: 
     parts: Any = step  # Any, because the parts are private
     for name, phase in PARTS.items():
         *path, last = name.split(".")
-        owner = attrgetter(*path)(parts) if path else parts
+        owner = attrgetter(".".join(path))(parts) if path else parts
         setattr(owner, last, watch.timed(phase, getattr(owner, last), name))
-    for updater in parts._updaters.values():
-        updater.apply = watch.timed(OPTIMISERS, updater.apply)
+    for optimiser in parts._optimisers.values():
+        optimiser.apply = watch.timed(OPTIMISERS, optimiser.apply)
     taken: defaultdict[str, list[float]] = defaultdict(list)
     whole = watch.timed(REST, step)
     with patch.object(torch.autograd, "grad", watch.timed_backward(torch.autograd.grad)):

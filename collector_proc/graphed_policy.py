@@ -2,39 +2,25 @@
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from shared.model.capture import capture
 from shared.model.rssm import Belief
 
 if TYPE_CHECKING:
     from shared.stream import StreamSpec
 
 Act = Callable[[dict[str, Tensor], Belief, Tensor, Tensor], tuple[Tensor, Belief]]
-WARM_UPS = 3  # steps before capture: everything that is made lazily is there after two
 
 
 def captured(step: Callable[[], None], device: torch.device) -> Callable[[], object]:
-    """The step as one CUDA graph, launched on whatever stream is current then. Runs the step a few times first."""
-    graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream(device)
-    stream.wait_stream(torch.cuda.current_stream(device))
-    with torch.cuda.stream(stream):
-        for _ in range(WARM_UPS):
-            step()
-    gc.collect()
-    gc.disable()  # a finaliser that frees memory of the GPU would break the capture
-    try:
-        # thread_local: a simulator's own threads may allocate while this one captures
-        with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
-            step()
-    finally:
-        gc.enable()
-    torch.cuda.current_stream(device).wait_stream(stream)
-    return graph.replay
+    """Return a function that launches the step as one CUDA graph. Runs the step several times first."""
+    launch, _ = capture(step, device, shared_process=True)
+    return launch
 
 
 class GraphedPolicy:

@@ -1,4 +1,4 @@
-"""Behaviour: the actor climbs the imagined returns, the critic learns to predict them."""
+"""Behaviour: the losses of the actor, which maximises imagined returns, and of the critic, which predicts them."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from learner_proc.heads import ScalarHead
-from learner_proc.imagination import frozen_twin
+from learner_proc.imagination import frozen_view
 from learner_proc.returns import ReturnScale, lambda_return, trajectory_weight
 from shared.model.distributions import unit_gaussian_nll
 
@@ -18,9 +18,10 @@ if TYPE_CHECKING:
 
 
 class ActorLoss(NamedTuple):
-    """`total` carries the gradient; `target` and `weight` (N, H - 1) are the critic's; the rest are metrics.
+    """The actor's loss and what the critic learns from; only `total` carries a gradient.
 
-    `return_scale` is what the actor's returns were divided by; the target is not.
+    target, weight (N, H - 1): the returns and how much each counts. return_scale (): what the actor's returns, but not
+    `target`, were divided by. reward_mean, value_mean (): means over all imagined steps.
     """
 
     total: Tensor
@@ -32,17 +33,17 @@ class ActorLoss(NamedTuple):
 
 
 class CriticLoss(NamedTuple):
-    """`total` carries the gradient; `bias` is the mean of value - target, detached, weighted as the loss is."""
+    """`total` carries the gradient. `bias` is the weighted mean of value minus target, detached."""
 
     total: Tensor
     bias: Tensor
 
 
 class Behavior(nn.Module):
-    """Both behaviour losses, read off frozen twins of the reward, continue and value heads.
+    """Both behaviour losses, as functions of the outputs of the reward, continue and value heads.
 
-    Rewards, values and continuation are means, never samples. With `slow_critic_decay` the values are those of a slow
-    copy of the critic, which is state like the critic itself, as is the running scale of the returns.
+    Rewards, values and discounts are means, never samples. With `slow_critic_decay`, returns are made of the values of a
+    slow copy of the critic. That copy and the running scale of the returns are state, like the critic itself.
     """
 
     def __init__(
@@ -52,13 +53,18 @@ class Behavior(nn.Module):
         self.critic = critic
         self.slow_decay = optimization.slow_critic_decay
         self.slow_critic = None if self.slow_decay is None else copy.deepcopy(critic).requires_grad_(False)
-        self.frozen_reward = frozen_twin(reward)
-        self.frozen_value = frozen_twin(critic) if self.slow_critic is None else self.slow_critic
-        self.frozen_cont = None if cont is None else frozen_twin(cont)
+        self.frozen_reward = frozen_view(reward)
+        self.frozen_value = frozen_view(critic) if self.slow_critic is None else self.slow_critic
+        self.frozen_cont = None if cont is None else frozen_view(cont)
         self.gamma, self.lam = optimization.gamma, optimization.lmbda
         self.entropy_scale = optimization.entropy_scale
         normed, device = optimization.return_norm == "percentile", next(critic.parameters()).device
         self.return_scale = ReturnScale().to(device) if normed else None
+
+    def heads(self) -> dict[str, ScalarHead]:
+        """Return the heads whose outputs `actor_loss` takes, by the name of its argument. None requires a gradient."""
+        heads = {"reward": self.frozen_reward, "value": self.frozen_value}
+        return heads if self.frozen_cont is None else heads | {"cont": self.frozen_cont}
 
     def actor_loss(
         self, reward: Tensor, value: Tensor, start_terminal: Tensor, entropy: Tensor, cont: Tensor | None = None
@@ -76,7 +82,7 @@ class Behavior(nn.Module):
         if cont is None:
             discount, start_weight = torch.full_like(reward, self.gamma), torch.ones_like(reward[:, 0])
         else:
-            discount = torch.sigmoid(cont)  # its target is gamma, so gamma is already in it
+            discount = torch.sigmoid(cont)  # the head's target is gamma, so the discount is already in it
             start_weight = (~start_terminal).float()
         target = lambda_return(reward, discount, value, lam=self.lam)  # (N, H - 1)
         weight = trajectory_weight(discount, start_weight)
@@ -100,14 +106,9 @@ class Behavior(nn.Module):
         bias = (weight * (value.detach() - target)).sum() / weight.sum().clamp_min(1e-6)
         return CriticLoss(total, bias)
 
-    def heads(self) -> dict[str, ScalarHead]:
-        """Return the heads whose outputs `actor_loss` takes, by the name of its argument. None asks for a gradient."""
-        heads = {"reward": self.frozen_reward, "value": self.frozen_value}
-        return heads if self.frozen_cont is None else heads | {"cont": self.frozen_cont}
-
     @torch.no_grad()
     def update_slow_critic(self, skipped: Tensor) -> None:
-        """Let the slow critic follow the critic by one step, in place, unless that step was skipped.
+        """Move the slow critic one step towards the critic, in place, unless the critic's step was skipped.
 
         Shapes: skipped () bool.
         """
@@ -118,6 +119,6 @@ class Behavior(nn.Module):
             slow.lerp_(now, share)
 
     def state(self) -> dict[str, nn.Module]:
-        """What has state of its own beside the heads, by name; nothing in the original algorithm."""
+        """Return the parts that have state of their own beside the heads, by name. The original algorithm has none."""
         modules = {"slow_critic": self.slow_critic, "return_scale": self.return_scale}
         return {name: module for name, module in modules.items() if module is not None}

@@ -1,4 +1,4 @@
-"""What is read off a feature: observations, reward, continuation, value."""
+"""The heads: what the model predicts from a feature (observations, reward, continuation) and what the critic does (value)."""
 
 from __future__ import annotations
 
@@ -20,18 +20,19 @@ CONT_LAYERS = 3
 CRITIC_LAYERS = 3
 
 
-def read_out(layer: nn.Linear, x: Tensor) -> Tensor:
-    """The one number of a head's last layer, in float32 whatever `x` is: (..., hidden) to (...).
+def scalar_output(layer: nn.Linear, x: Tensor) -> Tensor:
+    """Return the number that a head's last layer makes of `x`, in float32 for any dtype of `x`: (..., hidden) to (...).
 
-    A value near 150 in bfloat16 is a whole number: returns could not tell two actions apart, nor updates move the bias.
+    Near 150, bfloat16 has only whole numbers. The returns of two actions would then be equal, and a small update would not
+    change the bias.
     """
     if x.dtype == torch.float32:
         return layer(x).squeeze(-1)
-    return (x.float() * layer.weight[0]).sum(-1) + layer.bias  # compiled: one pass over x, no float32 copy of it
+    return (x.float() * layer.weight[0]).sum(-1) + layer.bias  # compiled: one pass over x, without a float32 copy of it
 
 
 class ScalarHead(nn.Module):
-    """One float32 number per feature: (..., F) to (...)."""
+    """A stack of dense layers that ends in one float32 number per feature: (..., F) to (...)."""
 
     def __init__(self, feat_dim: int, num_layers: int, networks: NetworkSettings) -> None:
         super().__init__()
@@ -43,13 +44,14 @@ class ScalarHead(nn.Module):
         for layer in hidden:
             x = layer(x)
         assert isinstance(last, nn.Linear)
-        return read_out(last, x)
+        return scalar_output(last, x)
 
 
 class ImageDecoder(nn.Module):
-    """Features to the mean of a unit Gaussian over centred pixels.
+    """Maps features to the mean of a unit Gaussian over centred pixels.
 
-    Source: arXiv 1912.01603, appendix A: a dense layer without activation, then four transposed convolutions.
+    It is a dense layer without activation, followed by four transposed convolutions.
+    Source: arXiv 1912.01603, appendix A.
     """
 
     def __init__(self, feat_dim: int, num_colours: int, channels: int) -> None:
@@ -64,13 +66,13 @@ class ImageDecoder(nn.Module):
         self.layers = nn.Sequential(*layers[:-1])
 
     def forward(self, feat: Tensor) -> Tensor:
-        """Shapes: (..., F) to (..., 64, 64, C) float32."""
+        """Return the mean of each pixel. Shapes: (..., F) to (..., 64, 64, C) float32."""
         image = self.layers(self.input(feat).reshape(-1, self.input.out_features, 1, 1))
         return image.permute(0, 2, 3, 1).float().view(*feat.shape[:-1], *image.shape[2:], image.shape[1])
 
 
 class VectorDecoder(nn.Module):
-    """Features to the mean of a unit Gaussian over a normalised vector, (..., F) to (..., size) float32."""
+    """Maps features to the mean of a unit Gaussian over a normalised vector: (..., F) to (..., size) float32."""
 
     def __init__(self, feat_dim: int, size: int, networks: NetworkSettings) -> None:
         super().__init__()
@@ -94,13 +96,14 @@ class Decoder(nn.Module):
         self.entries = nn.ModuleDict(entries)
 
     def forward(self, feat: Tensor) -> dict[str, Tensor]:
-        """The mean of every entry, float32, on the scale of `target`: (..., F) to entries (..., *shape)."""
+        """Return the mean of every entry on the scale of `target`. Shapes: (..., F) to entries (..., *shape) float32."""
         return {name: decoder(feat) for name, decoder in self.entries.items()}
 
     def nll(self, feat: Tensor, obs: dict[str, Tensor]) -> Tensor:
-        """-log p(obs | feat) in nats, summed over dimensions and entries: (...).
+        """Return -log p(obs | feat), summed over dimensions and entries.
 
-        Shapes: feat (..., F), obs entries (..., *shape): images uint8, vectors normalised.
+        Shapes: feat (..., F), obs entries (..., *shape), images in uint8 and vectors normalised; result (...).
+        Units: nats.
         """
         losses = []
         for name, mean in self(feat).items():
@@ -109,5 +112,5 @@ class Decoder(nn.Module):
 
 
 def target(entry: Tensor) -> Tensor:
-    """What a decoder is to paint: images (uint8) centred in [-0.5, 0.5], normalised vectors as they are."""
+    """Return what a decoder has to predict: images (uint8) centred in [-0.5, 0.5], normalised vectors as they are."""
     return centred(entry) if entry.dtype == torch.uint8 else entry

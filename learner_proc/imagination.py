@@ -1,16 +1,14 @@
-"""Imagination: the prior rolled on under the actor, from every replayed belief."""
+"""Imagination: from replayed beliefs, the actor acts in the RSSM and the prior predicts what follows."""
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from learner_proc.scan import unroll
 from shared.model.distributions import tanh_normal_entropy
 from shared.model.layers import Linear, plain
 from shared.model.policy import Actor
@@ -20,10 +18,10 @@ Module = TypeVar("Module", bound=nn.Module)
 
 
 class Imagined(NamedTuple):
-    """Features of the imagined steps (N, H, F), the start not among them.
+    """The imagined steps, without the start.
 
-    `entropy` (N, H) estimates, in nats, the actor's entropy in the belief each step was reached from; `actor_std` is the
-    mean over everything, a detached scalar.
+    feat (N, H, F): the features; entropy (N, H): a one-sample estimate, in nats, of the entropy of the action that led to
+    each step; actor_std (): the mean standard deviation of all actions before the tanh, detached.
     """
 
     feat: Tensor
@@ -32,44 +30,47 @@ class Imagined(NamedTuple):
 
 
 class ImaginedStep(NamedTuple):
-    """The belief arrived at, and the mean and std (N, A), before the tanh, of the action that led there."""
+    """The belief after an action, and the mean and std (N, A) of that action before the tanh."""
 
     belief: Belief
     action_mean: Tensor
     action_std: Tensor
 
 
-def frozen_twin(module: Module) -> Module:
-    """A copy that shares the original's storage and takes no gradient of its own.
+def frozen_view(module: Module) -> Module:
+    """Return a module with the same parameter memory, whose parameters require no gradient.
 
-    Updates in place of the original show in the twin; gradients flow through it to what came before. Make it after the
-    original reached its device.
+    In-place updates of the original show in the view. Gradients flow through it to what came before it. Make it after the
+    original has reached its device.
     """
-    twin = copy.deepcopy(module)
-    for mine, original in zip(twin.parameters(), module.parameters(), strict=True):
-        mine.requires_grad_(False)
-        mine.data = original.data
-    return twin
+    view = copy.deepcopy(module)
+    for own, original in zip(view.parameters(), module.parameters(), strict=True):
+        own.requires_grad_(False)
+        own.data = original.data
+    return view
 
 
 def random_subset(num: int, count: int, device: torch.device) -> Tensor:
-    """`count` distinct numbers below `num`, every set alike likely, drawn on the device without a wait: (count,) int64."""
+    """Return `count` different numbers below `num`, (count,) int64, each set with the same probability.
+
+    They are drawn on the device without a synchronisation.
+    """
     assert 1 <= count <= num, (count, num)
     return torch.rand(num, device=device).topk(count, sorted=False).indices
 
 
-class Dreamer(nn.Module):
-    """The actor acting in the frozen RSSM."""
+class Imagination(nn.Module):
+    """The actor acting in a frozen RSSM."""
 
     def __init__(self, rssm: RSSM, actor: Actor, *, entropy_gradient: bool = False) -> None:
-        """`rssm` is a frozen twin, `actor` the original; without `entropy_gradient` the entropy is a mere number."""
+        """rssm: a `frozen_view`; actor: the one that learns; entropy_gradient: whether the entropy carries a gradient."""
         super().__init__()
         self.rssm, self.actor, self.entropy_gradient = rssm, actor, entropy_gradient
 
     def step(self, belief: Belief, action_noise: Tensor, noise: Tensor, *, linear: Linear = plain) -> ImaginedStep:
-        """One sampled action and the belief after it. Shapes: action_noise (N, A), noise (N, S).
+        """Sample one action and predict the belief after it. Shapes: action_noise (N, A), noise (N, S).
 
-        The policy's input is detached: the actor learns through its actions and the states they lead to.
+        The actor's input is detached: it learns through its actions and the states they lead to.
         """
         mean, std = self.actor(feat(belief).detach(), linear)
         action = torch.tanh(mean + std * action_noise)
@@ -82,15 +83,14 @@ class Dreamer(nn.Module):
         action_noise: Tensor,
         noise: Tensor,
         *,
-        scan: Callable[[Belief, Sequence[Tensor]], ImaginedStep] | None = None,
+        scan: Callable[[Belief, Sequence[Tensor]], ImaginedStep],
     ) -> Imagined:
-        """Roll H steps from detached starts; `scan` unrolls this module's step, by default plainly.
+        """Imagine H steps from detached starts. `scan` unrolls `step` along time.
 
         Shapes: start (N, ...), action_noise (H, N, A), noise (H, N, S).
         """
         num_starts = start.deter.shape[0]
         assert action_noise.shape[:2] == noise.shape[:2] == (noise.shape[0], num_starts), action_noise.shape
-        scan = scan or partial(unroll, self.step)
         imagined = scan(Belief(*(part.detach() for part in start)), (action_noise, noise))
         mean, std = imagined.action_mean, imagined.action_std
         entropy = tanh_normal_entropy(mean, std, action_noise.transpose(0, 1))  # (N, H)

@@ -1,4 +1,4 @@
-"""The world model: it scans replayed windows into posterior beliefs and is trained to explain what was met there."""
+"""The world model: it turns replayed windows into posterior beliefs, and learns to predict what the windows hold."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ if TYPE_CHECKING:
     from shared.stream import StreamSpec
 
 IMAGE_FREE_NATS = 3.0
-VECTOR_FREE_NATS = 1.0  # a few dimensions may be worth less than 3 nats, and then nothing would train the prior
+VECTOR_FREE_NATS = 1.0  # the KL of a small vector may stay below 3 nats, and then nothing would train the prior
 
 
 class ModelLoss(NamedTuple):
-    """`total` carries the gradient; the parts are detached batch means in nats, `kl` and `kl_free` as in `KL`."""
+    """`total` carries the gradient. The parts are detached batch means in nats; `kl` and `kl_free` are as in `KL`."""
 
     total: Tensor
     obs: Tensor
@@ -35,9 +35,10 @@ class ModelLoss(NamedTuple):
 
 
 class KL(NamedTuple):
-    """The batch mean in nats before the free nats, the loss made of it, and the share that lies under the free nats.
+    """The KL between posterior and prior.
 
-    That share has no gradient: 0 or 1 where the mean is floored, else the share of steps.
+    mean: the batch mean in nats, before the free nats; loss: the mean with the free nats as lower limit; free: the share
+    that lies below the free nats and so has no gradient: the share of steps if each step has its limit, else 0 or 1.
     """
 
     mean: Tensor
@@ -46,7 +47,7 @@ class KL(NamedTuple):
 
 
 class WorldModel(nn.Module):
-    """Encoder and RSSM of the policy (shared, not copied) with the decoder, reward and continue heads around them."""
+    """The encoder and RSSM of the policy (shared, not copied), with the decoder, reward head and continue head."""
 
     def __init__(self, spec: StreamSpec, settings: Settings, policy: Policy) -> None:
         super().__init__()
@@ -60,7 +61,10 @@ class WorldModel(nn.Module):
         self.free_nats = default if self.optimization.free_nats is None else self.optimization.free_nats
 
     def embed(self, obs: dict[str, Tensor]) -> Tensor:
-        """What observations add to the first posterior layer, (..., D); entries (..., *shape), vectors normalised."""
+        """Return the part of the first posterior layer that depends on the observations, (..., D).
+
+        Shapes: entries (..., *shape), vectors normalised.
+        """
         return self.rssm.embed_share(self.encoder(obs))
 
     def observe(
@@ -73,9 +77,10 @@ class WorldModel(nn.Module):
         scan: Callable[[Belief, Sequence[Tensor]], Posterior] | None = None,
         embed: Callable[[dict[str, Tensor]], Tensor] | None = None,
     ) -> Posterior:
-        """Posterior beliefs along windows that start from a blank belief and are blanked again at every `is_first`.
+        """Return posterior beliefs along windows. They start from a belief of zeros, and again at every `is_first`.
 
-        `scan` unrolls the RSSM's posterior step, `embed` is this module's own; by default both plainly.
+        scan: unrolls the RSSM's posterior step, by default with `unroll`; embed: by default `self.embed`. A gradient step
+        passes faster forms of both.
         Shapes: obs entries (B, L, *shape) with vectors normalised, action (B, L, A), is_first (B, L) bool,
         noise (L, B, S); result (B, L, ...).
         """
@@ -88,11 +93,12 @@ class WorldModel(nn.Module):
         return scan(self.rssm.initial(num_sequences), inputs)
 
     def loss(self, obs: dict[str, Tensor], posterior: Posterior, reward: Tensor, is_terminal: Tensor) -> ModelLoss:
-        """Negative log-likelihoods plus the KL, averaged over windows and steps.
+        """Return the negative log-likelihoods plus the KL, averaged over windows and steps.
 
-        The reward target is scaled by `reward_scale`; the continue target is gamma, 0 where the task ended, so that
-        time-outs change nothing. Shapes: obs as in `observe`, reward and is_terminal (B, L); scalars come back.
-        Source: arXiv 1912.01603, eq. 10, as in its TensorFlow 2 code: the mean KL is clipped, not each step's.
+        The target of the reward is scaled by `reward_scale`. The target of the continue head is gamma, or 0 where the
+        task ended; a time-out is not an end.
+        Shapes: obs as in `observe`, reward and is_terminal (B, L); all results ().
+        Source: arXiv 1912.01603, eq. 10. As in its authors' TensorFlow 2 code, the free nats limit the mean KL by default.
         """
         settings = self.optimization
         assert reward.shape == is_terminal.shape == posterior.mean.shape[:2], reward.shape
@@ -110,11 +116,11 @@ class WorldModel(nn.Module):
         return ModelLoss(total, *(part.detach() for part in parts))
 
     def kl(self, posterior: Posterior) -> KL:
-        """KL(posterior || prior) and the loss made of it.
+        """Return KL(posterior || prior) and the loss made of it.
 
-        Below `free_nats` the loss is that constant and has no gradient: the mean's, or each step's on its own. With
-        `kl_balance` b, b of the gradient moves the prior to the posterior and 1 - b the posterior to the prior; the value
-        is the same.
+        Where the KL lies below `free_nats`, the loss is that constant and has no gradient. This concerns the mean, or each
+        step on its own. With `kl_balance` b, the share b of the gradient moves the prior towards the posterior and the share
+        1 - b moves the posterior towards the prior. The value does not depend on b.
         """
         mean, std = posterior.mean, posterior.std
         prior_mean, prior_std = self.rssm.prior(posterior.belief.deter)
@@ -126,7 +132,7 @@ class WorldModel(nn.Module):
         return to_prior._replace(loss=balance * to_prior.loss + (1 - balance) * to_posterior.loss)
 
     def _floored(self, kl: Tensor) -> KL:
-        """Shapes: kl (B, L)."""
+        """Limit a KL (B, L) from below by the free nats."""
         mean = kl.mean()
         if self.optimization.free_nats_per == "step":
             return KL(mean, kl.clamp_min(self.free_nats).mean(), (kl < self.free_nats).float().mean())

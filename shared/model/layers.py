@@ -12,15 +12,9 @@ if TYPE_CHECKING:
     from shared.stream import StreamSpec
 
 ACTIVATIONS: dict[str, type[nn.Module]] = {"elu": nn.ELU, "relu": nn.ReLU, "silu": nn.SiLU}
-# gradient at an activation's input from the gradient at its output, its input and its output
-BACKWARDS: dict[type[nn.Module], Callable[[Tensor, Tensor, Tensor], Tensor]] = {
-    nn.ELU: lambda grad, x, y: torch.ops.aten.elu_backward(grad, 1.0, 1.0, 1.0, True, y),
-    nn.ReLU: lambda grad, x, y: torch.ops.aten.threshold_backward(grad, y, 0.0),
-    nn.SiLU: lambda grad, x, y: torch.ops.aten.silu_backward(grad, x),
-}
 Linear = Callable[[nn.Linear, Tensor], Tensor]  # how a linear layer is applied; scans bring their own
 NORMALISED_LIMIT = 10.0  # standard deviations; what lies further out is clipped
-MIN_STD = 1e-3  # a dimension that never moves must not be blown up by its rounding noise
+MIN_OBS_STD = 1e-3  # a dimension that never moves must not be blown up by its rounding noise
 
 
 def plain(layer: nn.Linear, x: Tensor) -> Tensor:
@@ -100,7 +94,7 @@ class RunningNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Units: standard deviations from the mean, within +-10 if `clip`. Shapes: (..., size) to the same."""
-        normalised = (x - self.mean) * self.var.clamp_min(MIN_STD**2).rsqrt()
+        normalised = (x - self.mean) * self.var.clamp_min(MIN_OBS_STD**2).rsqrt()
         return normalised.clamp(-NORMALISED_LIMIT, NORMALISED_LIMIT) if self.clip else normalised
 
     @torch.no_grad()

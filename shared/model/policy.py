@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 ACTOR_LAYERS = 4
 MEAN_SCALE = 5.0
-MIN_STD = 1e-4
+MIN_ACTION_STD = 1e-4  # before the tanh
 
 
 class Actor(nn.Module):
@@ -39,7 +39,7 @@ class Actor(nn.Module):
         for layer in self.layers:
             x = linear(layer, x) if isinstance(layer, nn.Linear) else layer(x)
         mean, raw_std = x.float().chunk(2, -1)
-        return MEAN_SCALE * torch.tanh(mean / MEAN_SCALE), F.softplus(raw_std + self.raw_init_std) + MIN_STD
+        return MEAN_SCALE * torch.tanh(mean / MEAN_SCALE), F.softplus(raw_std + self.raw_init_std) + MIN_ACTION_STD
 
 
 class Policy(nn.Module):

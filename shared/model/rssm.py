@@ -13,7 +13,7 @@ from shared.model.layers import ACTIVATIONS, GRU, Linear, dense, plain
 if TYPE_CHECKING:
     from shared.config import NetworkSettings
 
-MIN_STD = 0.1
+MIN_STOCH_STD = 0.1
 
 
 class Belief(NamedTuple):
@@ -39,7 +39,7 @@ def feat(belief: Belief) -> Tensor:
 def split_stats(raw: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and std of a stochastic state from a layer's output (..., 2S); float32."""
     mean, raw_std = raw.float().chunk(2, -1)
-    return mean, F.softplus(raw_std) + MIN_STD
+    return mean, F.softplus(raw_std) + MIN_STOCH_STD
 
 
 class RSSM(nn.Module):

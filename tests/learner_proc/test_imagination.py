@@ -1,9 +1,12 @@
+from functools import partial
+
 import pytest
 import torch
 from torch.distributions import Normal, TransformedDistribution
 from torch.distributions.transforms import TanhTransform
 
-from learner_proc.imagination import Dreamer, frozen_twin, random_subset
+from learner_proc.imagination import Imagination, Imagined, frozen_view, random_subset
+from learner_proc.scan import unroll
 from shared.config import NetworkSettings
 from shared.model.policy import Actor
 from shared.model.rssm import RSSM, Belief, feat
@@ -28,10 +31,14 @@ def start(requires_grad: bool = False) -> Belief:
     return Belief(torch.randn(N, D, requires_grad=requires_grad), torch.randn(N, S, requires_grad=requires_grad))
 
 
+def imagine(imagination: Imagination, begin: Belief, action_noise: torch.Tensor, noise: torch.Tensor) -> Imagined:
+    return imagination.imagine(begin, action_noise, noise, scan=partial(unroll, imagination.step))
+
+
 def test_imagination_is_h_prior_steps_under_the_actor_without_the_start(parts):
     rssm, actor = parts
     action_noise, noise = noises()
-    imagined = Dreamer(frozen_twin(rssm), actor).imagine(start(), action_noise, noise)
+    imagined = imagine(Imagination(frozen_view(rssm), actor), start(), action_noise, noise)
     belief, features, stds = start(), [], []
     for i in range(H):
         mean, std = actor(feat(belief))
@@ -45,7 +52,7 @@ def test_imagination_is_h_prior_steps_under_the_actor_without_the_start(parts):
 
 def test_a_twin_shares_storage_and_asks_for_no_gradient(parts):
     rssm, _ = parts
-    twin = frozen_twin(rssm)
+    twin = frozen_view(rssm)
     for mine, original in zip(twin.parameters(), rssm.parameters(), strict=True):
         assert mine.data_ptr() == original.data_ptr() and not mine.requires_grad and original.requires_grad
     with torch.no_grad():
@@ -56,7 +63,7 @@ def test_a_twin_shares_storage_and_asks_for_no_gradient(parts):
 def test_imagination_gives_gradient_to_the_actor_alone(parts):
     rssm, actor = parts
     begin = start(requires_grad=True)
-    Dreamer(frozen_twin(rssm), actor).imagine(begin, *noises()).feat.square().sum().backward()
+    imagine(Imagination(frozen_view(rssm), actor), begin, *noises()).feat.square().sum().backward()
     assert all(p.grad is not None and p.grad.any() for p in actor.parameters())
     assert all(p.grad is None for p in [*rssm.parameters(), begin.deter, begin.stoch])
 
@@ -64,10 +71,10 @@ def test_imagination_gives_gradient_to_the_actor_alone(parts):
 def test_the_policys_input_is_detached(parts):
     """With the dynamics cut off the actions, nothing but the policy's input could carry a gradient backwards."""
     rssm, actor = parts
-    dreamer = Dreamer(frozen_twin(rssm), actor)
+    imagination = Imagination(frozen_view(rssm), actor)
     seen = []
     actor.register_forward_pre_hook(lambda _, args: seen.append(args[0].requires_grad))
-    dreamer.imagine(start(), *noises())
+    imagine(imagination, start(), *noises())
     assert seen == [False] * H
 
 
@@ -75,7 +82,7 @@ def test_the_gradient_of_an_early_action_passes_through_the_chain_of_states(part
     rssm, actor = parts
     action_noise, noise = noises()
     action_noise.requires_grad_()
-    features = Dreamer(frozen_twin(rssm), actor).imagine(start(), action_noise, noise).feat
+    features = imagine(Imagination(frozen_view(rssm), actor), start(), action_noise, noise).feat
     (grad,) = torch.autograd.grad(features[:, -1].sum(), action_noise)
     assert grad.flatten(1).any(1).all()
 
@@ -98,7 +105,7 @@ def test_a_subset_larger_than_the_whole_is_refused():
 def test_the_entropy_of_a_step_is_minus_the_log_density_of_the_action_that_led_there(parts):
     rssm, actor = parts
     action_noise, noise = noises()
-    imagined = Dreamer(frozen_twin(rssm), actor).imagine(start(), action_noise, noise)
+    imagined = imagine(Imagination(frozen_view(rssm), actor), start(), action_noise, noise)
     beliefs = torch.cat([feat(start())[:, None], imagined.feat], 1)
     for i in range(H):
         mean, std = actor(beliefs[:, i])
@@ -110,7 +117,7 @@ def test_the_entropy_of_a_step_is_minus_the_log_density_of_the_action_that_led_t
 @pytest.mark.parametrize("gradient", [False, True])
 def test_the_entropy_asks_the_actor_for_a_gradient_only_where_there_is_a_bonus(parts, gradient):
     rssm, actor = parts
-    entropy = Dreamer(frozen_twin(rssm), actor, entropy_gradient=gradient).imagine(start(), *noises()).entropy
+    entropy = imagine(Imagination(frozen_view(rssm), actor, entropy_gradient=gradient), start(), *noises()).entropy
     assert entropy.requires_grad == gradient
     if gradient:
         entropy[:, 0].sum().backward()

@@ -53,7 +53,7 @@ def test_imagination_starts_from_a_new_random_subset_with_its_own_terminal_flags
         seen.append(sorted(chosen.tolist()))
     assert seen[0] != seen[1]
     shapes = []
-    step._dreamer.actor.register_forward_pre_hook(lambda _, args: shapes.append(tuple(args[0].shape)))
+    step.policy.actor.register_forward_pre_hook(lambda _, args: shapes.append(tuple(args[0].shape)))
     run(step, 1)
     assert shapes == [(6, 9)] * 4
 

@@ -4,30 +4,29 @@ import pytest
 import torch
 
 from learner_proc import slopes
-from learner_proc.gradient_step import dense_layers
 from learner_proc.heads import ScalarHead
-from learner_proc.slopes import HeadReader
+from learner_proc.slopes import HeadEvaluator
 from shared.config import NetworkSettings
 from shared.model.layers import mlp
 
-HEADS = HeadReader(torch.float32, compiled=lambda function: function)
+HEADS = HeadEvaluator(torch.float32, compiled=lambda function: function)
 
 
 @pytest.mark.parametrize("rows", [50, 7], ids=["one block", "ten blocks"])
 @pytest.mark.parametrize("activation", ["elu", "relu", "silu"])
-def test_a_reading_gives_the_gradients_that_autograd_gives(activation, rows, monkeypatch):
+def test_a_evaluation_gives_the_gradients_that_autograd_gives(activation, rows, monkeypatch):
     monkeypatch.setattr(slopes, "CACHED_ROWS", rows)
     torch.manual_seed(0)
     layers = mlp(7, 11, 3, activation, 1)
     feat, upstream = torch.randn(50, 7, requires_grad=True), torch.randn(50)
     value = layers(feat).squeeze(-1)
     feat_grad, *grads = torch.autograd.grad((value * upstream).sum(), [feat, *layers.parameters()])
-    reading = HEADS.read(layers, feat, learned=True)
-    assert len(reading.blocks) == {50: 1, 7: 10}[rows]
-    assert not reading.value.requires_grad and not reading.slope.requires_grad
-    torch.testing.assert_close(reading.value, value.detach(), rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(HEADS.feat_gradient([reading], [upstream]), feat_grad, rtol=1e-5, atol=1e-6)
-    for mine, other in zip(HEADS.weight_gradients(reading, upstream), grads, strict=True):
+    evaluation = HEADS.evaluate(layers, feat, for_weights=True)
+    assert len(evaluation.blocks) == {50: 1, 7: 10}[rows]
+    assert not evaluation.value.requires_grad and not evaluation.slope.requires_grad
+    torch.testing.assert_close(evaluation.value, value.detach(), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(HEADS.feat_gradient([evaluation], [upstream]), feat_grad, rtol=1e-5, atol=1e-6)
+    for mine, other in zip(HEADS.weight_gradients(evaluation, upstream), grads, strict=True):
         torch.testing.assert_close(mine, other, rtol=1e-4, atol=1e-5)
 
 
@@ -35,12 +34,12 @@ def test_values_keep_their_digits_in_bfloat16():
     """bfloat16 has eight of them: near 150 it knows whole numbers alone."""
     torch.manual_seed(0)
     head = ScalarHead(7, 2, NetworkSettings(hidden_dim=11))
-    torch.nn.init.constant_(dense_layers(head)[-1].bias, 150.4)
+    torch.nn.init.constant_(list(head.parameters())[-1], 150.4)
     feat = torch.randn(50, 7)
     exact = head(feat).detach()
-    reader = HeadReader(torch.bfloat16, compiled=lambda function: function)
+    evaluator = HeadEvaluator(torch.bfloat16, compiled=lambda function: function)
     with torch.autocast("cpu", torch.bfloat16):
-        found = {"read": reader.read(head.layers, feat, learned=False).value, "called": head(feat).detach()}
+        found = {"read": evaluator.evaluate(head.layers, feat, for_weights=False).value, "called": head(feat).detach()}
     for name, value in found.items():
         assert value.dtype == torch.float32, name
         torch.testing.assert_close(value - 150.4, exact - 150.4, rtol=0.05, atol=0.02, msg=name)
@@ -51,9 +50,9 @@ def test_a_linear_head_has_its_weight_as_slope():
     torch.nn.init.constant_(layer.weight, 2.0)
     torch.nn.init.zeros_(layer.bias)
     layers = torch.nn.Sequential(layer)
-    reading = HEADS.read(layers, torch.tensor([[1.0, 2.0, 3.0]]), learned=True)
-    assert reading.value.tolist() == [12.0] and reading.slope.tolist() == [[2.0, 2.0, 2.0]]
-    weight, bias = HEADS.weight_gradients(reading, torch.tensor([10.0]))
+    evaluation = HEADS.evaluate(layers, torch.tensor([[1.0, 2.0, 3.0]]), for_weights=True)
+    assert evaluation.value.tolist() == [12.0] and evaluation.slope.tolist() == [[2.0, 2.0, 2.0]]
+    weight, bias = HEADS.weight_gradients(evaluation, torch.tensor([10.0]))
     assert weight.tolist() == [[10.0, 20.0, 30.0]] and bias.tolist() == [10.0]
 
 
@@ -64,5 +63,5 @@ def test_the_gradient_of_a_feature_is_the_sum_over_all_heads_that_read_it():
     total = sum((head(feat).squeeze(-1) * up).sum() for head, up in zip(heads, upstream, strict=True))
     assert isinstance(total, torch.Tensor)
     (expected,) = torch.autograd.grad(total, feat)
-    found = HEADS.feat_gradient([HEADS.read(head, feat, learned=False) for head in heads], upstream)
+    found = HEADS.feat_gradient([HEADS.evaluate(head, feat, for_weights=False) for head in heads], upstream)
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)

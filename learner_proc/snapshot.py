@@ -1,0 +1,43 @@
+"""Copy named groups of tensors out of a learner and back into it, without changing any address."""
+
+from __future__ import annotations
+
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+
+Groups: TypeAlias = dict[str, dict[str, Tensor]]  # group -> name -> tensor
+
+
+def copied(live: Groups) -> Groups:
+    """Return a copy of every tensor, which later steps do not change."""
+    return {group: {name: tensor.clone() for name, tensor in tensors.items()} for group, tensors in live.items()}
+
+
+@torch.no_grad()
+def restore(live: Groups, saved: Groups, *, optional: str) -> None:
+    """Copy saved tensors into the live ones. Addresses stay, so compiled code and CUDA graphs stay valid.
+
+    optional: the prefix of groups that are copied only if both sides have them.
+    Raises: ValueError if names or shapes differ elsewhere; nothing is copied then.
+    """
+    both = live.keys() & saved.keys()
+    live, saved = (
+        {group: tensors for group, tensors in groups.items() if group in both or not group.startswith(optional)}
+        for groups in (live, saved)
+    )
+    expected, found = _shapes(live), _shapes(saved)
+    if expected != found:
+        group, name = min(key for key in expected.keys() | found.keys() if expected.get(key) != found.get(key))
+        raise ValueError(
+            f"the saved learner does not fit: {group}/{name} has shape {found.get((group, name))}; "
+            f"expected {expected.get((group, name))}; resume with the settings that the checkpoint was made with"
+        )
+    for group, tensors in live.items():
+        for name, tensor in tensors.items():
+            tensor.copy_(saved[group][name])
+
+
+def _shapes(groups: Groups) -> dict[tuple[str, str], tuple[int, ...]]:
+    return {(group, name): tuple(t.shape) for group, tensors in groups.items() for name, t in tensors.items()}
