@@ -1,6 +1,6 @@
-"""The real collector over a simulator that loses 1 MB a tick in its first NUM incarnations.
+"""The real collector with a simulator that leaks memory, 1 MB per tick, in its first NUM incarnations.
 
-`python leaking_collector.py NUM --run-dir DIR ...`
+Run as `python leaking_collector.py NUM --run-dir DIR ...`; otherwise like `python -m collector_proc`.
 """
 
 from __future__ import annotations
@@ -11,15 +11,16 @@ from typing import Any
 import collector_proc.__main__ as entry
 from collector_proc.simulators import ending
 
-LEAK = 1_000_000  # bytes a tick
-_lost: list[bytes] = []
+LEAK_BYTES = 1_000_000  # per tick
+_leaked: list[bytes] = []
 
 
 def leak(simulator: Any) -> Any:
+    """Return the simulator; from now on each of its steps leaks memory."""
     step = simulator.step
 
     def leaking_step(action: Any) -> Any:
-        _lost.append(b"\1" * LEAK)
+        _leaked.append(b"\1" * LEAK_BYTES)
         return step(action)
 
     simulator.step = leaking_step
@@ -27,6 +28,7 @@ def leak(simulator: Any) -> Any:
 
 
 def main() -> int:
+    """Run the collector."""
     build, num_leaking = entry.build_simulator, int(sys.argv.pop(1))
     if int(sys.argv[sys.argv.index("--incarnation") + 1]) < num_leaking:
         entry.build_simulator = lambda *args, **kwargs: leak(build(*args, **kwargs))

@@ -1,5 +1,10 @@
-"""The real collector over a simulator that dies, refuses a setting while it is built, and the third time in mid-run:
-`python refusing_collector.py ...`.
+"""The real collector with a simulator that fails in a different way in each incarnation.
+
+    incarnation 0   it dies while it runs
+    incarnation 1   it refuses a setting while it is built
+    incarnation 2   it refuses a setting while it runs
+
+Run as `python refusing_collector.py --run-dir DIR ...`, like `python -m collector_proc`.
 """
 
 from __future__ import annotations
@@ -13,10 +18,11 @@ from collector_proc.simulators import ending
 from shared.errors import SettingError, SimulatorError
 from shared.progress import read
 
-STEPS = 10  # gradient steps that the learner makes for each incarnation
+STEPS = 10  # gradient steps that are made with each incarnation before it fails
 
 
 def fail(simulator: Any, learner: Path, incarnation: int) -> Any:
+    """Return the simulator; it fails once the learner has made STEPS more steps. learner: its progress file."""
     step = simulator.step
 
     def failing_step(action: Any) -> Any:
@@ -24,13 +30,14 @@ def fail(simulator: Any, learner: Path, incarnation: int) -> Any:
             return step(action)
         if incarnation == 0:
             raise SimulatorError("a worker died")
-        raise SettingError("env.image_high=1 does not hold the images any more: set it higher")
+        raise SettingError("env.image_high=1 is too low for the images; set it higher")
 
     simulator.step = failing_step
     return simulator
 
 
 def main() -> int:
+    """Run the collector."""
     build, incarnation = entry.build_simulator, int(sys.argv[sys.argv.index("--incarnation") + 1])
 
     def build_failing(*args: Any, crash_dir: Path, **options: Any) -> Any:

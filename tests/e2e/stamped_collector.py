@@ -1,4 +1,4 @@
-"""The real collector over a pendulum whose every row says which incarnation, environment and tick it is.
+"""The real collector with a pendulum whose rows are stamped with their incarnation, environment and tick.
 
 Run as `python stamped_collector.py --run-dir DIR --incarnation N`, like `python -m collector_proc`.
 """
@@ -13,7 +13,7 @@ from shared.stream import ObsSpec, StreamSpec
 
 
 class Stamped:
-    """A pendulum with a further entry "stamp" (E, 3): incarnation, environment, tick."""
+    """A pendulum with one more observation entry, "stamp" (E, 3): incarnation, environment, tick."""
 
     def __init__(self, simulator, incarnation: int) -> None:
         self._simulator, self._incarnation, self._tick = simulator, incarnation, -1
@@ -41,6 +41,7 @@ class Stamped:
 
 
 def main() -> int:
+    """Run the collector."""
     incarnation = int(sys.argv[sys.argv.index("--incarnation") + 1])
     build = entry.build_simulator
     entry.build_simulator = lambda *args, **kwargs: Stamped(build(*args, **kwargs), incarnation)

@@ -1,4 +1,4 @@
-"""Whole runs through launch.py with simulators that others made: torchrl's environments and mjlab's tasks."""
+"""Whole runs through launch.py with the torchrl and the mjlab backend."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ SHORT = {
 
 
 @pytest.mark.parametrize("config", SHORT)
-def test_a_run_trains_and_reports_its_evaluation_columns(config: str, tmp_path: Path) -> None:
+def test_a_run_trains_and_reports_evaluation_returns(config: str, tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
     command = [sys.executable, str(REPO / "launch.py"), "--config", config, "--run-dir", str(run_dir)]
     environ = {key: value for key, value in os.environ.items() if key not in ("MUJOCO_GL", "DISPLAY")}
@@ -47,7 +47,7 @@ def test_a_run_trains_and_reports_its_evaluation_columns(config: str, tmp_path: 
     last = json.loads((run_dir / "metrics.jsonl").read_text().splitlines()[-1])
     assert last["gradient_steps"] == 40
     assert last["num_diverged"] == 0
-    assert last["eval_return_mean"] is not None, "the evaluation columns ended no episode of 10 steps"
+    assert last["eval_return_mean"] is not None, "an episode of 10 steps ends in the evaluation environments"
     assert last["episode_return_mean"] is not None
     summary = json.loads((run_dir / "summary.json").read_text())
     assert summary["collector_restarts"] == 0

@@ -1,4 +1,4 @@
-"""Whole runs of the isaaclab backend through launch.py, over tier A's fake of the package; no real Isaac Sim runs here."""
+"""Whole runs of the isaaclab backend through launch.py, with a fake of the isaaclab package (tier A). Isaac Sim is not used."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def finish(launch: subprocess.Popen[str]) -> str:
 
 
 def launches(run_dir: Path) -> list[dict]:
-    """What AppLauncher met, once for each incarnation."""
+    """Return what the fake AppLauncher recorded: one entry for each incarnation."""
     return [json.loads(line) for line in run_dir.with_name("record").read_text().splitlines()]
 
 
@@ -62,9 +62,7 @@ def alive(pid: int) -> bool:
     return True
 
 
-def test_a_run_ends_by_itself_though_closing_hangs_and_nothing_imports_torch_before_the_launcher(
-    tmp_path: Path,
-) -> None:
+def test_a_run_ends_although_closing_hangs_and_torch_is_imported_after_the_launcher(tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
     launch = start(run_dir, "optimization.total_optim_steps=40", FAKE_HANG_CLOSE="1")
     output = finish(launch)
@@ -73,13 +71,13 @@ def test_a_run_ends_by_itself_though_closing_hangs_and_nothing_imports_torch_bef
     assert result["exit_reason"] == "finished" and result["gradient_steps"] == 40
     assert result["collector_restarts"] == 0 and result["episodes"] > 0
     assert result["env_frames"] == result["agent_steps"], "every row is an agent step: no tick is spent on resets"
-    (met,) = launches(run_dir)
-    assert not met["torch"] and len(met["argv"]) == 1
+    (recorded,) = launches(run_dir)
+    assert not recorded["torch"] and len(recorded["argv"]) == 1
     assert "closing the simulator took more than 4 s" in (run_dir / "logs" / "collector.out").read_text()
-    assert not alive(met["pid"])
+    assert not alive(recorded["pid"])
 
 
-def test_a_collector_that_kit_ends_with_0_is_replaced_while_the_learner_lives(tmp_path: Path) -> None:
+def test_a_collector_that_kit_ends_with_exit_code_0_is_replaced(tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
     launch = start(run_dir, "optimization.total_optim_steps=400", FAKE_CRASH=f"75:{tmp_path / 'crashed'}")
     end = time.monotonic() + DEADLINE_S
@@ -94,10 +92,10 @@ def test_a_collector_that_kit_ends_with_0_is_replaced_while_the_learner_lives(tm
     output = finish(launch)
     assert launch.returncode == 0 and "collector died (exit code 0)" in output, output
     assert summary(run_dir)["collector_restarts"] == 1 and summary(run_dir)["gradient_steps"] == 400
-    assert len({met["pid"] for met in launches(run_dir)}) == 2
+    assert len({recorded["pid"] for recorded in launches(run_dir)}) == 2
 
 
-def test_sigterm_that_the_launcher_would_swallow_ends_the_run(tmp_path: Path) -> None:
+def test_sigterm_ends_the_run_although_kit_replaces_its_handler(tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
     launch = start(run_dir, "optimization.total_optim_steps=1000000")
     end = time.monotonic() + DEADLINE_S
@@ -105,19 +103,19 @@ def test_sigterm_that_the_launcher_would_swallow_ends_the_run(tmp_path: Path) ->
         assert time.monotonic() < end and launch.poll() is None, finish(launch)
         time.sleep(0.05)
     collector = read(run_dir / "collector.progress").pid
-    os.kill(collector, signal.SIGTERM)  # the collector alone: it obeys, and launch starts another
+    os.kill(collector, signal.SIGTERM)  # only the collector ends, and launch starts another
     while len(launches(run_dir)) != 2:
-        assert time.monotonic() < end and launch.poll() is None, "the collector swallowed SIGTERM"
+        assert time.monotonic() < end and launch.poll() is None, "the collector did not react to SIGTERM"
         time.sleep(0.05)
     assert not alive(collector)
     launch.send_signal(signal.SIGTERM)
     output = finish(launch)
     assert launch.returncode == 143, output
     assert summary(run_dir)["exit_reason"] == "interrupted by SIGTERM"
-    assert not any(alive(met["pid"]) for met in launches(run_dir))
+    assert not any(alive(recorded["pid"]) for recorded in launches(run_dir))
 
 
-def test_an_unknown_task_ends_the_run_at_once_with_its_name(tmp_path: Path) -> None:
+def test_an_unknown_task_ends_the_run_and_a_similar_name_is_proposed(tmp_path: Path) -> None:
     launch = start(tmp_path / "run", "env.name=Fake-Manger-v0")
     output = finish(launch)
     assert launch.returncode == 2 and "env.name=Fake-Manger-v0 is not a task" in output and "Fake-Manager-v0" in output
@@ -137,16 +135,18 @@ def test_an_unknown_task_ends_the_run_at_once_with_its_name(tmp_path: Path) -> N
         (["--config", "isaaclab", "env.name=Fake-Discrete-v0", "env.num_envs=4"], 1, ["FAILED", "Discrete(3)"]),
     ],
 )
-def test_the_probe_reports_what_a_collector_would_meet(arguments: list[str], code: int, words: list[str]) -> None:
+def test_the_probe_reports_the_problems_that_a_collector_would_have(
+    arguments: list[str], code: int, words: list[str]
+) -> None:
     command = [sys.executable, "-m", "launcher.probe", *arguments]
     done = subprocess.run(command, cwd=REPO, env=environment("A"), capture_output=True, text=True, timeout=DEADLINE_S)
     assert done.returncode == code, done.stdout + done.stderr
     assert all(word in done.stdout for word in words), done.stdout
 
 
-def test_the_probe_warns_of_last_observations_that_repeat_the_row_before() -> None:
+def test_the_probe_counts_last_observations_that_equal_the_row_before() -> None:
     obs = [{"policy": torch.tensor([[value], [10.0 + value]])} for value in (0.0, 1.0)]
-    obs[1]["policy"][1] = 10.0  # environment 1 ends with what it showed before
+    obs[1]["policy"][1] = 10.0  # the last observation of environment 1 equals the one before
     flags = torch.tensor([[True, True], [False, False], [True, True]])
     spec = StreamSpec(2, {"policy": ObsSpec((1,), "float32")}, 1)
     seen = StreamCheck(Arrival(obs[0], torch.zeros(2), flags[0], flags[1], flags[1], acting_obs=obs[0]), spec)

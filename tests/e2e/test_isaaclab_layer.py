@@ -1,5 +1,7 @@
-"""ANYmal-C's real task configuration and Isaac Lab's real Python layer at 4096 environments through both processes, on the
-CPU over toy physics. No Isaac Sim runs here and no speed seen here is Isaac Lab's."""
+"""4096 ANYmal-C robots through both processes, with Isaac Lab's real Python layer and the real task configuration.
+
+The physics is a toy that runs on the CPU (tier B). Isaac Sim is not used, and times measured here mean nothing.
+"""
 
 from __future__ import annotations
 
@@ -23,19 +25,20 @@ sys.exit(launch.main(sys.argv[1:], commands={**COMMANDS, "collector": collector}
 """
 CHUNKS, TICKS, ENVS = 20, 5, 4096
 SMALL = [
-    "--config", "isaaclab", f"collector.frames_per_batch={TICKS * ENVS}", f"collector.init_random_frames={2 * TICKS * ENVS}",
+    "--config", "isaaclab", f"collector.frames_per_batch={TICKS * ENVS}",
+    f"collector.init_random_frames={2 * TICKS * ENVS}",
     "networks.state_dim=4", "networks.rssm_hidden_dim=16", "networks.hidden_dim=16",
     f"replay_buffer.buffer_size={40 * TICKS * ENVS}", "replay_buffer.batch_size=640", "replay_buffer.batch_length=8",
     "replay_buffer.checksum=true", "optimization.log_every=4", "optimization.autocast=false",
     "optimization.compile.enabled=false",
-    # step 32 of 640 frames may run once 20 chunks of 20,480 have come: 31 * 640 = 0.05 * 396,800
+    # Step 32 (of 640 frames) may run once 20 chunks (of 20,480 frames) are collected: 31 * 640 = 0.05 * 396,800.
     "optimization.replay_ratio=0.05", "optimization.total_optim_steps=32",
 ]  # fmt: skip
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(not wheel_sources(), reason="isaaclab 2.3.2.post1 is not installed")
-def test_4096_anymals_stream_through_both_processes_without_a_wrong_row(tmp_path: Path) -> None:
+def test_all_rows_of_4096_robots_reach_the_learner_unchanged(tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
     command = [sys.executable, "-c", LAUNCH, "--run-dir", str(run_dir), *SMALL]
     done = subprocess.run(command, cwd=REPO, env=environment("B"), capture_output=True, text=True, timeout=900)
@@ -51,7 +54,7 @@ def test_4096_anymals_stream_through_both_processes_without_a_wrong_row(tmp_path
     ring = {name: replay.views[name][:num_rows] for name in ("reward", "is_first", "is_last", "is_terminal")}
     policy = replay.views["obs", "policy"][:num_rows]
     kept = truth["rows"]["reward"].shape[1]
-    # what arrived in the collector is what lies in the learner's memory, bit for bit: no later step wrote into it
+    # The learner's rows equal what the collector observed, bit by bit: no later step has changed them.
     for name in ring:
         assert torch.equal(ring[name][:, :kept], truth["rows"][name][:num_rows]), name
     assert torch.equal(policy[:, :kept], truth["rows"]["policy"][:num_rows])
@@ -62,14 +65,17 @@ def test_4096_anymals_stream_through_both_processes_without_a_wrong_row(tmp_path
 
 
 def _check_terminal_rows(policy: torch.Tensor, last: torch.Tensor, resets: list) -> None:
-    """Joint angles and speeds of every ended row are those the simulator held before it reset; the task adds +-0.01, +-1.5."""
-    stands = torch.tensor([0.0] * 4 + [0.4, -0.4] * 2 + [-0.8, 0.8] * 2)
+    """Check that the last row of every episode has the joint angles and speeds from before the reset.
+
+    The task adds noise of at most 0.01 to angles and 1.5 to speeds.
+    """
+    default_angles = torch.tensor([0.0] * 4 + [0.4, -0.4] * 2 + [-0.8, 0.8] * 2)
     ended = torch.zeros_like(last)
     for tick, envs, state in resets:
         if not 0 < tick < len(last):
             continue
         ended[tick, envs] = True
         row = policy[tick, envs]
-        assert ((row[:, 12:24] - (state[:, :12] - stands)).abs() <= 0.01 + 1e-5).all(), tick
+        assert ((row[:, 12:24] - (state[:, :12] - default_angles)).abs() <= 0.01 + 1e-5).all(), tick
         assert ((row[:, 24:36] - state[:, 12:]).abs() <= 1.5 + 1e-4).all(), tick
     assert torch.equal(ended, last) and ended.sum() > ENVS

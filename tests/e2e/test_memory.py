@@ -1,4 +1,7 @@
-"""A collector whose simulator leaks is replaced in order while the learner lives on; one that only ever starts is not."""
+"""A collector whose simulator leaks memory is replaced, and the learner continues.
+
+A run ends if every collector exceeds its limit soon after its start, or if no collector can stay below the limit.
+"""
 
 from __future__ import annotations
 
@@ -34,13 +37,13 @@ def events(run_dir: Path, process: str) -> list[dict]:
     return [json.loads(line) for line in (run_dir / "logs" / f"{process}.jsonl").read_text().splitlines()]
 
 
-def test_a_collector_that_grows_is_replaced_while_the_learner_lives(tmp_path: Path) -> None:
+def test_a_collector_that_uses_too_much_memory_is_replaced_while_the_learner_continues(tmp_path: Path) -> None:
     code, output = run(tmp_path / "run", "collector.max_rss_gb=1.0", "collector.healthy_after_s=0.5")
     assert code == 0, output
     rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert rows[-1]["gradient_steps"] == 300 and all(row["learner_rss_gb"] > 0.05 for row in rows)
     seen = [row["collector_rss_gb"] for row in rows]
-    assert max(seen) > seen[-1] + 0.2, "the growth was seen, and ended"
+    assert max(seen) > seen[-1] + 0.2, "the memory grew, and is small again in the new collector"
     started = [event["role"] for event in events(tmp_path / "run", "launch") if event["event"] == "started"]
     assert started == ["learner", "collector", "collector"], output
     ended = [event for event in events(tmp_path / "run", "collector") if event["event"] == "ended"]
@@ -49,7 +52,7 @@ def test_a_collector_that_grows_is_replaced_while_the_learner_lives(tmp_path: Pa
     assert summary["collector_restarts"] == 1 and summary["exit_reason"] == "finished"
 
 
-def test_collectors_that_all_outgrow_the_limit_soon_end_the_run_within_its_budget(tmp_path: Path) -> None:
+def test_a_run_ends_if_every_collector_soon_uses_too_much_memory(tmp_path: Path) -> None:
     settings = "collector.max_rss_gb=0.8", "collector.max_restarts=1", "optimization.total_optim_steps=1000000"
     code, output = run(tmp_path / "run", *settings, num_leaking=9)
     assert code == 1, output
@@ -65,7 +68,7 @@ def test_collectors_that_all_outgrow_the_limit_soon_end_the_run_within_its_budge
     assert all(event["used_gb"] > 0.8 for event in warned)
 
 
-def test_a_limit_that_no_collector_can_keep_ends_the_run_with_the_mend(tmp_path: Path) -> None:
+def test_a_memory_limit_that_no_collector_can_keep_ends_the_run_with_a_proposal(tmp_path: Path) -> None:
     code, output = run(tmp_path / "run", "collector.max_rss_gb=0.1")
     assert code == 2 and "collector.max_rss_gb=0.1 is below the 0." in output and "set collector.max_rss_gb=" in output
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())

@@ -1,5 +1,6 @@
-"""A setting that shows as wrong in mid-run ends it at once, with what was trained until then saved; one that shows while a
-simulator that has run is built anew does not.
+"""A collector that refuses a setting: while it runs, the run ends and is saved; while it restarts, it is started again.
+
+The same error while a simulator is built again may go away, for example because a user is editing a module.
 """
 
 from __future__ import annotations
@@ -24,15 +25,15 @@ TINY = [
 ]  # fmt: skip
 
 
-def test_a_setting_refused_in_mid_run_ends_it_saved_and_one_refused_by_a_restart_is_tried_again(tmp_path: Path) -> None:
+def test_a_refusal_during_a_restart_is_tried_again_and_one_during_the_run_ends_it_saved(tmp_path: Path) -> None:
     run = tmp_path / "run"
     command = [sys.executable, "-c", LAUNCH, "--run-dir", str(run), *TINY]
     env = os.environ | {"CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(REPO)}
     done = subprocess.run(command, cwd=REPO, env=env, capture_output=True, text=True, timeout=300)
     output = done.stdout + done.stderr
-    assert done.returncode == 2 and "does not hold the images any more: set it higher" in output, output
+    assert done.returncode == 2 and "is too low for the images; set it higher" in output, output
     summary = json.loads((run / "summary.json").read_text())
-    assert summary["collector_restarts"] == 2  # after a death and after a refusal in building
-    assert "does not hold the images any more" in summary["exit_reason"]
-    assert done.stdout.rstrip().splitlines()[-1].startswith("error: "), "what to mend stands last"
+    assert summary["collector_restarts"] == 2  # one after the death, one after the refusal during the restart
+    assert "is too low for the images" in summary["exit_reason"]
+    assert done.stdout.rstrip().splitlines()[-1].startswith("error: "), "the last line says what to fix"
     assert int((run / "checkpoints" / "latest").read_text()) >= 30

@@ -1,4 +1,4 @@
-"""Whole runs through launch.py with real processes: they end by themselves, stop cleanly, resume, and outlive collectors."""
+"""Whole runs through launch.py with real processes: they end, stop when asked, resume, and survive dead collectors."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def wait_for_steps(run_dir: Path, steps: int, launch: subprocess.Popen) -> None:
             if status.get("gradient_steps", 0) >= steps:
                 return
         time.sleep(0.05)
-    pytest.fail(f"no {steps} gradient steps; launch said:\n{finish(launch, 5)}")
+    pytest.fail(f"no {steps} gradient steps; launch wrote:\n{finish(launch, 5)}")
 
 
 def rows(run_dir: Path) -> list[dict]:
@@ -77,7 +77,7 @@ def summary(run_dir: Path) -> dict:
     return json.loads((run_dir / "summary.json").read_text())
 
 
-def test_a_run_ends_by_itself_and_leaves_a_complete_folder(tmp_path):
+def test_a_run_ends_and_leaves_a_complete_folder(tmp_path):
     run_dir = tmp_path / "run"
     launch = start(run_dir, *PENDULUM, "optimization.total_optim_steps=40")
     output = finish(launch)
@@ -102,7 +102,7 @@ def test_a_run_ends_by_itself_and_leaves_a_complete_folder(tmp_path):
     assert pictures == {"curves.png", "open_loop_error.png", "open_loop_policy.png"}
 
 
-def test_sigterm_saves_and_resume_goes_on_where_the_run_was(tmp_path):
+def test_sigterm_saves_and_a_resume_continues_from_there(tmp_path):
     run_dir = tmp_path / "run"
     launch = start(run_dir, *PENDULUM, "optimization.total_optim_steps=100000")
     wait_for_steps(run_dir, 20, launch)
@@ -122,24 +122,24 @@ def test_sigterm_saves_and_resume_goes_on_where_the_run_was(tmp_path):
     events = [json.loads(line) for line in (run_dir / "logs" / "learner.jsonl").read_text().splitlines()]
     assert any(event["event"] == "replay restored" and event["rows"] > 0 for event in events)
     steps = [row["gradient_steps"] for row in rows(run_dir)]
-    assert steps == sorted(steps), "the second part goes on behind the first"
+    assert steps == sorted(steps), "the rows of the second part follow those of the first"
 
 
-def test_killed_collectors_are_replaced_while_the_learner_lives(tmp_path):
+def test_killed_collectors_are_replaced_while_the_learner_continues(tmp_path):
     run_dir = tmp_path / "run"
-    # a learner that waits for data: the collector has its newest weights whenever it is killed
+    # With this low ratio the learner waits for data, so a collector that is killed has the newest weights already.
     launch = start(run_dir, *PENDULUM, "optimization.total_optim_steps=100000", "optimization.replay_ratio=0.25")
     wait_for_steps(run_dir, 10, launch)
     learner, collector = (read(run_dir / f"{role}.progress").pid for role in ("learner", "collector"))
     scores = [int(Path(f"/proc/{pid}/oom_score_adj").read_text()) for pid in (learner, collector)]
     own = int(Path("/proc/self/oom_score_adj").read_text())
-    assert scores == [own, max(own, 500)], "the kernel, short of memory, takes the collector"
+    assert scores == [own, max(own, 500)], "if memory runs out, the kernel kills the collector first"
     for _ in range(4):
         os.kill(read(run_dir / "collector.progress").pid, signal.SIGKILL)
         before = read(run_dir / "learner.progress").status["agent_steps"]
         end = time.monotonic() + 300
         while read(run_dir / "learner.progress").status["agent_steps"] <= before + 2000:
-            assert time.monotonic() < end and launch.poll() is None, "the next incarnation delivers chunks"
+            assert time.monotonic() < end and launch.poll() is None, "the next incarnation commits chunks"
             time.sleep(0.1)
     assert read(run_dir / "learner.progress").pid == learner
     launch.send_signal(signal.SIGINT)
@@ -165,8 +165,8 @@ def test_dm_control_trains_from_state_and_from_pixels(tmp_path):
     assert pixels.returncode == 0, output
     frames = sample_frames(tmp_path / "pixels", windows=4, steps=8)  # (4, 8, 64, 64, 3)
     assert frames.dtype == torch.uint8 and frames.shape[2:] == (64, 64, 3)
-    assert frames.float().std() > 10, "an image, not a blank"
-    assert (frames[:, 1:] != frames[:, :-1]).any(), "that moves"
+    assert frames.float().std() > 10, "the images are not blank"
+    assert (frames[:, 1:] != frames[:, :-1]).any(), "the images change"
     assert (write_report(tmp_path / "pixels").parent / "open_loop_pixels.png").exists()
 
 
@@ -178,7 +178,7 @@ def without_times(rows: list[dict]) -> list[dict]:
     ]
 
 
-def test_lockstep_twice_with_one_seed_gives_identical_metrics(tmp_path):
+def test_two_lockstep_runs_with_one_seed_have_identical_metrics(tmp_path):
     made = []
     for name, seed in (("one", 5), ("two", 5), ("other", 6)):
         launch = start(
@@ -193,7 +193,7 @@ def test_lockstep_twice_with_one_seed_gives_identical_metrics(tmp_path):
         assert launch.returncode == 0, output
         made.append(without_times(rows(tmp_path / name)))
     assert len(made[0]) == 12 and made[0] == made[1]
-    assert made[0] != made[2], "another seed is another run"
+    assert made[0] != made[2], "a different seed gives a different run"
     assert made[0][-1]["policy_version"] > 1 and made[0][-1]["policy_lag_mean"] == 0
 
 
@@ -202,10 +202,10 @@ def test_a_refused_resume_leaves_the_run_resumable(tmp_path):
     launch = start(run_dir, *PENDULUM, "optimization.total_optim_steps=10")
     output = finish(launch)
     assert launch.returncode == 0, output
-    before, told = (run_dir / "config.yaml").read_text(), summary(run_dir)
+    config, first_summary = (run_dir / "config.yaml").read_text(), summary(run_dir)
     launch = start(run_dir, "--resume", str(run_dir))
     assert "has made 10 of optimization.total_optim_steps=10 gradient" in finish(launch) and launch.returncode == 2
-    assert summary(run_dir) == told, "a finished run keeps its summary"
+    assert summary(run_dir) == first_summary, "a finished run keeps its summary"
     for change, part in (
         ("networks.hidden_dim=24", "saved learner does not fit"),
         ("env.num_envs=4", "start a new run"),
@@ -213,15 +213,17 @@ def test_a_refused_resume_leaves_the_run_resumable(tmp_path):
         launch = start(run_dir, "--resume", str(run_dir), change, "optimization.total_optim_steps=15")
         output = finish(launch)
         assert launch.returncode == 2 and part in output and "Traceback" not in output, output
-        assert (run_dir / "config.yaml").read_text() == before
+        assert (run_dir / "config.yaml").read_text() == config
     launch = start(run_dir, "--resume", str(run_dir), "optimization.total_optim_steps=15")
     output = finish(launch)
     assert launch.returncode == 0 and summary(run_dir)["gradient_steps"] == 15, output
     last, batch_size = rows(run_dir)[-1], load_settings(run_dir / "config.yaml").replay_buffer.batch_size
-    assert last["replay_ratio"] == pytest.approx(15 * batch_size / last["agent_steps"]), "of the whole run"
+    assert last["replay_ratio"] == pytest.approx(15 * batch_size / last["agent_steps"]), (
+        "the ratio is that of the whole run"
+    )
 
 
-def test_ctrl_c_during_start_up_ends_within_seconds(tmp_path):
+def test_ctrl_c_during_start_up_ends_the_run(tmp_path):
     launch = start(tmp_path / "run", *PENDULUM)
     end = time.monotonic() + 300
     while not (tmp_path / "run" / "collector.progress").exists():
@@ -233,7 +235,7 @@ def test_ctrl_c_during_start_up_ends_within_seconds(tmp_path):
     assert summary(tmp_path / "run")["exit_reason"] == "interrupted by SIGINT before training began"
 
 
-def test_a_closed_terminal_saves_like_sigterm(tmp_path):
+def test_a_closed_terminal_saves_the_run(tmp_path):
     run_dir = tmp_path / "run"
     launch = start(run_dir, *PENDULUM, "optimization.total_optim_steps=100000")
     wait_for_steps(run_dir, 10, launch)
@@ -243,7 +245,7 @@ def test_a_closed_terminal_saves_like_sigterm(tmp_path):
     assert summary(run_dir)["gradient_steps"] == int((run_dir / "checkpoints" / "latest").read_text()) >= 10
 
 
-def test_a_simulator_that_cannot_start_is_not_started_again_and_again(tmp_path):
+def test_a_simulator_that_cannot_start_is_not_restarted(tmp_path):
     command = ["env.name=cartpole", "env.task=balance", "collector.num_collectors=0", *TINY]
     launch = start(tmp_path / "run", *command, mujoco_gl="glfw")
     output = finish(launch)

@@ -1,7 +1,7 @@
-"""The real collector over Isaac Lab, which also writes down what it streamed and what the simulator held before each reset.
+"""The real collector with Isaac Lab. It also records what it streamed, and the simulator's state before each reset.
 
-Run as `python truthful_collector.py --run-dir DIR ...`, like `python -m collector_proc`; leaves DIR/truth.pt: the rows of
-the first NUM_KEPT environments as they were on arrival, and (tick, environment, state) before every reset inside a step.
+Run as `python truthful_collector.py --run-dir DIR ...`, like `python -m collector_proc`. It writes DIR/truth.pt: the rows
+of the first NUM_KEPT environments on arrival, and (tick, environments, states) before every reset inside a step.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ NUM_KEPT = 256
 
 
 class Truthful:
-    """Passes everything on, having copied it."""
+    """A simulator that records every arrival before it returns it."""
 
     def __init__(self, simulator: Any, path: Path) -> None:
         self._simulator, self._path, self._tick = simulator, path, 0
@@ -62,6 +62,7 @@ class Truthful:
 
 
 def main() -> int:
+    """Run the collector."""
     path = Path(sys.argv[sys.argv.index("--run-dir") + 1]) / "truth.pt"
     build = entry.build_simulator
     entry.build_simulator = lambda *args, **kwargs: Truthful(build(*args, **kwargs), path)
