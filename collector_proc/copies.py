@@ -45,13 +45,16 @@ class Copier(Protocol):
 
     num_buffers: int  # how many buffers the caller needs in order to fill one while another is copied
 
-    def start(self, pairs: Iterable[Pair]) -> Copy: ...
+    def start(self, pairs: Iterable[Pair]) -> Copy:
+        """Start a copy of each pair, from its source to its target."""
+        ...
 
 
 class CompletedCopy:
     """A copy that is already done."""
 
     def done(self) -> bool:
+        """Return True."""
         return True
 
     def wait(self) -> None:
@@ -67,6 +70,7 @@ class DirectCopier:
     num_buffers = 1
 
     def start(self, pairs: Iterable[Pair]) -> Copy:
+        """Copy each pair and return when all are done."""
         for target, source in pairs:
             target.copy_(source)
         return CompletedCopy()
@@ -82,13 +86,16 @@ class StreamCopy:
         self._events, self._device = events, device
 
     def done(self) -> bool:
+        """Return whether every stream has finished its copies."""
         return all(event.query() for event in self._events)
 
     def wait(self) -> None:
+        """Block the host until every stream has finished its copies."""
         for event in self._events:
             event.synchronize()
 
     def block_stream(self) -> None:
+        """Make the GPU's current stream wait for the copies."""
         stream = torch.cuda.current_stream(self._device)
         for event in self._events:
             stream.wait_event(event)
@@ -107,6 +114,7 @@ class StreamCopier:
         self._stream = torch.cuda.Stream(device)
 
     def start(self, pairs: Iterable[Pair]) -> Copy:
+        """Queue the copies on the side stream and return without waiting for them."""
         self._stream.wait_stream(torch.cuda.current_stream(self._device))
         with torch.cuda.stream(self._stream):
             for target, source in pairs:
@@ -143,6 +151,7 @@ class DoubleBuffer(Generic[T]):
 
     @property
     def current(self) -> T:
+        """Return the buffer to fill."""
         return self.buffers[self._index]
 
     def send(self, pairs: Iterable[Pair]) -> Copy:

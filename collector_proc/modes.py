@@ -45,9 +45,11 @@ class AsyncMode:
         """Return at once."""
 
     def take_grant(self) -> Grant:
+        """Wait for the next grant."""
         return self._learner.wait_for_grant()
 
     def adopt_weights(self) -> None:
+        """Adopt the newest weights if any have arrived."""
         self._learner.weights.adopt()
 
 
@@ -65,10 +67,12 @@ class LockstepMode:
         self._grant: Grant | None = None  # of the chunk that is being gathered
 
     def begin_chunk(self) -> None:
+        """Wait for the chunk's grant, and for the policy version that it names."""
         self._grant = self._learner.wait_for_grant()
         self._learner.wait_for_version(max(self._grant.version, self._acting.required_version))
 
     def take_grant(self) -> Grant:
+        """Return the grant that `begin_chunk` received."""
         grant, self._grant = self._grant, None
         assert grant is not None, "a chunk was gathered without begin_chunk"
         return grant

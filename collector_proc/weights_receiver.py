@@ -79,4 +79,5 @@ class WeightsReceiver:
         torch._foreach_copy_(self._targets, self._views)  # pyright: ignore[reportPrivateImportUsage]
 
     def close(self) -> None:
+        """Close the socket."""
         self._socket.close(linger=0)

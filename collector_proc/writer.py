@@ -42,6 +42,7 @@ class ChunkWriter:
 
     @property
     def full(self) -> bool:
+        """Return whether all rows of the chunk are gathered."""
         return self.num_rows == self.ticks
 
     @property

@@ -1,7 +1,7 @@
-"""A hook for mkdocs: the README is a page of the site, and links to files outside docs/ work in the site as in a checkout.
+"""A hook for mkdocs. The README becomes a page of the site, and links to files outside docs/ work in the site.
 
-A linked file, such as ../configs/gym.yaml, is copied to `repository/` in the site, and the link is pointed to the copy. A link
-to a file that does not exist is left as it is, and `mkdocs build --strict` reports it.
+A linked file, such as ../configs/gym.yaml, is copied to `repository/` in the site, and the link is pointed to the copy.
+A link to a file that does not exist is left as it is, and `mkdocs build --strict` reports it.
 """
 
 from __future__ import annotations

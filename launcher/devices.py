@@ -34,6 +34,7 @@ class Gpu:
 
     @property
     def is_slice(self) -> bool:
+        """Return whether this is a slice of a GPU (MIG)."""
         return self.uuid.startswith("MIG-")
 
 

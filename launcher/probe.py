@@ -56,6 +56,7 @@ class ProbeLog:
     failed: bool = False
 
     def line(self, text: str) -> None:
+        """Print a line at once."""
         sys.stdout.write(text + "\n")
         sys.stdout.flush()
 

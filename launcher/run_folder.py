@@ -29,6 +29,7 @@ class RunLock:
         self.release()
 
     def release(self) -> None:
+        """Release the lock."""
         self.file.close()
 
 

@@ -29,6 +29,8 @@ def setting(
 
 @dataclass
 class EnvSettings:
+    """The simulator and the task."""
+
     backend: str = setting(
         "dm_control", "Simulator backend: one of the names in the table of collector_proc/simulators/registry.py."
     )
@@ -84,6 +86,8 @@ class EnvSettings:
 
 @dataclass
 class CollectorSettings:
+    """How the collector gathers experience, and when it is restarted."""
+
     num_collectors: int = setting(
         7, "dm_control: number of worker processes; 0: step the environments in the collector.", minimum=0
     )
@@ -132,6 +136,8 @@ class CollectorSettings:
 
 @dataclass
 class CompileSettings:
+    """Compilation of the gradient step."""
+
     enabled: bool = setting(True, "Compile the networks of the gradient step with torch.compile.")
     cudagraphs: bool = setting(True, "On a GPU, run sampling and the gradient step as one CUDA graph, compiled or not.")
     backend: str = setting("inductor", "Backend of torch.compile.", choices=("inductor", "aot_eager", "eager"))
@@ -139,6 +145,8 @@ class CompileSettings:
 
 @dataclass
 class OptimizationSettings:
+    """The gradient step: losses, learning rates, precision and replay ratio."""
+
     total_optim_steps: int = setting(100_000, "Length of the run.", unit="gradient steps", minimum=1)
     log_every: int = setting(100, "Gradient steps between two rows of metrics.jsonl.", unit="gradient steps", minimum=1)
     replay_ratio: Optional[float] = setting(
@@ -214,6 +222,8 @@ class OptimizationSettings:
 
 @dataclass
 class NetworkSettings:
+    """Sizes of the networks, and how the actor explores."""
+
     state_dim: int = setting(30, "Size of the stochastic state.", minimum=1)
     rssm_hidden_dim: int = setting(200, "Size of the deterministic state and of every layer of the RSSM.", minimum=1)
     hidden_dim: int = setting(400, "Size of every layer of the heads and of the vector encoder.", minimum=1)
@@ -240,6 +250,8 @@ class NetworkSettings:
 
 @dataclass
 class ReplaySettings:
+    """The replay buffer and the batches that are drawn from it."""
+
     buffer_size: int = setting(
         1_000_000, "Size of the replay; the oldest steps are overwritten.", unit="agent steps", minimum=1
     )
@@ -253,6 +265,8 @@ class ReplaySettings:
 
 @dataclass
 class LoggerSettings:
+    """Where metrics are sent besides metrics.jsonl."""
+
     backend: str = setting(
         "tensorboard", "Where launch sends the rows of metrics.jsonl.", choices=("tensorboard", "wandb", "none")
     )
@@ -262,6 +276,8 @@ class LoggerSettings:
 
 @dataclass
 class CheckpointSettings:
+    """When checkpoints are saved, and what they contain."""
+
     every_s: float = setting(
         1800.0, "Time between two checkpoints; one more is written at the end.", unit="s", minimum=1.0
     )
@@ -273,6 +289,8 @@ class CheckpointSettings:
 
 @dataclass
 class DeadlineSettings:
+    """How long each phase of a process may take without progress."""
+
     start_s: float = setting(
         600.0,
         "Longest start of a process: imports, building its simulator or networks, connecting.",
@@ -291,6 +309,8 @@ class DeadlineSettings:
 
 @dataclass
 class Settings:
+    """All settings of a run."""
+
     env: EnvSettings = field(default_factory=EnvSettings)
     collector: CollectorSettings = field(default_factory=CollectorSettings)
     optimization: OptimizationSettings = field(default_factory=OptimizationSettings)

@@ -36,38 +36,47 @@ class RunFolder:
 
     @property
     def config(self) -> Path:
+        """The resolved settings."""
         return self.path / "config.yaml"
 
     @property
     def run_json(self) -> Path:
+        """What was run, with which versions and on which devices."""
         return self.path / "run.json"
 
     @property
     def metrics(self) -> Path:
+        """The rows of metrics that the learner writes."""
         return self.path / "metrics.jsonl"
 
     @property
     def summary(self) -> Path:
+        """The result, written when the run ends."""
         return self.path / "summary.json"
 
     @property
     def logs(self) -> Path:
+        """The folder of log files and of printed output."""
         return self.path / "logs"
 
     @property
     def tensorboard(self) -> Path:
+        """The folder of TensorBoard files."""
         return self.path / "tb"
 
     @property
     def checkpoints(self) -> Path:
+        """The folder of checkpoints."""
         return self.path / "checkpoints"
 
     @property
     def crash(self) -> Path:
+        """The folder of stack dumps and of states that diverged."""
         return self.path / "crash"
 
     @property
     def lock(self) -> Path:
+        """The file that is locked while the run is active."""
         return self.path / "lock"
 
     def progress(self, process: str) -> Path:

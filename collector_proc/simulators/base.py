@@ -75,4 +75,6 @@ class Simulator(Protocol):
 class SimulatorClass(Protocol):
     """How the class of a backend is called. The settings have passed the backend's checks; see `build_simulator`."""
 
-    def __call__(self, settings: Settings, *, seed: int, device: str, crash_dir: Path | None) -> Simulator: ...
+    def __call__(self, settings: Settings, *, seed: int, device: str, crash_dir: Path | None) -> Simulator:
+        """Build the simulator. Raises: SettingError or SimulatorError if that is not possible."""
+        ...

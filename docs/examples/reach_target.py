@@ -26,8 +26,8 @@ class ReachTarget(gymnasium.Env):
     """A puck without friction; the action is a push in x and y. The puck must reach the target and stay there.
 
     Observation "puck": position (m) and velocity (m/s), 4 numbers. Observation "target": position (m), 2 numbers.
-    Reward of one step: 1 at the target, 0.5 at a distance of 0.35 m, almost 0 from 1 m on. The episode ends when the puck
-    falls off the table.
+    Reward of one step: 1 at the target, 0.5 at a distance of 0.35 m, almost 0 from 1 m on. The episode ends when the
+    puck falls off the table.
     """
 
     observation_space = Dict(puck=Box(-np.inf, np.inf, (4,)), target=Box(-1.0, 1.0, (2,)))

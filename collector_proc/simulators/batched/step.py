@@ -9,8 +9,8 @@ within one tick. This example shows one tick in which environment 2 falls and en
     is_last              0      0      1      1
     is_first             0      0      0      1      environment 2's next row is `is_first` and keeps its true reward
 
-Nothing here waits for the device unless its docstring states it. Counts are copied to the host while the policy acts, and
-the host reads them before the next step. This file imports torch, so it is imported after the simulator has started.
+Nothing here waits for the device unless its docstring states it. Counts are copied to the host while the policy acts,
+and the host reads them before the next step. This file imports torch: import it after the simulator has started.
 """
 
 from __future__ import annotations

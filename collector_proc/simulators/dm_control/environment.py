@@ -134,10 +134,12 @@ class SuiteEnvironment:
 
     @property
     def action_dim(self) -> int:
+        """Return the number of action values."""
         return self._scale.size
 
     @property
     def obs(self) -> dict[str, ObsSpec]:
+        """Return what the environment observes: either one image or one vector."""
         if self._plan.from_pixels:
             return {"pixels": ObsSpec((IMAGE_SIZE, IMAGE_SIZE, 1 if self._plan.grayscale else 3), "uint8")}
         size = sum(int(np.prod(entry.shape)) for entry in self._env.observation_spec().values())
@@ -181,6 +183,7 @@ class SuiteEnvironment:
         _write_flags(tick, row, first=False, last=self._over, terminal=terminal, reward=reward)
 
     def close(self) -> None:
+        """Free the physics."""
         self._env.physics.free()
 
     def _repeat(self, action: NDArray) -> tuple[float, Any]:

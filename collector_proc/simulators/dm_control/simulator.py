@@ -32,9 +32,11 @@ class LocalPool:
         self.tick = TickBuffer(self.spec, mmap.mmap(-1, tick_bytes(self.spec)))
 
     def run(self, *, reset: bool) -> None:
+        """Step or reset every environment. Raises: SimulatorError."""
         run_tick(self._environments, self.tick, reset=reset)
 
     def close(self) -> None:
+        """Free every environment."""
         for environment in self._environments:
             environment.close()
         self._environments.clear()
@@ -98,4 +100,5 @@ class DmControlSimulator:
         return self._arrival
 
     def close(self) -> None:
+        """End the workers and free every environment."""
         self._pool.close()

@@ -205,6 +205,7 @@ def _serve(link: socket.socket, plan: SuitePlan, indices: range) -> None:
 
 
 def main() -> NoReturn:
+    """Run one worker process until the collector closes the socket."""
     job = json.loads(sys.argv[1])
     die_with_parent(job["parent"])
     # Only the collector handles these signals. It ends a worker by closing the socket.

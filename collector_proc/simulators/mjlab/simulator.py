@@ -91,6 +91,7 @@ class MjlabSimulator:
             return self._tick.arrival(row, fresh, was_reset=row.is_last)
 
     def close(self) -> None:
+        """Free the environment."""
         self._env.close()
 
 

@@ -212,6 +212,7 @@ class TorchrlSimulator:
             return self._tick.arrival(row, self._observed(), was_reset=was_reset)
 
     def close(self) -> None:
+        """Close every environment that is still open."""
         for rows in self._rows:
             if not rows.env.is_closed:
                 rows.env.close()

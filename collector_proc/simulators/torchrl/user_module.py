@@ -96,6 +96,7 @@ def _definitions(module: ModuleType) -> tuple[str, ...]:
 
 
 def main() -> NoReturn:
+    """Inspect the module named on the command line, print the findings as JSON and end the process."""
     findings = inspect_module(*sys.argv[1:3])
     sys.stdout.write(f"\n{json.dumps(asdict(findings))}\n")
     sys.stdout.flush()
