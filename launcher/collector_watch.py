@@ -6,10 +6,10 @@ import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from launcher.budget import USEFUL_FACTOR, RestartBudget
 from launcher.child_process import describe_exit
 from launcher.children import Starter
 from launcher.ending import Outcome
+from launcher.restart_budget import USEFUL_FACTOR, RestartBudget
 from launcher.watched_process import WatchedProcess
 from shared.lifetime import ExitCode
 from shared.metrics import CollectorStatus, read_status

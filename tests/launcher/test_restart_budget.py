@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from launcher.budget import RestartBudget
+from launcher.restart_budget import RestartBudget
 from shared.progress import Snapshot
 
 HOUR, START_S = 3600.0, 60.0
