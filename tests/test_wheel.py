@@ -27,8 +27,6 @@ TINY = [
     "optimization.log_every=5",
 ]
 
-pytestmark = pytest.mark.xdist_group("wheel")
-
 
 def _run(*command: str | Path, cwd: Path, timeout_s: float = 300.0) -> str:
     """Run a command without the checkout on its path; return its output, and fail with it on a non-zero exit code."""
