@@ -3,7 +3,7 @@
 event                                  reaction
 the learner ends with 0                the collector is stopped; exit code 0
 the learner ends otherwise or hangs    the collector is stopped; exit code 1, or 2 if the learner refused to work
-the collector dies or hangs            it is restarted within its budget (launcher/restart_budget.py); the learner goes on
+the collector dies or hangs            it is restarted within its budget (launcher/restart_budget.py)
 the collector used too much memory     it is restarted; this may count as a death (launcher/restart_budget.py)
 the collector died too often           the learner saves and ends; exit code 1
 the collector refuses to work          the learner saves and ends; exit code 2

@@ -42,8 +42,8 @@ class CriticLoss(NamedTuple):
 class Behavior(nn.Module):
     """Both behaviour losses, as functions of the outputs of the reward, continue and value heads.
 
-    Rewards, values and discounts are means, never samples. With `slow_critic_decay`, returns are made of the values of a
-    slow copy of the critic. That copy and the running scale of the returns are state, like the critic itself.
+    Rewards, values and discounts are means, never samples. With `slow_critic_decay`, returns are made of the values of
+    a slow copy of the critic. That copy and the running scale of the returns are state, like the critic itself.
     """
 
     def __init__(

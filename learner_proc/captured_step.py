@@ -1,8 +1,9 @@
 """One call is one update: sample a batch, make a gradient step, return its metrics. Plain, or as one CUDA graph.
 
-With 2,500 frames a gradient step is thousands of kernels of a few microseconds each. Launched one by one, they leave the GPU
-waiting for Python. As a graph, the whole step is one launch. A graph reads and writes fixed addresses, so everything that
-changes between two updates changes in place: parameters, moments, loss scales, the sampler's bounds, random states.
+With 2,500 frames a gradient step is thousands of kernels of a few microseconds each. Launched one by one, they leave
+the GPU waiting for Python. As a graph, the whole step is one launch. A graph reads and writes fixed addresses, so
+everything that changes between two updates changes in place: parameters, moments, loss scales, the sampler's bounds,
+random states.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ class SampledStep:
         self._step, self._replay, self._sizes = step, replay, (num_sequences, length)
 
     def __call__(self) -> Numbers:
+        """Make one gradient step and return its metrics."""
         return self._step(self._replay.sample(*self._sizes))
 
 
@@ -40,7 +42,7 @@ class CapturedStep:
     def __init__(
         self, step: GradientStep, replay: Replay, *, num_sequences: int, length: int, blank: TensorDict
     ) -> None:
-        """blank: a batch of the right shapes on the device, into which samples of a replay in host memory are copied."""
+        """blank: a batch of the right shapes on the device. Samples of a replay in host memory are copied into it."""
         self._replay, self._sizes = replay, (num_sequences, length)
         self._batch = None if replay.slab.is_cuda else blank
 
@@ -51,6 +53,7 @@ class CapturedStep:
         self._launch, self._numbers = capture(update, replay.device, shared_process=False, generators=generators)
 
     def __call__(self) -> Numbers:
+        """Launch the graph and return the metrics, which the next call overwrites."""
         if self._batch is not None:
             _copy(self._replay.sample(*self._sizes), self._batch)
         self._launch()

@@ -1,7 +1,7 @@
 """How well the model predicts: the prior rolled open-loop along recorded actions, against what was really observed.
 
-Reconstruction says nothing about it, for the posterior has seen what it paints. Here the posterior sees `context` rows and
-the prior predicts the rest; example, L = 16, context 5, horizon 5:
+Reconstruction says nothing about it, for the posterior has seen what it paints. Here the posterior sees `context` rows
+and the prior predicts the rest; example, L = 16, context 5, horizon 5:
 
     row        0 1 2 3 4 | 5 6 7 8 9 | 10 ...
                observed  | predicted |           the error at horizon 5 is that of row 9, repeating the last is row 4
@@ -48,8 +48,8 @@ class OpenLoop(NamedTuple):
 class Diagnostics:
     """Open-loop prediction errors of a world model on sampled windows of `length` rows; for log points, not every step.
 
-    `open_loop_x_15` below `repeat_last_x_15` says that the model predicts 15 steps ahead better than a still does. On far
-    horizons that alone is little: a still errs by up to twice the variance, the constant mean by the variance.
+    `open_loop_x_15` below `repeat_last_x_15` says that the model predicts 15 steps ahead better than a still does. On
+    far horizons that alone is little: a still errs by up to twice the variance, the constant mean by the variance.
     """
 
     def __init__(self, spec: StreamSpec, world_model: WorldModel, normaliser: Normaliser, *, length: int) -> None:

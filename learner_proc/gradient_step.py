@@ -1,7 +1,7 @@
 """One update of world model, actor and critic: three losses from the same parameters, then three Adam steps.
 
-It computes what `learner_proc.plain_step` computes, faster. Cells are unrolled by `learner_proc.scan`, heads are evaluated
-by `learner_proc.slopes`, and both pass through `learner_proc.compiling`. docs/faster.md says why.
+It computes what `learner_proc.plain_step` computes, faster. Cells are unrolled by `learner_proc.scan`, heads are
+evaluated by `learner_proc.slopes`, and both pass through `learner_proc.compiling`. docs/faster.md says why.
 
 Nothing here waits for the device: on it, bad steps are skipped, loss scales change and metrics are gathered.
 """
@@ -125,7 +125,7 @@ class GradientStep:
         return self._imagination.imagine(start, action_noise, noise, scan=self._imagine_scan)
 
     def observe_statistics(self, obs: dict[str, Tensor]) -> None:
-        """Update the normaliser with newly committed rows (K, E, *shape). Each row must come once; images are ignored."""
+        """Update the normaliser with new rows (K, E, *shape). Each row must be given once; images are ignored."""
         self.policy.normaliser.update(obs)
 
     def _tensors(self) -> Groups:

@@ -1,4 +1,4 @@
-"""The heads: what the model predicts from a feature (observations, reward, continuation) and what the critic does (value)."""
+"""The heads: the model predicts observations, reward and continuation from a feature, and the critic a value."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ CRITIC_LAYERS = 3
 def scalar_output(layer: nn.Linear, x: Tensor) -> Tensor:
     """Return the number that a head's last layer makes of `x`, in float32 for any dtype of `x`: (..., hidden) to (...).
 
-    Near 150, bfloat16 has only whole numbers. The returns of two actions would then be equal, and a small update would not
-    change the bias.
+    Near 150, bfloat16 has only whole numbers. The returns of two actions would then be equal, and a small update would
+    not change the bias.
     """
     if x.dtype == torch.float32:
         return layer(x).squeeze(-1)
@@ -39,6 +39,7 @@ class ScalarHead(nn.Module):
         self.layers = mlp(feat_dim, networks.hidden_dim, num_layers, networks.activation, 1)
 
     def forward(self, feat: Tensor) -> Tensor:
+        """Return one number per feature."""
         *hidden, last = self.layers
         x = feat
         for layer in hidden:
@@ -79,6 +80,7 @@ class VectorDecoder(nn.Module):
         self.layers = mlp(feat_dim, networks.hidden_dim, VECTOR_LAYERS, networks.activation, size)
 
     def forward(self, feat: Tensor) -> Tensor:
+        """Return the mean of the vector. Shapes: (..., F) to (..., size) float32."""
         return self.layers(feat).float()
 
 
@@ -96,7 +98,10 @@ class Decoder(nn.Module):
         self.entries = nn.ModuleDict(entries)
 
     def forward(self, feat: Tensor) -> dict[str, Tensor]:
-        """Return the mean of every entry on the scale of `target`. Shapes: (..., F) to entries (..., *shape) float32."""
+        """Return the mean of every entry on the scale of `target`.
+
+        Shapes: (..., F) to entries (..., *shape) float32.
+        """
         return {name: decoder(feat) for name, decoder in self.entries.items()}
 
     def nll(self, feat: Tensor, obs: dict[str, Tensor]) -> Tensor:

@@ -20,8 +20,8 @@ Module = TypeVar("Module", bound=nn.Module)
 class Imagined(NamedTuple):
     """The imagined steps, without the start.
 
-    feat (N, H, F): the features; entropy (N, H): a one-sample estimate, in nats, of the entropy of the action that led to
-    each step; actor_std (): the mean standard deviation of all actions before the tanh, detached.
+    feat (N, H, F): the features; entropy (N, H): a one-sample estimate, in nats, of the entropy of the action that led
+    to each step; actor_std (): the mean standard deviation of all actions before the tanh, detached.
     """
 
     feat: Tensor
@@ -40,8 +40,8 @@ class ImaginedStep(NamedTuple):
 def frozen_view(module: Module) -> Module:
     """Return a module with the same parameter memory, whose parameters require no gradient.
 
-    In-place updates of the original show in the view. Gradients flow through it to what came before it. Make it after the
-    original has reached its device.
+    In-place updates of the original show in the view. Gradients flow through it to what came before it. Make it after
+    the original has reached its device.
     """
     view = copy.deepcopy(module)
     for own, original in zip(view.parameters(), module.parameters(), strict=True):
@@ -63,7 +63,7 @@ class Imagination(nn.Module):
     """The actor acting in a frozen RSSM."""
 
     def __init__(self, rssm: RSSM, actor: Actor, *, entropy_gradient: bool = False) -> None:
-        """rssm: a `frozen_view`; actor: the one that learns; entropy_gradient: whether the entropy carries a gradient."""
+        """rssm: a `frozen_view`. actor: the one that learns. entropy_gradient: whether the entropy has a gradient."""
         super().__init__()
         self.rssm, self.actor, self.entropy_gradient = rssm, actor, entropy_gradient
 

@@ -1,5 +1,4 @@
-"""The learner's end of the collector's socket. It serves one collector at a time, from its connection to its
-disconnect.
+"""The learner's end of the collector's socket. It serves one collector at a time, until that collector disconnects.
 
 no collector --connects--> Greeting --Hello / Welcome + slab--> Testing --SelfTest / first Grant--> Streaming
    ^------------------- the collector disconnects or is refused: its grants return to the replay -------'
@@ -86,6 +85,7 @@ class CollectorLink:
             time.sleep(timeout_s)
 
     def close(self) -> None:
+        """Close the connection and the socket that listens."""
         if self._collector is not None:
             self._collector.channel.close()
         self._listener.close()

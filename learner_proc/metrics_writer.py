@@ -123,6 +123,7 @@ class MetricsWriter:
         )
 
     def close(self) -> None:
+        """Close metrics.jsonl."""
         self._file.close()
 
     def _host_numbers(self) -> dict[Metric, Value]:

@@ -96,6 +96,7 @@ class Publisher:
             self.republish()
 
     def close(self) -> None:
+        """Close the socket."""
         self._socket.close(linger=0)
 
     @torch.no_grad()

@@ -55,7 +55,7 @@ CAPTIONS = {
     "then at the imagination horizon (15). At 50 steps, a task near an unstable balance cannot be predicted, and for "
     "an object at rest no prediction is better than the repetition.",
     CURVES: "Clipped gradients are no fault, because Adam does not depend on their scale. A KL below the free nats "
-    "does not train the prior. A value far above the recorded return means that the actor exploits errors of the model.",
+    "does not train the prior. A value far above the recorded return means that the actor exploits model errors.",
 }
 
 

@@ -1,31 +1,32 @@
 """Unroll a recurrent cell over time, and compute the gradient of each weight once, at the end.
 
-A cell applies a few linear layers in every step, y_t = x_t W' + b, to N rows at a time. Plain autograd differentiates every
-step by itself:
+A cell applies a few linear layers in every step, y_t = x_t W' + b, to N rows at a time. Plain autograd differentiates
+every step by itself:
 
     step        1                2               ...    T
     forward     y_1 = x_1 W'+b   y_2 = x_2 W'+b         y_T = x_T W'+b
     backward    dW = dy_1' x_1   +  dy_2' x_2    + ...  +  dy_T' x_T
 
-These are T thin products and T - 1 sums of whole matrices for each layer, and with a lower precision also T casts of each
-weight. A scan instead multiplies by a constant copy of the weight, which is cast once, and keeps the input of every step.
-One product over all T * N rows then gives the same gradient:
+These are T thin products and T - 1 sums of whole matrices for each layer, and with a lower precision also T casts of
+each weight. A scan instead multiplies by a constant copy of the weight, which is cast once, and keeps the input of
+every step. One product over all T * N rows then gives the same gradient:
 
     dW = [dy_1; dy_2; ...; dy_T]' [x_1; x_2; ...; x_T]       db = the sum of all rows of dy
 
-Autograd has to bring dy_1 .. dy_T to that product. They travel through the bias, because the gradient of what is added to a
-product is the product's own gradient:
+Autograd has to bring dy_1 .. dy_T to that product. They travel through the bias, because the gradient of what is added
+to a product is the product's own gradient:
 
     b ──> _WeightGradient ──> rows (T, N, out) ──> step t adds rows[t] to x_t W'
           turns the gradient      a view of b,
           of rows into dW         without a copy
 
-On a GPU, a product adds a bias of one row at no cost, but it copies a matrix of rows first. There the product adds b itself,
-and `rows` is b - b: zeros that are there for their gradient alone.
+On a GPU, a product adds a bias of one row at no cost, but it copies a matrix of rows first. There the product adds b
+itself, and `rows` is b - b: zeros that are there for their gradient alone.
 
-The weights, biases and rows are arguments of the function that is compiled, so the cell must take them from there and not
-from its layers. It does so by calling `linear(layer, x)`. A scan finds out by itself which layers a cell applies, and in
-which order: it runs one step when it is made. A later step that applies other layers, or another order, is an error.
+The weights, biases and rows are arguments of the function that is compiled, so the cell must take them from there and
+not from its layers. It does so by calling `linear(layer, x)`. A scan finds out by itself which layers a cell applies,
+and in which order: it runs one step when it is made. A later step that applies other layers, or another order, is an
+error.
 """
 
 from __future__ import annotations
@@ -50,8 +51,8 @@ STEPS_PER_CALL = (
 )
 
 OTHER_LAYERS = (
-    "a step applied other linear layers than when the scan was made; expected the same layers in the same order in every "
-    "step; make a new scan if the cell has changed"
+    "a step applied other linear layers than when the scan was made; expected the same layers in the same order in "
+    "every step; make a new scan if the cell has changed"
 )
 
 Cell: TypeAlias = Callable[..., Any]  # cell(belief, *inputs of a step, linear=...) returns a tuple with a `belief`
@@ -180,7 +181,7 @@ def _bias(layer: nn.Linear) -> Tensor:
 
 
 def _steps_per_call(num_steps: int) -> int:
-    """Return a number of steps that divides `num_steps`, if there is one: a shorter last call is compiled separately."""
+    """Return a number of steps that divides `num_steps` if possible: a shorter last call is compiled separately."""
     sizes = range(STEPS_PER_CALL, STEPS_PER_CALL // 2 - 1, -1)
     return next((size for size in sizes if num_steps % size == 0), STEPS_PER_CALL)
 

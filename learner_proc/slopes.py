@@ -11,8 +11,8 @@ A loss L contributes only g = dL/dv, one number per feature:
 
     dL/dfeat = g * dv/dfeat             dL/dW_i = [g * dv/dy_i]' x_i
 
-The actor's loss needs dL/dfeat of all heads, and the critic's loss needs dL/dW of the critic on the same features. Autograd
-would run the critic forwards and backwards twice, once for each loss. Here it runs once in each direction.
+The actor's loss needs dL/dfeat of all heads, and the critic's loss needs dL/dW of the critic on the same features.
+Autograd would run the critic forwards and backwards twice, once for each loss. Here it runs once in each direction.
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ ACTIVATION_BACKWARD: dict[type[nn.Module], Callable[[Tensor, Tensor, Tensor], Te
 class Block(NamedTuple):
     """A head evaluated on M features, without gradients.
 
-    value (M,) float32; slope (M, F) is dv/dfeat. For weight gradients also, per layer, `inputs` (M, in) and, for all layers
-    but the last, `slopes` (M, out), which is dv/dy. (The last layer's slope is 1.)
+    value (M,) float32; slope (M, F) is dv/dfeat. For weight gradients also, per layer, `inputs` (M, in) and, for all
+    layers but the last, `slopes` (M, out), which is dv/dy. (The last layer's slope is 1.)
     """
 
     value: Tensor
@@ -57,7 +57,7 @@ class Evaluation(NamedTuple):
 
 
 class HeadEvaluator:
-    """Evaluates scalar heads: stacks of linear layers and activations that end in one number. Products are in `dtype`."""
+    """Evaluates scalar heads: stacks of linear layers and activations that end in one number. `dtype` is of products."""
 
     def __init__(self, dtype: torch.dtype, *, compiled: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
         self._dtype = dtype
@@ -91,7 +91,10 @@ class HeadEvaluator:
         return total
 
     def feat_gradient(self, evaluations: list[Evaluation], grads: list[Tensor]) -> Tensor:
-        """Return dL/dfeat (M, F) in float32, summed over several heads of the same features. Shapes: grads (M,) each."""
+        """Return dL/dfeat (M, F) in float32, summed over several heads of the same features.
+
+        Shapes: grads (M,) each.
+        """
         with torch.no_grad():
             return self._join([evaluation.slope for evaluation in evaluations], grads)
 

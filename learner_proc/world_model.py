@@ -37,8 +37,9 @@ class ModelLoss(NamedTuple):
 class KL(NamedTuple):
     """The KL between posterior and prior.
 
-    mean: the batch mean in nats, before the free nats; loss: the mean with the free nats as lower limit; free: the share
-    that lies below the free nats and so has no gradient: the share of steps if each step has its limit, else 0 or 1.
+    mean: the batch mean in nats, before the free nats; loss: the mean with the free nats as lower limit; free: the
+    share that lies below the free nats and so has no gradient: the share of steps if each step has its limit, else 0 or
+    1.
     """
 
     mean: Tensor
@@ -79,8 +80,8 @@ class WorldModel(nn.Module):
     ) -> Posterior:
         """Return posterior beliefs along windows. They start from a belief of zeros, and again at every `is_first`.
 
-        scan: unrolls the RSSM's posterior step, by default with `unroll`; embed: by default `self.embed`. A gradient step
-        passes faster forms of both.
+        scan: unrolls the RSSM's posterior step, by default with `unroll`; embed: by default `self.embed`. A gradient
+        step passes faster forms of both.
         Shapes: obs entries (B, L, *shape) with vectors normalised, action (B, L, A), is_first (B, L) bool,
         noise (L, B, S); result (B, L, ...).
         """
@@ -98,7 +99,8 @@ class WorldModel(nn.Module):
         The target of the reward is scaled by `reward_scale`. The target of the continue head is gamma, or 0 where the
         task ended; a time-out is not an end.
         Shapes: obs as in `observe`, reward and is_terminal (B, L); all results ().
-        Source: arXiv 1912.01603, eq. 10. As in its authors' TensorFlow 2 code, the free nats limit the mean KL by default.
+        Source: arXiv 1912.01603, eq. 10. As in its authors' TensorFlow 2 code, the free nats limit the mean KL by
+        default.
         """
         settings = self.optimization
         assert reward.shape == is_terminal.shape == posterior.mean.shape[:2], reward.shape
@@ -118,9 +120,9 @@ class WorldModel(nn.Module):
     def kl(self, posterior: Posterior) -> KL:
         """Return KL(posterior || prior) and the loss made of it.
 
-        Where the KL lies below `free_nats`, the loss is that constant and has no gradient. This concerns the mean, or each
-        step on its own. With `kl_balance` b, the share b of the gradient moves the prior towards the posterior and the share
-        1 - b moves the posterior towards the prior. The value does not depend on b.
+        Where the KL lies below `free_nats`, the loss is that constant and has no gradient. This concerns the mean, or
+        each step on its own. With `kl_balance` b, the share b of the gradient moves the prior towards the posterior and
+        the share 1 - b moves the posterior towards the prior. The value does not depend on b.
         """
         mean, std = posterior.mean, posterior.std
         prior_mean, prior_std = self.rssm.prior(posterior.belief.deter)

@@ -21,14 +21,14 @@ def capture(
     shared_process: bool,
     generators: Sequence[torch.Generator] = (),
 ) -> tuple[Callable[[], object], Result]:
-    """Run the function a few times, capture one more run, and return what launches the graph and what that run returned.
+    """Run the function a few times, then capture one more run; return a launcher of the graph and that run's result.
 
     Launching repeats the captured kernels on the stream that is current then. They read and write the addresses of the
     captured run, so a launch overwrites the tensors that were returned.
 
     shared_process: whether other code of this process uses the GPU as well, such as a simulator. If so, its threads may
-    allocate memory during the capture. If not, the memory of the first runs is released before the capture, because a graph
-    has memory of its own, and a recompilation during the capture is an error.
+    allocate memory during the capture. If not, the memory of the first runs is released before the capture, because a
+    graph has memory of its own, and a recompilation during the capture is an error.
     generators: the generators that the function draws from, other than torch's global one.
     """
     graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream(device)

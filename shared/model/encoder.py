@@ -69,6 +69,7 @@ class VectorEncoder(nn.Module):
         self.embed_dim = hidden_dim
 
     def forward(self, vector: Tensor) -> Tensor:
+        """Return the embeddings."""
         return self.layers(vector)
 
 

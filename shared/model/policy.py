@@ -71,11 +71,12 @@ class Policy(nn.Module):
     ) -> tuple[Tensor, Belief]:
         """The actions to execute, (E, A) float32 in [-1, 1], and the beliefs they were chosen in.
 
-        Where `reset` is set, belief and previous action are blanked before the ordinary step. The rows
-        `evaluation` take the mode (`eval_action` "mode": most likely of 100 samples; "mean": tanh of the mean)
-        without noise; the others a sample plus N(0, noise_std), clipped. Feed the returned action back as `prev_action`:
-        it is the executed one.
-        Shapes: obs entries (E, *shape) raw, prev_action (E, A), reset (E,) bool, evaluation (n,) int64: indices of rows.
+        Where `reset` is set, belief and previous action are blanked before the ordinary step. The rows `evaluation`
+        take the mode (`eval_action` "mode": most likely of 100 samples; "mean": tanh of the mean) without noise; the
+        others a sample plus N(0, noise_std), clipped. Feed the returned action back as `prev_action`: it is the
+        executed one.
+        Shapes: obs entries (E, *shape) raw, prev_action (E, A), reset (E,) bool, evaluation (n,) int64: indices of
+        rows.
         """
         num_envs = reset.shape[0]
         assert prev_action.shape[0] == belief.deter.shape[0] == num_envs, (prev_action.shape, belief.deter.shape)

@@ -1,4 +1,4 @@
-"""Whole runs of the isaaclab backend through launch.py, with a fake of the isaaclab package (tier A). Isaac Sim is not used."""
+"""Whole runs of the isaaclab backend through launch.py, with a fake of the isaaclab package and without Isaac Sim."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """The real collector with Isaac Lab. It also records what it streamed, and the simulator's state before each reset.
 
-Run as `python truthful_collector.py --run-dir DIR ...`, like `python -m collector_proc`. It writes DIR/truth.pt: the rows
-of the first NUM_KEPT environments on arrival, and (tick, environments, states) before every reset inside a step.
+Run as `python truthful_collector.py --run-dir DIR ...`, like `python -m collector_proc`. It writes DIR/truth.pt: the
+rows of the first NUM_KEPT environments on arrival, and (tick, environments, states) before every reset inside a step.
 """
 
 from __future__ import annotations

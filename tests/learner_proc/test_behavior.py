@@ -1,3 +1,5 @@
+"""Losses of actor and critic: golden values, gradients, and the effect of the end of a task."""
+
 from typing import Any
 
 import pytest

@@ -1,3 +1,5 @@
+"""A sampled step and a captured step do the same, and building one leaves no trace."""
+
 from __future__ import annotations
 
 import copy

@@ -1,7 +1,7 @@
 """What keeps this Dreamer from the known faults of another: one law for every deviation that changes what is learned.
 
-The numbers are those of our survey of TorchRL 0.14's Dreamer V1 against the original code; it marks 16 of its 34 entries
-as changing or hurting what is learned. Each has tests here whose names carry its number, or stands in `HELD_ELSEWHERE`
+The numbers are those of our survey of TorchRL 0.14's Dreamer V1 against the original code; it marks 16 of its 34
+entries as changing or hurting what is learned. Each has tests here whose names carry its number, or stands in `HELD_ELSEWHERE`
 with the test that fails if we had it, as do some of the lesser ones.
 
  1  beliefs run on over episode ends            2  rows of a batch straddle trajectories after a short slice
@@ -41,8 +41,10 @@ SPEC = StreamSpec(1, {"policy": ObsSpec((4,), "float32")}, A)
 
 HELD_ELSEWHERE = {
     1: "learner_proc/test_world_model.py::test_nothing_before_an_is_first_reaches_what_comes_after_it",
-    5: "learner_proc/test_world_model.py::test_a_window_that_starts_inside_an_episode_starts_blank_but_with_its_true_action",
-    6: "shared/model/test_rssm.py::test_the_first_step_of_an_episode_is_an_ordinary_step_from_zero_belief_and_zero_action",
+    5: "learner_proc/test_world_model.py::"
+    "test_a_window_that_starts_inside_an_episode_starts_blank_but_with_its_true_action",
+    6: "shared/model/test_rssm.py::"
+    "test_the_first_step_of_an_episode_is_an_ordinary_step_from_zero_belief_and_zero_action",
     7: "learner_proc/test_world_model.py::"
     "test_scanning_recorded_rows_reproduces_the_acting_beliefs_when_the_executed_action_is_stored",
     9: "learner_proc/test_options.py::test_without_a_number_of_starts_all_beliefs_are_starts_in_order",

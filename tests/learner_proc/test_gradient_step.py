@@ -1,3 +1,5 @@
+"""The gradient step: its parameters, its losses, its precision, and its compiled form."""
+
 import copy
 import threading
 from typing import Any

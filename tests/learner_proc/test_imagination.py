@@ -1,3 +1,5 @@
+"""Imagination: prior steps under the actor, and where gradients go."""
+
 from functools import partial
 
 import pytest

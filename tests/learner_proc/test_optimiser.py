@@ -1,3 +1,5 @@
+"""One optimiser: loss scale, clipping, and gradients in another memory layout."""
+
 from __future__ import annotations
 
 import pytest

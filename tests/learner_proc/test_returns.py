@@ -1,3 +1,5 @@
+"""The lambda-return against values worked out by hand and against TorchRL."""
+
 import copy
 
 import pytest

@@ -1,3 +1,5 @@
+"""Heads evaluated with their slopes give the gradients of autograd."""
+
 from __future__ import annotations
 
 import pytest

@@ -25,6 +25,8 @@ class ToySimulation:
     """Replaces SimulationContext. It steps the articulations of the scene."""
 
     class RenderMode(enum.IntEnum):
+        """The members of SimulationContext.RenderMode."""
+
         NO_GUI_OR_RENDERING = -1
         NO_RENDERING = 0
         PARTIAL_RENDERING = 1

@@ -1,3 +1,5 @@
+"""Encoders of images and vectors, and how their embeddings are joined."""
+
 import pytest
 import torch
 import torch.nn.functional as F

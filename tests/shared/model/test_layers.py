@@ -1,3 +1,5 @@
+"""The GRU and dense layers: what they compute and how they are initialised."""
+
 import math
 
 import pytest

@@ -1,3 +1,5 @@
+"""The policy: how actions are chosen, with noise and in evaluation."""
+
 import math
 
 import pytest

@@ -50,12 +50,12 @@ def play(simulator: MjlabSimulator, num_ticks: int) -> list[Arrival]:
 
 
 def vectors(arrivals: list[Arrival]) -> Tensor:
-    """(T, E, 5)"""
+    """Return the actor's observations (T, E, 5)."""
     return torch.stack([arrival.obs["actor"] for arrival in arrivals])
 
 
 def flags(arrivals: list[Arrival], name: str) -> Tensor:
-    """(T, E)"""
+    """Return one flag of all arrivals (T, E)."""
     return torch.stack([getattr(arrival, name) for arrival in arrivals])
 
 
