@@ -57,9 +57,10 @@ class Evaluation(NamedTuple):
 
 
 class HeadEvaluator:
-    """Evaluates scalar heads: stacks of linear layers and activations that end in one number. `dtype` is of products."""
+    """Evaluates scalar heads: stacks of linear layers and activations that end in one number."""
 
     def __init__(self, dtype: torch.dtype, *, compiled: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
+        """dtype: the type in which products are computed. compiled: compiles a function, or returns it unchanged."""
         self._dtype = dtype
         self._evaluate_block, self._block_gradients = compiled(_evaluate_block), compiled(_block_gradients)
         self._join = compiled(_join)

@@ -1,17 +1,17 @@
-"""What keeps this Dreamer from the known faults of another: one law for every deviation that changes what is learned.
+"""Deviations of another implementation from Dreamer V1, and the tests which show that this one does not have them.
 
-The numbers are those of our survey of TorchRL 0.14's Dreamer V1 against the original code; it marks 16 of its 34
-entries as changing or hurting what is learned. Each has tests here whose names carry its number, or stands in `HELD_ELSEWHERE`
-with the test that fails if we had it, as do some of the lesser ones.
+The numbers come from our comparison of TorchRL 0.14's Dreamer V1 with the original code. That comparison lists 34
+deviations, of which the 16 below change or harm what is learned. A deviation has tests here, with its number in their
+names, or it is in `TESTED_ELSEWHERE` with the test that would fail if we had it.
 
- 1  beliefs run on over episode ends            2  rows of a batch straddle trajectories after a short slice
- 3  short episodes are drawn too often          4  the first observation of a window is never learned from
- 5  windows start from stale stored beliefs     6  the first belief of an episode skips the transition
- 7  the belief is fed the action before noise   8  the terminal observation is made up
-11  squared errors without their half          12  a vector's loss is summed over batch and time
-13  the KL is clipped per dimension            15  settings that nothing reads
-16  imagined rewards and values are sampled    20  no termination in imagination
-23  a hard floor under the std                 32  no fixed ratio of replayed to collected steps
+ 1  beliefs continue across episode ends        2  a batch mixes trajectories after a short slice
+ 3  short episodes are sampled too often        4  the first observation of a window is never learned from
+ 5  windows start from old stored beliefs       6  the first belief of an episode skips the transition
+ 7  the belief gets the action without noise    8  the terminal observation is invented
+11  squared errors lack the factor 1/2         12  a vector's loss is summed over batch and time
+13  the KL is clipped per dimension            15  settings that no code reads
+16  imagined rewards and values are sampled    20  imagination does not know termination
+23  the std has a hard lower limit             32  the ratio of replayed to collected steps is not fixed
 """
 
 import ast
@@ -39,7 +39,7 @@ TESTS = Path(__file__).parents[1]
 B, L, A, S, D = 3, 6, 2, 3, 5
 SPEC = StreamSpec(1, {"policy": ObsSpec((4,), "float32")}, A)
 
-HELD_ELSEWHERE = {
+TESTED_ELSEWHERE = {
     1: "learner_proc/test_world_model.py::test_nothing_before_an_is_first_reaches_what_comes_after_it",
     5: "learner_proc/test_world_model.py::"
     "test_a_window_that_starts_inside_an_episode_starts_blank_but_with_its_true_action",
@@ -61,7 +61,7 @@ HELD_ELSEWHERE = {
     27: "shared/model/test_encoder.py::test_bytes_are_centred_between_minus_half_and_half",
     28: "shared/model/test_layers.py::test_dense_layers_start_glorot_uniform_with_zero_bias",
     31: "shared/model/test_policy.py::test_mode_evaluation_takes_the_most_likely_sample_without_noise",
-    32: "learner_proc/test_pacing.py::test_the_ratio_is_kept_however_fast_either_side_is",
+    32: "learner_proc/test_pacing.py::test_the_ratio_is_kept_whichever_side_is_faster",
 }
 CHANGE_WHAT_IS_LEARNED = {1, 2, 3, 4, 5, 6, 7, 8, 11, 12, 13, 15, 16, 20, 23, 32}
 
@@ -72,12 +72,12 @@ def functions(path: Path) -> set[str]:
 
 def test_every_deviation_that_changes_what_is_learned_has_its_test():
     here = {int(name.split("_")[2]) for name in functions(Path(__file__)) if name.startswith("test_deviation_")}
-    assert here | set(HELD_ELSEWHERE) >= CHANGE_WHAT_IS_LEARNED
+    assert here | set(TESTED_ELSEWHERE) >= CHANGE_WHAT_IS_LEARNED
 
 
-@pytest.mark.parametrize("number", HELD_ELSEWHERE)
-def test_the_test_that_holds_a_deviation_off_exists(number):
-    path, name = HELD_ELSEWHERE[number].split("::")
+@pytest.mark.parametrize("number", TESTED_ELSEWHERE)
+def test_the_test_for_a_deviation_exists(number):
+    path, name = TESTED_ELSEWHERE[number].split("::")
     assert name in functions(TESTS / path)
 
 
