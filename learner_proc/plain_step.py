@@ -194,6 +194,7 @@ class PlainStep:
 
 
 def detached(gaussian: Gaussian) -> Gaussian:
+    """Return mean and standard deviation without their gradient."""
     return gaussian[0].detach(), gaussian[1].detach()
 
 
