@@ -75,24 +75,26 @@ def _execute(words: list[str]) -> None:
     assert done.returncode == 0, f"{shlex.join(words)}\n{done.stdout}{done.stderr}"
 
 
-def _run_block(block: Block, finished: Path, tmp_path: Path) -> None:
+def _run_block(block: Block, request: pytest.FixtureRequest, tmp_path: Path) -> None:
     added = shlex.split(block.detail.replace("TMP", str(tmp_path)))
     for number, words in enumerate(block.commands):
-        words = [word.replace("runs/NAME", str(finished)) for word in words] + added
+        if "runs/NAME" in words:
+            words = [str(request.getfixturevalue("finished_run")) if word == "runs/NAME" else word for word in words]
+        words = words + added
         if _program(words) == "launch.py" and not {"--resume", "--run-dir"} & set(words):
             words += ["--run-dir", str(tmp_path / f"run-{number}")]
         _execute(words)
 
 
 @pytest.mark.parametrize("block", _to_run("run"), ids=lambda block: block.place)
-def test_a_command_on_a_page_runs(block: Block, finished_run: Path, tmp_path: Path) -> None:
-    _run_block(block, finished_run, tmp_path)
+def test_a_command_on_a_page_runs(block: Block, request: pytest.FixtureRequest, tmp_path: Path) -> None:
+    _run_block(block, request, tmp_path)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("block", _to_run("run slowly"), ids=lambda block: block.place)
-def test_a_slow_command_on_a_page_runs(block: Block, finished_run: Path, tmp_path: Path) -> None:
-    _run_block(block, finished_run, tmp_path)
+def test_a_slow_command_on_a_page_runs(block: Block, request: pytest.FixtureRequest, tmp_path: Path) -> None:
+    _run_block(block, request, tmp_path)
 
 
 def test_every_block_of_commands_carries_a_mark() -> None:
