@@ -1,12 +1,12 @@
-"""How well the model predicts: the prior rolled open-loop along recorded actions, against what was really observed.
+"""How well the model predicts: the prior is rolled along recorded actions and compared with the recorded observations.
 
-Reconstruction says nothing about it, for the posterior has seen what it paints. Here the posterior sees `context` rows
-and the prior predicts the rest; example, L = 16, context 5, horizon 5:
+The reconstruction error does not show this, because the posterior has seen the observation that it reconstructs. Here
+the posterior sees `context` rows and the prior predicts the rest. Example with L = 16, context 5 and horizon 5:
 
     row        0 1 2 3 4 | 5 6 7 8 9 | 10 ...
-               observed  | predicted |           the error at horizon 5 is that of row 9, repeating the last is row 4
+               observed  | predicted |           the error at horizon 5 is that of row 9; the last observation is row 4
 
-Everything is rolled on means: nothing is drawn, so looking changes no random stream.
+Every distribution is replaced by its mean. No random number is drawn, so the diagnostics do not change the training.
 """
 
 from __future__ import annotations
@@ -46,10 +46,11 @@ class OpenLoop(NamedTuple):
 
 
 class Diagnostics:
-    """Open-loop prediction errors of a world model on sampled windows of `length` rows; for log points, not every step.
+    """Open-loop prediction errors of a world model on sampled windows of `length` rows, for rows of metrics.jsonl.
 
-    `open_loop_x_15` below `repeat_last_x_15` says that the model predicts 15 steps ahead better than a still does. On
-    far horizons that alone is little: a still errs by up to twice the variance, the constant mean by the variance.
+    If `open_loop_x_15` is below `repeat_last_x_15`, the model predicts 15 steps ahead better than a repetition of the
+    last observation. For far horizons this alone is weak evidence: the repetition has an error of up to twice the
+    variance, and the constant mean has an error of once the variance.
     """
 
     def __init__(self, spec: StreamSpec, world_model: WorldModel, normaliser: Normaliser, *, length: int) -> None:

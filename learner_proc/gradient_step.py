@@ -1,7 +1,7 @@
 """One update of world model, actor and critic: three losses from the same parameters, then three Adam steps.
 
 It computes what `learner_proc.plain_step` computes, faster. Cells are unrolled by `learner_proc.scan`, heads are
-evaluated by `learner_proc.slopes`, and both pass through `learner_proc.compiling`. docs/faster.md says why.
+evaluated by `learner_proc.slopes`, and both pass through `learner_proc.compiling`. docs/faster.md explains why.
 
 Nothing here waits for the device: on it, bad steps are skipped, loss scales change and metrics are gathered.
 """

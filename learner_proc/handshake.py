@@ -69,8 +69,8 @@ class Handshake:
         """Prepare for the first hello.
 
         allocate: make the replay for a stream; return it and its memfd, or None for one on a GPU.
-        random_frames, agent_steps: what a collector is told in its welcome, namely how many more agent steps it should
-        act at random and how many were collected so far.
+        random_frames, agent_steps: return the numbers for the welcome: how many more agent steps a collector acts at
+        random, and how many agent steps were collected so far.
         """
         self._run_id, self._num_envs, self._allocate = run_id, num_envs, allocate
         self._random_frames, self._agent_steps = random_frames, agent_steps

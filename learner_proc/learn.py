@@ -56,6 +56,8 @@ class Learner:
 
     `WaitingLearner` makes it once a collector streams. `run` first waits until the collector has filled the replay,
     then trains to `optimization.total_optim_steps` or until the process is asked to stop, and leaves a checkpoint.
+    It is one class because every part of a pass (serving, training, publishing, logging, saving) reads and advances
+    the same counters, pacing and replay.
     """
 
     def __init__(
@@ -129,7 +131,7 @@ class Learner:
         self.link.wait(IDLE_S)
 
     def train(self) -> None:
-        """Make one gradient step, and whatever is due after it: publish, log, save.
+        """Make one gradient step; then publish, log and save if that is due.
 
         Raises: FloatingPointError if no recent gradient was finite.
         """

@@ -79,7 +79,7 @@ class Publisher:
     def collector_streams(self, number: int) -> None:
         """Record which collector streams now, counted from 1. Send the last version to a collector that is new.
 
-        A new collector has no weights, whatever the collector before it had.
+        A new collector has no weights, even if the previous collector had the newest.
         """
         if number != self._collector:
             self._collector, self._adopted = number, 0

@@ -1,8 +1,8 @@
-"""Imagined against real: the critic's value of a recorded belief beside the rewards that were really met after it.
+"""Imagined against real returns: the critic's value of a recorded belief, and the rewards that were recorded after it.
 
-The critic learns from imagination alone. Where its values stand far above the recorded returns of the same states, the
-actor has found errors of the model, not rewards. Recorded actions are those of older, noisier policies, so a small gap
-upwards is what progress looks like.
+The critic learns from imagination alone. If its values are far above the recorded returns of the same states, the actor
+exploits errors of the model. A small difference is normal while the policy improves, because older and noisier policies
+chose the recorded actions.
 """
 
 from __future__ import annotations

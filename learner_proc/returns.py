@@ -22,7 +22,9 @@ def lambda_return(reward: Tensor, discount: Tensor, value: Tensor, *, lam: float
     Source: arXiv 1912.01603, eq. 6.
     """
     if not 0.0 <= lam <= 1.0:
-        raise ValueError(f"lambda_return: lam={lam} is no mixing weight, wanted 0..1; mend optimization.lmbda")
+        raise ValueError(
+            f"lam={lam} is not a mixing weight; expected a number from 0 to 1; set optimization.lmbda=0.95"
+        )
     assert reward.shape == discount.shape == value.shape, (reward.shape, discount.shape, value.shape)
     assert reward.dim() == 2 and reward.shape[1] >= 2, reward.shape
     bootstrap = reward[:, :-1] + (1 - lam) * discount[:, :-1] * value[:, 1:]  # (N, H - 1)

@@ -85,3 +85,11 @@ def test_test_folders_are_not_packages() -> None:
 def test_no_file_has_a_name_without_meaning() -> None:
     names = {path.name for owner in MAY_IMPORT for path in _sources(owner)}
     assert not names & {"utils.py", "common.py", "helpers.py", "misc.py"}
+
+
+def test_the_tree_stays_readable() -> None:
+    """The house check counts long functions, large classes, unclear words, and the edits that a new backend needs."""
+    result = subprocess.run(
+        [sys.executable, ".ci/house.py", "--check"], cwd=REPO, capture_output=True, text=True, timeout=300
+    )
+    assert result.returncode == 0, result.stdout + result.stderr

@@ -21,12 +21,12 @@ def check_entry(name: str, entry: ObsSpec) -> None:
     """Raises: ValueError if no encoder exists for an entry of this shape."""
     if entry.is_image and (entry.shape[:2] != (IMAGE_SIZE, IMAGE_SIZE) or entry.shape[2:] not in ((1,), (3,))):
         raise ValueError(
-            f"observation {name!r} is an image of shape {entry.shape}, wanted (64, 64, 1) or (64, 64, 3): "
-            "render it at 64x64, grey or RGB"
+            f"observation {name!r} is an image of shape {entry.shape}; expected (64, 64, 1) or (64, 64, 3); "
+            "render it at 64x64, in grey or RGB"
         )
     if not entry.is_image and len(entry.shape) != 1:
         raise ValueError(
-            f"observation {name!r} is a float entry of shape {entry.shape}, wanted a vector (size,): "
+            f"observation {name!r} has shape {entry.shape}; expected a vector of shape (size,); "
             "flatten it in the simulator"
         )
 

@@ -35,5 +35,5 @@ def test_a_refusal_during_a_restart_is_tried_again_and_one_during_the_run_ends_i
     summary = json.loads((run / "summary.json").read_text())
     assert summary["collector_restarts"] == 2  # one after the death, one after the refusal during the restart
     assert "is too low for the images" in summary["exit_reason"]
-    assert done.stdout.rstrip().splitlines()[-1].startswith("error: "), "the last line says what to fix"
+    assert done.stdout.rstrip().splitlines()[-1].startswith("error: "), "the last line names the fix"
     assert int((run / "checkpoints" / "latest").read_text()) >= 30

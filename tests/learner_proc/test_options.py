@@ -1,4 +1,4 @@
-"""The options beside the original algorithm: each does what its setting says, inside whole gradient steps."""
+"""The options that the original algorithm lacks: each has its documented effect in a whole gradient step."""
 
 from typing import Any
 

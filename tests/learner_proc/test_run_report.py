@@ -10,7 +10,7 @@ from shared.metrics import METRICS
 
 
 def test_a_run_without_a_gradient_step_is_refused(tmp_path):
-    with pytest.raises(SettingError, match=r"has no row of a gradient step; expected .* log_every"):
+    with pytest.raises(SettingError, match=r"has no row of a gradient step; expected .*log_every"):
         write_report(tmp_path)
     (tmp_path / "metrics.jsonl").write_text('{"gradient_steps": 0, "loss_model": null}\n')
     with pytest.raises(SettingError, match="has no row of a gradient step"):

@@ -41,6 +41,6 @@ def test_embeddings_are_joined_in_sorted_name_order():
 @pytest.mark.parametrize(
     "entry", [ObsSpec((32, 32, 3), "uint8"), ObsSpec((64, 64, 4), "uint8"), ObsSpec((3, 3), "float32")]
 )
-def test_an_entry_no_encoder_fits_is_refused_with_its_shape_and_the_mend(entry):
-    with pytest.raises(ValueError, match=r"'camera'.*\(\d.*wanted.*: (render|flatten)"):
+def test_an_entry_without_an_encoder_is_refused_with_its_shape_and_the_fix(entry):
+    with pytest.raises(ValueError, match=r"'camera'.*\(\d.*; expected .*; (render|flatten)"):
         Encoder(StreamSpec(1, {"camera": entry}, 1), NetworkSettings())

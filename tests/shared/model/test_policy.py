@@ -13,7 +13,7 @@ from shared.stream import ObsSpec, StreamSpec
 E, A = 4, 2
 SPEC = StreamSpec(E, {"policy": ObsSpec((3,), "float32")}, A)
 NONE, ALL = torch.zeros(E, dtype=torch.bool), torch.ones(E, dtype=torch.bool)
-NOBODY, EVERYBODY = torch.arange(0), torch.arange(E)
+NO_ROWS, ALL_ROWS = torch.arange(0), torch.arange(E)
 
 
 def make_policy(init_std: float = 5.0) -> Policy:
@@ -21,7 +21,7 @@ def make_policy(init_std: float = 5.0) -> Policy:
     return Policy(SPEC, NetworkSettings(state_dim=3, rssm_hidden_dim=5, hidden_dim=7, init_std=init_std))
 
 
-def act(policy: Policy, obs, belief, action, reset, *, noise_std=0.3, evaluation=NOBODY, eval_action="mode"):
+def act(policy: Policy, obs, belief, action, reset, *, noise_std=0.3, evaluation=NO_ROWS, eval_action="mode"):
     return policy.act(
         {"policy": obs},
         belief,
@@ -54,7 +54,7 @@ def test_mean_evaluation_takes_tanh_of_the_mean_without_noise():
         policy.initial_belief(E),
         torch.zeros(E, A),
         ALL,
-        evaluation=EVERYBODY,
+        evaluation=ALL_ROWS,
         eval_action="mean",
     )
     torch.testing.assert_close(action, torch.tanh(policy.actor(feat(belief))[0]), rtol=1e-6, atol=1e-6)
@@ -63,7 +63,7 @@ def test_mean_evaluation_takes_tanh_of_the_mean_without_noise():
 def test_mode_evaluation_takes_the_most_likely_sample_without_noise():
     policy = make_policy(init_std=0.001)
     action, belief = act(
-        policy, torch.randn(E, 3), policy.initial_belief(E), torch.zeros(E, A), ALL, evaluation=EVERYBODY, noise_std=9.0
+        policy, torch.randn(E, 3), policy.initial_belief(E), torch.zeros(E, A), ALL, evaluation=ALL_ROWS, noise_std=9.0
     )
     torch.testing.assert_close(action, torch.tanh(policy.actor(feat(belief))[0]), rtol=0.0, atol=0.01)
 
