@@ -8,7 +8,7 @@ One step learns three things from a batch of replayed sequences:
                   actions that lead to high returns, with gradients that flow back through the imagined steps.
     critic        Learn to predict the returns of the imagined beliefs.
 
-A run uses `learner_proc.gradient_step`, which computes the same numbers several times faster. This file is for reading,
+A run uses `learner_proc.gradient_step`, which computes the same numbers faster. This file is for reading,
 and it is the oracle of the tests: they compare every metric, gradient and parameter of the two steps. It follows all
 settings of the algorithm but two: every product is in float32 (no `autocast`), and nothing is compiled (no `compile`).
 
