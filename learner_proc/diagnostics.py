@@ -34,9 +34,11 @@ WINDOW_LENGTH = MAX_CONTEXT + max(HORIZONS)  # rows of a window in which every h
 
 
 class OpenLoop(NamedTuple):
-    """Predictions beside what was observed, entries (n, L, *shape): vectors normalised, images in [-0.5, 0.5].
+    """Predictions and observations of n windows, to be plotted side by side.
 
-    The first `context` rows were observed; `crosses` (n,) bool marks windows in which an episode begins after row 0.
+    context: the number of rows that the model has seen. crosses (n,) bool: whether an episode begins after row 0.
+    Shapes: entries (n, L, *shape).
+    Units: vectors are normalised, images are in [-0.5, 0.5].
     """
 
     context: int
@@ -54,7 +56,7 @@ class Diagnostics:
     """
 
     def __init__(self, spec: StreamSpec, world_model: WorldModel, normaliser: Normaliser, *, length: int) -> None:
-        """Horizons that do not fit in `length` rows are left out of `metrics`; `WINDOW_LENGTH` rows fit all."""
+        """Choose the horizons that fit in `length` rows. All fit in `WINDOW_LENGTH` rows."""
         self._world_model, self._normaliser = world_model, normaliser
         self._obs_names, self._length = sorted(spec.obs), length
         self.context = max(1, min(MAX_CONTEXT, length // 3))
@@ -64,10 +66,11 @@ class Diagnostics:
 
     @torch.no_grad()
     def __call__(self, batch: TensorDict) -> Numbers:
-        """Return the mean squared error per dimension or pixel of each of `metrics`.
+        """Return the mean squared error per dimension or pixel for each of `metrics`. Does not synchronise.
 
-        Windows in which an episode begins between the first row and the predicted one do not count; where none is left
-        the error is NaN. Shapes: batch [B, L] in the arrival layout of `shared.stream`. Does not synchronise.
+        A window counts only if no episode begins between its first row and the predicted row. If no window counts, the
+        error is NaN.
+        Shapes: batch [B, L] in the arrival layout of `shared.stream`.
         """
         if not self.horizons:
             return Numbers((), torch.zeros(0, device=batch["reward"].device))
@@ -88,9 +91,10 @@ class Diagnostics:
 
     @torch.no_grad()
     def rollout(self, batch: TensorDict, *, num_windows: int = 1) -> OpenLoop:
-        """Whole windows to plot, those in which the fewest episodes begin: reconstructed, then predicted.
+        """Return whole windows to plot: the context is reconstructed, and the rows after it are predicted.
 
-        Shapes: batch [B, L] with B >= num_windows. Does not synchronise.
+        The windows in which the fewest episodes begin are chosen. Does not synchronise.
+        Shapes: batch [B, L] with B >= num_windows.
         """
         begins = batch["is_first"][:, 1:].sum(1)
         assert num_windows <= begins.shape[0], (num_windows, begins.shape)
@@ -104,7 +108,7 @@ class Diagnostics:
         return self._normaliser({name: batch["obs", name] for name in self._obs_names})
 
     def _roll(self, batch: TensorDict, num_rows: int) -> Belief:
-        """Beliefs of the first `num_rows` rows, (B, num_rows, ...): posterior in the context, prior after it."""
+        """Return the beliefs (B, num_rows, ...) of the first rows: posterior in the context, prior after it."""
         rssm, context = self._world_model.rssm, self.context
         action, is_first = batch["action"], batch["is_first"]
         assert is_first.shape[1] == self._length, (is_first.shape, self._length)
@@ -121,9 +125,10 @@ class Diagnostics:
 
 
 def _mean_error(guess: Tensor, later: Tensor, counts: Tensor) -> Tensor:
-    """The mean squared error of every horizon over the windows that count: (horizons,).
+    """Return the mean squared error of every horizon, over the windows that count.
 
-    Shapes: later (B, horizons, *shape), guess alike or with one horizon for all, counts (B, horizons) bool.
+    Shapes: later (B, horizons, *shape), guess like later or with one horizon for all, counts (B, horizons) bool; the
+    result is (horizons,).
     """
     error = (guess - later).square().flatten(2).mean(-1)
     return error.masked_fill(~counts, 0.0).sum(0) / counts.sum(0)

@@ -1,4 +1,4 @@
-"""One optimiser of the three: a clipped Adam step that is skipped on the device where gradients are not finite."""
+"""One of the three optimisers: Adam with gradient clipping. It skips steps whose gradients are not finite."""
 
 from __future__ import annotations
 
@@ -12,14 +12,17 @@ LOSS_SCALE_INTERVAL = 2000  # finite steps between two doublings
 
 
 class LossScale:
-    """The factor that keeps float16 gradients in range; moves on the device, one number per optimiser."""
+    """The factor on a loss that keeps its float16 gradients in range. It changes on the device, without a wait."""
 
     def __init__(self, device: torch.device) -> None:
         self.scale = torch.full((), INITIAL_LOSS_SCALE, device=device)
         self.num_finite = torch.zeros((), device=device)
 
     def update(self, bad: Tensor) -> None:
-        """Halve after a bad step, double after `LOSS_SCALE_INTERVAL` good ones in a row. Shapes: bad () bool."""
+        """Halve the factor after a bad step; double it after `LOSS_SCALE_INTERVAL` good steps in a row.
+
+        Shapes: bad () bool.
+        """
         num_finite = (self.num_finite + 1).masked_fill(bad, 0.0)
         grow = num_finite >= LOSS_SCALE_INTERVAL
         self.scale.mul_(torch.where(bad, 0.5, torch.where(grow, 2.0, 1.0)))
@@ -27,14 +30,17 @@ class LossScale:
 
 
 class Optimiser:
-    """One Adam over a fixed list of parameters: clips the global norm, skips non-finite gradients on the device."""
+    """Adam over a fixed list of parameters. It clips the global norm of the gradients.
+
+    If a gradient is not finite, the step is skipped by a flag on the device, without a wait.
+    """
 
     def __init__(self, params: Sequence[nn.Parameter], *, lr: float, eps: float, clip: float, scaled: bool) -> None:
         self.params, self.clip = list(params), clip
         device = self.params[0].device
         self.optimizer = torch.optim.Adam(self.params, lr=lr, eps=eps, fused=True, capturable=device.type == "cuda")
         self.loss_scale = LossScale(device) if scaled else None
-        # what Adam would make lazily exists from the start, so that its addresses never change
+        # Adam would create its state in the first step. It must exist before, so that its addresses never change.
         for param in self.params:
             self.optimizer.state[param] = {
                 "step": torch.zeros((), device=device),
@@ -43,23 +49,24 @@ class Optimiser:
             }
 
     def scaled(self, loss: Tensor) -> Tensor:
-        """The loss to take gradients of, which `apply` divides again."""
+        """Return the loss to differentiate. `apply` divides its gradients by the same scale."""
         return loss if self.loss_scale is None else loss * self.loss_scale.scale
 
     def apply(self, grads: list[Tensor]) -> tuple[Tensor, Tensor]:
-        """Clip and step in place, by gradients of the `scaled` loss.
+        """Clip the gradients of the `scaled` loss and update the parameters in place.
 
-        Returns the norm before clipping and whether the step was skipped, () bool.
+        Return the norm before clipping, (), and whether the step was skipped, () bool.
         """
         if self.loss_scale is not None:
             torch._foreach_div_(grads, self.loss_scale.scale)  # pyright: ignore[reportPrivateImportUsage]
         norm = torch.nn.utils.get_total_norm(grads)
         bad = ~torch.isfinite(norm)
         for param, grad in zip(self.params, grads, strict=True):
-            # convolutions give theirs in their input's layout: the fused kernels walk all buffers in one order
+            # The gradient of a convolution has the memory layout of its input, but the fused kernels read parameters,
+            # moments and gradients in the order of memory. So copy it into the parameter's layout.
             param.grad = grad if grad.stride() == param.stride() else torch.empty_like(param).copy_(grad)
         torch.nn.utils.clip_grads_with_norm_(self.params, self.clip, norm)
-        # read by the fused kernels: a set flag leaves parameters, moments and step count as they are
+        # The fused kernels read this flag. If it is set, parameters, moments and step count stay as they are.
         self.optimizer.found_inf = bad.float()  # type: ignore[attr-defined]
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
@@ -68,7 +75,7 @@ class Optimiser:
         return norm, bad
 
     def tensors(self) -> dict[str, Tensor]:
-        """Everything that moves with the updates but the parameters themselves, by name."""
+        """Return the state of Adam, by name: everything that a step changes, except for the parameters."""
         return {
             f"{index}.{key}": value
             for index, param in enumerate(self.params)

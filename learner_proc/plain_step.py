@@ -8,9 +8,9 @@ One step learns three things from a batch of replayed sequences:
                   actions that lead to high returns, with gradients that flow back through the imagined steps.
     critic        Learn to predict the returns of the imagined beliefs.
 
-A run uses `learner_proc.gradient_step`, which computes the same numbers faster. This file is for reading,
-and it is the oracle of the tests: they compare every metric, gradient and parameter of the two steps. It follows all
-settings of the algorithm but two: every product is in float32 (no `autocast`), and nothing is compiled (no `compile`).
+A run uses `learner_proc.gradient_step`, which computes the same numbers faster. This file is for reading. The tests
+also use it as their oracle: they compare every metric, gradient and parameter of the two steps. It follows all settings
+of the algorithm but two: every product is in float32 (no `autocast`), and nothing is compiled (no `compile`).
 
 Shapes: B sequences, L steps, N starts of imagination (B * L by default), H imagined steps, F = size of a feature.
 """
@@ -91,7 +91,7 @@ class PlainStep:
         loss_reward = unit_gaussian_nll(reward, model.reward(features), event_dims=0).mean()
         loss_cont = torch.zeros_like(loss_obs)
         if model.cont is not None:
-            # The head learns the discount: gamma, or 0 where the task ended. Running out of time is no end.
+            # The head learns the discount: gamma, or 0 where the task ended. A time-out is not an end.
             discount = (~batch["is_terminal"]).float() * options.gamma
             loss_cont = bernoulli_nll(model.cont(features), discount).mean()
         loss_kl = self.kl_loss(posterior, prior)
@@ -152,11 +152,11 @@ class PlainStep:
         action_noise = torch.randn(horizon, num_starts, actor.action_dim, device=device)
         noise, steps = torch.randn(horizon, num_starts, rssm.stoch_dim, device=device), []
         for t in range(horizon):
-            # The actor's input has no gradient: it learns through its actions and the states they lead to.
+            # The actor's input has no gradient: the actor learns through its actions and the states they lead to.
             action_mean, action_std = actor(feat(belief).detach())
             action = torch.tanh(action_mean + action_std * action_noise[t])
             deter = rssm.transition(belief, action)
-            mean, std = rssm.prior(deter)  # there is no observation to learn more from
+            mean, std = rssm.prior(deter)  # there is no observation, so the prior takes the posterior's place
             belief = Belief(deter, mean + std * noise[t])
             steps.append((feat(belief), tanh_normal_entropy(action_mean, action_std, action_noise[t]), action_std))
         features, entropy, action_stds = (torch.stack(part, 1) for part in zip(*steps, strict=True))
@@ -175,7 +175,7 @@ class PlainStep:
             later = (1 - options.lmbda) * value[:, t + 1] + options.lmbda * returns[0]
             returns.insert(0, reward[:, t] + discount[:, t] * later)
         target = torch.stack(returns[:-1], 1)
-        # A step counts in proportion to the probability, and the discount, of getting there.
+        # The weight of a step is the product of all discounts before it: it counts less if the task may have ended.
         alive = torch.ones_like(reward[:, :1]) if cont is None else (~terminal).float()[:, None]
         weight = torch.cat([alive, discount[:, :-2].detach()], 1).cumprod(1)
         scale = self.return_scale(target) if options.return_norm == "percentile" else torch.ones_like(target[0, 0])

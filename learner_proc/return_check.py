@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 
 class ReturnCheck:
-    """Mean value and mean recorded return of the same replayed states, in scaled rewards; for log points."""
+    """Mean value and mean recorded return of the same replayed states, for rows of metrics.jsonl."""
 
     metrics = (IMAGINED_VALUE, RECORDED_RETURN)
 
@@ -38,11 +38,12 @@ class ReturnCheck:
 
     @torch.no_grad()
     def __call__(self, batch: TensorDict) -> Numbers:
-        """Two means over the windows in which no episode begins after row 0, NaN where there is none.
+        """Return both means over the windows in which no episode begins after row 0, or NaN. Does not synchronise.
 
-        The recorded return sums the discounted rewards from the first row past the context to the window's end and the
-        critic's value there. Shapes: batch [B, L] in the arrival layout of `shared.stream`. Does not
-        synchronise.
+        The state is the last row of the context. Its recorded return is the sum of the discounted rewards from this row
+        to the row before the window's end, and of the critic's discounted value at the end.
+        Shapes: batch [B, L] in the arrival layout of `shared.stream`.
+        Units: scaled rewards.
         """
         reward, first = batch.get("reward"), batch.get("is_first")
         num_windows, length = reward.shape

@@ -1,22 +1,23 @@
-"""Returns along imagined trajectories, and the scale they come in."""
+"""Returns along imagined trajectories, and the running scale of these returns."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
 
-LOW, HIGH = 0.05, 0.95  # the percentiles a range of returns spans
+LOW, HIGH = 0.05, 0.95  # a range of returns goes from the 5th to the 95th percentile
 RANGE_DECAY = 0.99
 
 
 def lambda_return(reward: Tensor, discount: Tensor, value: Tensor, *, lam: float) -> Tensor:
-    """Critic targets along imagined trajectories: all n-step returns, mixed by lam.
+    """Return the critic's targets along imagined trajectories: a mixture of all n-step returns, weighted by lam.
 
-    The value of a step includes that step's reward, and its discount gates what comes after it. The last reward is not
-    used: the last value stands for it. Example, H = 3, lam = 0.5, discount 0.9, reward [1, 2, 3], value [10, 20, 30]:
-    R_2 = 2 + 0.9 * 30 = 29; R_1 = 1 + 0.9 * (0.5 * 20 + 0.5 * 29) = 23.05.
+    The value of a step includes the reward of that step. The discount of a step applies to everything after it. The
+    last reward is not used, because the last value includes it. Example with H = 3, lam = 0.5, discount 0.9, reward
+    [1, 2, 3] and value [10, 20, 30]: R_2 = 2 + 0.9 * 30 = 29; R_1 = 1 + 0.9 * (0.5 * 20 + 0.5 * 29) = 23.05.
 
-    Shapes: reward, discount (gamma times continue), value (N, H), of the step arrived at; result (N, H - 1).
+    Shapes: reward, discount (gamma times continue) and value are (N, H), of the step arrived at; the result is
+    (N, H - 1).
     Units: scaled rewards.
     Raises: ValueError if lam lies outside [0, 1].
     Source: arXiv 1912.01603, eq. 6.
@@ -36,9 +37,9 @@ def lambda_return(reward: Tensor, discount: Tensor, value: Tensor, *, lam: float
 
 
 def trajectory_weight(discount: Tensor, start_weight: Tensor) -> Tensor:
-    """How much each imagined step still counts: the start's weight times the discounts of the steps before it.
+    """Return the weight of each imagined step: the weight of the start times the discounts of the steps before it.
 
-    Shapes: discount (N, H), start_weight (N,); result (N, H - 1), without gradient.
+    Shapes: discount (N, H), start_weight (N,); the result is (N, H - 1), without gradient.
     """
     assert start_weight.shape == discount.shape[:1], start_weight.shape
     steps = torch.cat([start_weight[:, None], discount[:, :-2].detach()], 1)
@@ -46,9 +47,10 @@ def trajectory_weight(discount: Tensor, start_weight: Tensor) -> Tensor:
 
 
 class ReturnScale(nn.Module):
-    """The running range of the returns between their 5th and 95th percentile; starts at the first range it sees.
+    """The running mean of the range between the 5th and the 95th percentile of the returns.
 
-    Source: arXiv 2301.04104, eq. 11 and 12: large returns are scaled down, small ones are not blown up.
+    Dividing by it makes large returns smaller. It is at least 1, so small returns, and their noise, are not amplified.
+    Source: arXiv 2301.04104, eq. 11 and 12.
     """
 
     range: Tensor
@@ -57,18 +59,20 @@ class ReturnScale(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.register_buffer("range", torch.zeros(()))
-        self.register_buffer(
-            "weight", torch.zeros(())
-        )  # of the ranges seen; takes the zero at the start out of the mean
+        # The sum of the weights of all ranges so far. Dividing by it removes the zero of the start from the mean.
+        self.register_buffer("weight", torch.zeros(()))
 
     @torch.no_grad()
     def forward(self, returns: Tensor) -> Tensor:
-        """What to divide by, at least 1: (), after taking in these returns of any shape, unless one is not finite."""
-        # one sort: torch.quantile has a largest size and, on the CPU, asks for a number
+        """Update the mean with these returns, unless one is not finite, and return what to divide by, at least 1.
+
+        Shapes: returns of any shape; the result is ().
+        """
+        # Sort once instead of calling torch.quantile, which limits the size and, on the CPU, reads a number.
         ordered = returns.detach().flatten().sort().values
         last = ordered.numel() - 1
         spread = ordered[round(HIGH * last)] - ordered[round(LOW * last)]
-        finite = torch.isfinite(ordered[0]) & torch.isfinite(ordered[-1])  # NaN sorts last
+        finite = torch.isfinite(ordered[0]) & torch.isfinite(ordered[-1])  # NaN is sorted to the end
         self.range.copy_(torch.where(finite, torch.lerp(spread, self.range, RANGE_DECAY), self.range))
         self.weight.copy_(torch.where(finite, 1 - RANGE_DECAY * (1 - self.weight), self.weight))
         return (self.range / self.weight.clamp_min(1 - RANGE_DECAY)).clamp_min(1.0)

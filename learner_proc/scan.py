@@ -46,9 +46,7 @@ from shared.model.rssm import Belief
 CACHED_ROWS = 2500  # on the CPU, products over more rows than this do not fit in the cache
 FEW_ROWS = 10  # on the CPU, a product of fewer rows is faster in float32 than in bfloat16
 MANY_ROWS = 4096  # with more rows in all steps, each call gets its weight gradients: joining the inputs would cost more
-STEPS_PER_CALL = (
-    10  # steps that are compiled as one function: with few rows a call costs as much as a step's arithmetic
-)
+STEPS_PER_CALL = 10  # steps that are compiled as one function: with few rows, a call costs more than its arithmetic
 
 OTHER_LAYERS = (
     "a step applied other linear layers than when the scan was made; expected the same layers in the same order in "
@@ -65,12 +63,12 @@ def bias_in_product(x: Tensor) -> bool:
 
 
 def unroll(cell: Cell, belief: Belief, inputs: Sequence[Tensor]) -> Any:
-    """Call `cell(belief, *inputs of the step)` for every step, and return its results stacked as (N, T, ...).
+    """Call `cell(belief, *inputs of the step)` for every step, and return the results, stacked as (N, T, ...).
 
     The `belief` of a result goes into the next step. Shapes: belief (N, ...), inputs (T, N, ...).
     """
     results: list[Any] = []
-    # unbind instead of an index: the gradient of an index is a full tensor of zeros in every step
+    # Unbind instead of indexing: the gradient of an index is a tensor of zeros of full size, made in every step.
     for step_inputs in zip(*(x.unbind(0) for x in inputs), strict=True):
         results.append(cell(belief, *step_inputs))
         belief = results[-1].belief
@@ -137,7 +135,7 @@ class Scan:
         self._steps = compiled(_steps_of(cell, self._layers, self._learned))
 
     def __call__(self, belief: Belief, inputs: Sequence[Tensor]) -> Any:
-        """Return what `unroll` returns, with the present weights. Take gradients before the next call."""
+        """Return what `unroll` returns, with the present weights. Take the gradients before the next call."""
         num_steps, num_rows = inputs[0].shape[:2]
         weights = self._present_weights(num_rows)
         # It requires a gradient like all later beliefs, so that one compiled function serves every call.

@@ -1,4 +1,4 @@
-"""Observations to one embedding: a convolutional stack per image, a dense stack per vector, joined in name order."""
+"""The encoder: a convolutional stack for each image and a dense stack for each vector, joined in the order of names."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ VECTOR_LAYERS = 3
 
 
 def check_entry(name: str, entry: ObsSpec) -> None:
-    """Raises: ValueError if no encoder exists for an entry of this shape."""
+    """Check that there is an encoder for entries of this shape. Raises: ValueError if there is none."""
     if entry.is_image and (entry.shape[:2] != (IMAGE_SIZE, IMAGE_SIZE) or entry.shape[2:] not in ((1,), (3,))):
         raise ValueError(
             f"observation {name!r} is an image of shape {entry.shape}; expected (64, 64, 1) or (64, 64, 3); "
@@ -32,14 +32,14 @@ def check_entry(name: str, entry: ObsSpec) -> None:
 
 
 def centred(image: Tensor) -> Tensor:
-    """Bytes as floats in [-0.5, 0.5]; (..., 64, 64, C) uint8 to float32."""
+    """Return bytes as floats in [-0.5, 0.5]. Shapes: (..., 64, 64, C) uint8 to the same in float32."""
     return image.float() / 255 - 0.5
 
 
 class ImageEncoder(nn.Module):
-    """64x64 images to 32 * channels features: four unpadded stride-2 convolutions, ReLU, no dense layer.
+    """Maps 64x64 images to 32 * channels features: four convolutions with stride 2, without padding, each with a ReLU.
 
-    Source: arXiv 1912.01603, appendix A; 1024 features at 32 channels.
+    Source: arXiv 1912.01603, appendix A, which has 32 channels and so 1024 features.
     """
 
     def __init__(self, num_colours: int, channels: int) -> None:
@@ -54,14 +54,14 @@ class ImageEncoder(nn.Module):
         self.embed_dim = 32 * channels
 
     def forward(self, image: Tensor) -> Tensor:
-        """Shapes: (..., 64, 64, C) uint8 to (..., embed_dim)."""
+        """Return the embeddings. Shapes: (..., 64, 64, C) uint8 to (..., embed_dim)."""
         lead = image.shape[:-3]
-        pixels = centred(image).reshape(-1, *image.shape[-3:]).permute(0, 3, 1, 2)  # channels_last, no copy
+        pixels = centred(image).reshape(-1, *image.shape[-3:]).permute(0, 3, 1, 2)  # channels last in memory, no copy
         return self.layers(pixels).view(*lead, self.embed_dim)
 
 
 class VectorEncoder(nn.Module):
-    """A normalised vector to its last activation, (..., size) to (..., hidden_dim)."""
+    """Maps a normalised vector to the last activation of a dense stack: (..., size) to (..., hidden_dim)."""
 
     def __init__(self, size: int, hidden_dim: int, activation: str) -> None:
         super().__init__()
@@ -74,10 +74,10 @@ class VectorEncoder(nn.Module):
 
 
 class Encoder(nn.Module):
-    """One encoder per observation entry; their embeddings joined in sorted name order."""
+    """One encoder for each observation entry. The embeddings are joined in the order of sorted names."""
 
     def __init__(self, spec: StreamSpec, networks: NetworkSettings) -> None:
-        """Raises: ValueError if an entry is neither a 64x64 image nor a vector."""
+        """Create the encoders. Raises: ValueError if an entry is neither a 64x64 image nor a vector."""
         super().__init__()
         entries: dict[str, ImageEncoder | VectorEncoder] = {}
         for name, entry in sorted(spec.obs.items()):
@@ -90,5 +90,5 @@ class Encoder(nn.Module):
         self.embed_dim = sum(encoder.embed_dim for encoder in entries.values())
 
     def forward(self, obs: dict[str, Tensor]) -> Tensor:
-        """Shapes: entries (..., *shape), vectors normalised; result (..., embed_dim)."""
+        """Return the joined embedding (..., embed_dim). Shapes: entries (..., *shape), vectors normalised."""
         return torch.cat([encoder(obs[name]) for name, encoder in self.entries.items()], -1)

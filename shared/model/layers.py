@@ -1,4 +1,4 @@
-"""The layers every network is built from: dense stacks, the GRU written out, the running normaliser."""
+"""The layers that all networks are made of: dense stacks, a GRU cell, and the running normaliser."""
 
 from __future__ import annotations
 
@@ -12,37 +12,37 @@ if TYPE_CHECKING:
     from shared.stream import StreamSpec
 
 ACTIVATIONS: dict[str, type[nn.Module]] = {"elu": nn.ELU, "relu": nn.ReLU, "silu": nn.SiLU}
-Linear = Callable[[nn.Linear, Tensor], Tensor]  # how a linear layer is applied; scans bring their own
-NORMALISED_LIMIT = 10.0  # standard deviations; what lies further out is clipped
-MIN_OBS_STD = 1e-3  # a dimension that never moves must not be blown up by its rounding noise
+Linear = Callable[[nn.Linear, Tensor], Tensor]  # applies a layer; a scan of the learner replaces `plain` by its own
+NORMALISED_LIMIT = 10.0  # standard deviations; values further from the mean are clipped
+MIN_OBS_STD = 1e-3  # the rounding noise of a dimension that never changes must not be amplified
 
 
 def plain(layer: nn.Linear, x: Tensor) -> Tensor:
-    """A linear layer applied as it is: what every cell does unless a scan asks for something else."""
+    """Apply a linear layer. Cells use this unless a scan gives them another function."""
     return layer(x)
 
 
 def glorot(layer: nn.Linear | nn.Conv2d | nn.ConvTranspose2d) -> None:
-    """Glorot-uniform weight and zero bias, in place."""
+    """Initialise the weight as Glorot-uniform and the bias as zero, in place."""
     nn.init.xavier_uniform_(layer.weight)
     if layer.bias is not None:
         nn.init.zeros_(layer.bias)
 
 
 def dense(num_in: int, num_out: int) -> nn.Linear:
-    """A linear layer, initialised the way the original agent initialises its own."""
+    """Return a linear layer with the initialisation of the original agent."""
     layer = nn.Linear(num_in, num_out)
     glorot(layer)
     return layer
 
 
 def symlog(x: Tensor) -> Tensor:
-    """sign(x) ln(1 + |x|): the identity near zero, logarithmic far out. Source: arXiv 2301.04104, eq. 9."""
+    """Return sign(x) ln(1 + |x|): close to x near zero, logarithmic far from it. Source: arXiv 2301.04104, eq. 9."""
     return x.sign() * x.abs().log1p()
 
 
 def mlp(num_in: int, num_hidden: int, num_layers: int, activation: str, num_out: int | None = None) -> nn.Sequential:
-    """`num_layers` activated dense layers, then a linear one to `num_out`; None ends on the last activation.
+    """Return `num_layers` dense layers with activations, and after them a linear layer unless `num_out` is None.
 
     Shapes: (..., num_in) to (..., num_out or num_hidden).
     """
@@ -55,9 +55,9 @@ def mlp(num_in: int, num_hidden: int, num_layers: int, activation: str, num_out:
 
 
 class GRU(nn.Module):
-    """A GRU cell as two linear layers; gates and state stay float32 under autocast on every device.
+    """A GRU cell made of two linear layers. Its gates and its state are float32 also under autocast, on every device.
 
-    `nn.GRUCell` has the same mathematics but turns bfloat16 under CUDA autocast and does not under the CPU's.
+    `nn.GRUCell` computes the same, but under autocast it uses bfloat16 on CUDA and float32 on the CPU.
     Source: Keras GRUCell with reset_after=True, which is `nn.GRUCell` (gate order: reset, update, candidate).
     """
 
@@ -69,7 +69,7 @@ class GRU(nn.Module):
         nn.init.orthogonal_(self.recurrent.weight)
 
     def forward(self, x: Tensor, state: Tensor, linear: Linear = plain) -> Tensor:
-        """Shapes: x (N, num_in), state (N, num_units) float32; result like state."""
+        """Return the next state. Shapes: x (N, num_in), state (N, num_units) float32."""
         sizes = [2 * self.num_units, self.num_units]
         gates_x, candidate_x = linear(self.input, x).float().split(sizes, -1)
         gates_h, candidate_h = linear(self.recurrent, state).float().split(sizes, -1)
@@ -79,7 +79,7 @@ class GRU(nn.Module):
 
 
 class RunningNorm(nn.Module):
-    """Mean and variance of every dimension over all rows seen; the identity until the first update."""
+    """Normalises by the mean and variance of each dimension over all rows so far. Without rows, it changes nothing."""
 
     mean: Tensor
     var: Tensor
@@ -93,15 +93,18 @@ class RunningNorm(nn.Module):
         self.register_buffer("count", torch.zeros(()))
 
     def forward(self, x: Tensor) -> Tensor:
-        """Units: standard deviations from the mean, within +-10 if `clip`. Shapes: (..., size) to the same."""
+        """Return the normalised vectors. Shapes: (..., size) to the same.
+
+        Units: standard deviations from the mean, within +-10 if `clip`.
+        """
         normalised = (x - self.mean) * self.var.clamp_min(MIN_OBS_STD**2).rsqrt()
         return normalised.clamp(-NORMALISED_LIMIT, NORMALISED_LIMIT) if self.clip else normalised
 
     @torch.no_grad()
     def update(self, rows: Tensor) -> None:
-        """Merge the statistics of rows (..., size), in place and without a host synchronisation.
+        """Add rows (..., size) to the statistics, in place and without a host synchronisation.
 
-        Source: Chan, Golub, LeVeque 1979, pairwise merge of counts, means and squared deviations.
+        Source: Chan, Golub and LeVeque, 1979: how to merge counts, means and squared deviations of two sets.
         """
         rows = rows.reshape(-1, rows.shape[-1])
         var, mean = torch.var_mean(rows, 0, correction=0)
@@ -114,7 +117,10 @@ class RunningNorm(nn.Module):
 
 
 class Normaliser(nn.Module):
-    """Every vector entry normalised by its running statistics, symlogged, both or neither; images pass untouched."""
+    """Brings vector entries to the scale of learning: by running statistics, by symlog, by both or not at all.
+
+    Images stay as they are.
+    """
 
     def __init__(self, spec: StreamSpec, *, enabled: bool, symlogged: bool = False) -> None:
         super().__init__()
@@ -124,12 +130,12 @@ class Normaliser(nn.Module):
         self.entries = nn.ModuleDict(norms)
 
     def forward(self, obs: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The same entries with vectors on the scale of learning; encoder input and decoder target alike."""
+        """Return the entries with scaled vectors. They are the encoder's input and the decoder's target."""
         scaled = {name: self.entries[name](x) if name in self.entries else x for name, x in obs.items()}
         return {name: symlog(x) if name in self.symlogged else x for name, x in scaled.items()}
 
     def update(self, obs: dict[str, Tensor]) -> None:
-        """Take new rows (..., *shape) into the statistics; each row should be seen once."""
+        """Add new rows (..., *shape) to the statistics. Every row should come once."""
         for name, norm in self.entries.items():
             assert isinstance(norm, RunningNorm)
             norm.update(obs[name])

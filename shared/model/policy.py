@@ -1,4 +1,4 @@
-"""What acting needs, and nothing else: normaliser, encoder, RSSM and actor in one module that can be published."""
+"""The policy: normaliser, encoder, RSSM and actor in one module. The learner publishes its weights to the collector."""
 
 from __future__ import annotations
 
@@ -24,17 +24,20 @@ MIN_ACTION_STD = 1e-4  # before the tanh
 
 
 class Actor(nn.Module):
-    """A tanh-Normal over actions. Source: arXiv 1912.01603, its code's `tanh_normal` head."""
+    """The actor: a normal distribution over actions, squashed by a tanh.
+
+    Source: the `tanh_normal` head in the code of arXiv 1912.01603.
+    """
 
     def __init__(self, feat_dim: int, action_dim: int, networks: NetworkSettings) -> None:
         super().__init__()
         self.action_dim = action_dim
         self.layers = mlp(feat_dim, networks.hidden_dim, ACTOR_LAYERS, networks.activation, 2 * action_dim)
-        # the inverse of softplus at init_std, in the form that does not overflow
+        # The inverse of softplus at init_std, in a form that does not overflow.
         self.raw_init_std = networks.init_std + math.log(-math.expm1(-networks.init_std))
 
     def forward(self, feat: Tensor, linear: Linear = plain) -> tuple[Tensor, Tensor]:
-        """Mean and std before the tanh, float32: (..., F) to two of (..., A)."""
+        """Return mean and std before the tanh, in float32. Shapes: (..., F) to two of (..., A)."""
         x = feat
         for layer in self.layers:
             x = linear(layer, x) if isinstance(layer, nn.Linear) else layer(x)
@@ -43,10 +46,10 @@ class Actor(nn.Module):
 
 
 class Policy(nn.Module):
-    """The acting half of the agent: a flat set of parameters and buffers, the same in both processes."""
+    """The part of the agent that acts. Both processes have it, with the same parameters and buffers."""
 
     def __init__(self, spec: StreamSpec, networks: NetworkSettings) -> None:
-        """Raises: ValueError if an observation entry is neither a 64x64 image nor a vector."""
+        """Create the networks. Raises: ValueError if an observation entry is neither a 64x64 image nor a vector."""
         super().__init__()
         self.normaliser = Normaliser(spec, enabled=networks.normalize_obs, symlogged=networks.symlog_obs)
         self.encoder = Encoder(spec, networks)
@@ -54,7 +57,7 @@ class Policy(nn.Module):
         self.actor = Actor(self.rssm.feat_dim, spec.action_dim, networks)
 
     def initial_belief(self, num_envs: int) -> Belief:
-        """Blank beliefs (E, ...), on the parameters' device."""
+        """Return beliefs of zeros (E, ...), on the device of the parameters."""
         return self.rssm.initial(num_envs)
 
     @torch.no_grad()
@@ -69,14 +72,14 @@ class Policy(nn.Module):
         evaluation: Tensor,
         eval_action: str,
     ) -> tuple[Tensor, Belief]:
-        """The actions to execute, (E, A) float32 in [-1, 1], and the beliefs they were chosen in.
+        """Return the actions to execute, (E, A) float32 in [-1, 1], and the beliefs in which they were chosen.
 
-        Where `reset` is set, belief and previous action are blanked before the ordinary step. The rows `evaluation`
-        take the mode (`eval_action` "mode": most likely of 100 samples; "mean": tanh of the mean) without noise; the
-        others a sample plus N(0, noise_std), clipped. Feed the returned action back as `prev_action`: it is the
-        executed one.
-        Shapes: obs entries (E, *shape) raw, prev_action (E, A), reset (E,) bool, evaluation (n,) int64: indices of
-        rows.
+        Where `reset` is true, belief and previous action are set to zero before the step. The rows `evaluation` get an
+        action without noise: the most likely of 100 samples if `eval_action` is "mode", tanh of the mean if it is
+        "mean". The other rows get a sample plus N(0, noise_std), clipped. Pass the returned action as `prev_action` in
+        the next call, because it is the one that is executed.
+        Shapes: obs entries (E, *shape), not normalised; prev_action (E, A); reset (E,) bool; evaluation (n,) int64,
+        indices of rows.
         """
         num_envs = reset.shape[0]
         assert prev_action.shape[0] == belief.deter.shape[0] == num_envs, (prev_action.shape, belief.deter.shape)

@@ -1,4 +1,4 @@
-"""The recurrent state-space model: how a belief moves on, and how an observation corrects it."""
+"""The recurrent state-space model (RSSM): it predicts the next belief, and corrects it by an observation."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ MIN_STOCH_STD = 0.1
 
 
 class Belief(NamedTuple):
-    """What the agent carries between steps: deter (..., D) and stoch (..., S), float32."""
+    """What the agent keeps from step to step: deter (..., D) and stoch (..., S), float32."""
 
     deter: Tensor
     stoch: Tensor
 
 
 class Posterior(NamedTuple):
-    """A corrected belief and the mean and std (..., S) its stochastic part was drawn from."""
+    """A corrected belief, and the mean and std (..., S) of the distribution that its `stoch` was drawn from."""
 
     belief: Belief
     mean: Tensor
@@ -32,21 +32,21 @@ class Posterior(NamedTuple):
 
 
 def feat(belief: Belief) -> Tensor:
-    """What every head reads: [stoch, deter], (..., F)."""
+    """Return the input of all heads: stoch and deter joined, (..., F)."""
     return torch.cat([belief.stoch, belief.deter], -1)
 
 
 def split_stats(raw: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and std of a stochastic state from a layer's output (..., 2S); float32."""
+    """Return mean and std (..., S) of a stochastic state, in float32, from the output (..., 2S) of a layer."""
     mean, raw_std = raw.float().chunk(2, -1)
     return mean, F.softplus(raw_std) + MIN_STOCH_STD
 
 
 class RSSM(nn.Module):
-    """Prior p(z | h) and posterior q(z | h, x) around one GRU; noise always enters as an argument.
+    """The prior p(z | h), the posterior q(z | h, x), and the GRU that both share. Noise is always an argument.
 
-    The first posterior layer reads [h, embedding]. It is kept as two blocks, `posterior_deter` and `posterior_embed`,
-    so that the embedding's share is computed for a whole window at once, outside the recurrence.
+    The first layer of the posterior has the input [h, embedding]. It is stored as two layers, `posterior_deter` and
+    `posterior_embed`, so that the part of the embedding is computed for a whole window at once, before the recurrence.
     Source: arXiv 1912.01603 and its TensorFlow 2 code (softplus + 0.1, feat = [stoch, deter]).
     """
 
@@ -59,7 +59,7 @@ class RSSM(nn.Module):
         self.gru = GRU(self.deter_dim, self.deter_dim)
         self.prior_hidden = dense(self.deter_dim, self.deter_dim)
         self.prior_out = dense(self.deter_dim, 2 * self.stoch_dim)
-        joint = dense(self.deter_dim + embed_dim, self.deter_dim)  # Glorot over the joint fan-in
+        joint = dense(self.deter_dim + embed_dim, self.deter_dim)  # for the Glorot bounds of the joint layer
         self.posterior_deter = nn.Linear(self.deter_dim, self.deter_dim, bias=False)
         self.posterior_embed = nn.Linear(embed_dim, self.deter_dim)
         with torch.no_grad():
@@ -69,7 +69,7 @@ class RSSM(nn.Module):
         self.posterior_out = dense(self.deter_dim, 2 * self.stoch_dim)
 
     def initial(self, num: int) -> Belief:
-        """The blank belief of `num` rows, on the parameters' device."""
+        """Return a belief of zeros with `num` rows, on the device of the parameters."""
         weight = self.input.weight
         return Belief(
             torch.zeros(num, self.deter_dim, device=weight.device),
@@ -77,26 +77,26 @@ class RSSM(nn.Module):
         )
 
     def transition(self, belief: Belief, action: Tensor, linear: Linear = plain) -> Tensor:
-        """The deterministic state after `action`: (N, D)."""
+        """Return the deterministic state after `action`, (N, D)."""
         x = self.activation(linear(self.input, torch.cat([belief.stoch, action], -1)))
         return self.gru(x, belief.deter, linear)
 
     def prior(self, deter: Tensor, linear: Linear = plain) -> tuple[Tensor, Tensor]:
-        """Mean and std of p(z | h): (..., D) to two of (..., S)."""
+        """Return mean and std of p(z | h). Shapes: (..., D) to two of (..., S)."""
         return split_stats(linear(self.prior_out, self.activation(linear(self.prior_hidden, deter))))
 
     def prior_step(self, belief: Belief, action: Tensor, noise: Tensor, *, linear: Linear = plain) -> Belief:
-        """One imagined step. Shapes: action (N, A), noise (N, S)."""
+        """Return the belief after an imagined step. Shapes: action (N, A), noise (N, S)."""
         deter = self.transition(belief, action, linear)
         mean, std = self.prior(deter, linear)
         return Belief(deter, mean + std * noise)
 
     def embed_share(self, embed: Tensor) -> Tensor:
-        """The embedding's share of the first posterior layer: (..., embed_dim) to (..., D)."""
+        """Return the embedding's part of the first posterior layer. Shapes: (..., embed_dim) to (..., D)."""
         return self.posterior_embed(embed)
 
     def posterior(self, deter: Tensor, embed_share: Tensor, linear: Linear = plain) -> tuple[Tensor, Tensor]:
-        """Mean and std of q(z | h, x), with the embedding's share of the first layer: (..., D) to two of (..., S)."""
+        """Return mean and std of q(z | h, x). Shapes: deter and embed_share (..., D) to two of (..., S)."""
         hidden = self.activation(linear(self.posterior_deter, deter) + embed_share)
         return split_stats(linear(self.posterior_out, hidden))
 
@@ -110,12 +110,13 @@ class RSSM(nn.Module):
         *,
         linear: Linear = plain,
     ) -> Posterior:
-        """One observed step: blank the belief and action where `is_first`, move on, correct by the observation.
+        """Return the belief after an observed step, and the posterior it was drawn from.
 
-        The reset comes before the transition, so the first belief of an episode is a GRU step away from zero.
+        Where `is_first`, belief and action are set to zero first. The transition comes after that, so the first belief
+        of an episode is one GRU step away from zero.
         Shapes: action (N, A), embed_share (N, D), is_first (N, 1) bool, noise (N, S).
         """
-        # selection, never multiplication: 0 * NaN is NaN
+        # Select, do not multiply by zero: 0 * NaN is NaN.
         blank = Belief(belief.deter.masked_fill(is_first, 0.0), belief.stoch.masked_fill(is_first, 0.0))
         deter = self.transition(blank, action.masked_fill(is_first, 0.0), linear)
         mean, std = self.posterior(deter, embed_share, linear)
