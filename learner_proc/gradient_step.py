@@ -128,7 +128,7 @@ class GradientStep:
         """Update the normaliser with new rows (K, E, *shape). Each row must be given once; images are ignored."""
         self.policy.normaliser.update(obs)
 
-    def _tensors(self) -> Groups:
+    def tensors(self) -> Groups:
         """Return every tensor of the learner's state, in named groups: the live tensors, not copies."""
         modules: dict[str, nn.Module] = {
             "normaliser": self.policy.normaliser,
@@ -143,14 +143,14 @@ class GradientStep:
 
     def state_dict(self) -> Groups:
         """Return a copy of parameters, normaliser, optimisers and loss scales. Later steps do not change it."""
-        return snapshot.copied(self._tensors())
+        return snapshot.copied(self.tensors())
 
     def load_state_dict(self, state: Groups) -> None:
         """Copy a saved state into place, at the same addresses. Loss scales are copied if both sides have them.
 
         Raises: ValueError if other names or shapes differ from this learner's; nothing is copied then.
         """
-        snapshot.restore(self._tensors(), state, optional=SCALE_GROUP)
+        snapshot.restore(self.tensors(), state, optional=SCALE_GROUP)
 
     def parameter_counts(self) -> dict[str, int]:
         """Return the number of parameters of each part; `model` is the sum of the world model's parts."""

@@ -15,7 +15,7 @@ NO_BONUS = torch.zeros(N, H)
 
 
 class Column(torch.nn.Module):
-    """A head that reads one number of the feature: identifiable rewards, values and discounts."""
+    """A head whose output is one number of the feature, so that rewards, values and discounts are known."""
 
     def __init__(self, index: int) -> None:
         super().__init__()
@@ -54,12 +54,12 @@ def test_golden_actor_and_critic_losses():
     torch.testing.assert_close(actor.total, torch.tensor(-24.575), rtol=1e-6, atol=0.0)
     torch.testing.assert_close(actor.target, torch.tensor([[23.05, 29.0]]), rtol=1e-6, atol=0.0)
     assert (actor.reward_mean.item(), actor.value_mean.item()) == (2.0, 20.0)
-    # half squared errors 0.5 * 13.05^2 and 0.9 * 0.5 * 9^2, each with its weighted half log two pi, over two steps
+    # the mean over two steps of 0.5 * 13.05^2 and 0.9 * 0.5 * 9^2, plus half log two pi times the weights 1 and 0.9
     critic = critic_loss(behavior, features, actor).total
     torch.testing.assert_close(critic, torch.tensor((85.15125 + 36.45 + 1.9 * 0.9189385) / 2), rtol=1e-6, atol=0.0)
 
 
-def test_a_predicted_end_cuts_the_return_and_what_comes_after_it():
+def test_nothing_after_a_predicted_end_counts():
     behavior, features = golden(cont=True)
     actor = actor_loss(behavior, features, torch.zeros(1, dtype=torch.bool), NO_BONUS[:1])
     torch.testing.assert_close(actor.target, torch.tensor([[10.9, 2.0]]), rtol=1e-5, atol=0.0)
@@ -67,7 +67,7 @@ def test_a_predicted_end_cuts_the_return_and_what_comes_after_it():
 
 
 @pytest.mark.parametrize(("cont", "weight"), [(True, 0.0), (False, 1.0)])
-def test_a_start_at_the_end_of_a_task_counts_nothing_once_a_continue_head_knows_of_ends(cont, weight):
+def test_with_a_continue_head_a_start_where_the_task_ended_has_no_weight(cont, weight):
     behavior, features = golden(cont)
     actor = actor_loss(behavior, features, torch.ones(1, dtype=torch.bool), NO_BONUS[:1])
     assert actor.weight[0, 0].item() == weight
@@ -75,7 +75,7 @@ def test_a_start_at_the_end_of_a_task_counts_nothing_once_a_continue_head_knows_
 
 
 @pytest.mark.parametrize("cont", [False, True])
-def test_the_actor_loss_reaches_the_features_and_no_head(cont):
+def test_the_actor_loss_has_a_gradient_for_the_features_and_for_no_head(cont):
     behavior, heads = networks(cont)
     features = torch.randn(N, H, F, requires_grad=True)
     actor_loss(behavior, features, NO_END, NO_BONUS).total.backward()
@@ -84,7 +84,7 @@ def test_the_actor_loss_reaches_the_features_and_no_head(cont):
 
 
 @pytest.mark.parametrize("cont", [False, True])
-def test_the_critic_loss_reaches_the_critic_alone(cont):
+def test_the_critic_loss_has_a_gradient_for_the_critic_alone(cont):
     behavior, (reward, cont_head, critic) = networks(cont)
     features = torch.randn(N, H, F, requires_grad=True)
     actor = actor_loss(behavior, features, NO_END, NO_BONUS)
@@ -94,7 +94,7 @@ def test_the_critic_loss_reaches_the_critic_alone(cont):
     assert all(p.grad is not None and p.grad.any() for p in critic.parameters())
 
 
-def test_the_gradient_of_the_actor_loss_is_that_of_live_heads():
+def test_the_actor_loss_has_the_gradient_that_the_original_heads_give():
     behavior, (reward, _, critic) = networks(cont=False)
     features = torch.randn(N, H, F, requires_grad=True)
     (ours,) = torch.autograd.grad(actor_loss(behavior, features, NO_END, NO_BONUS).total, features)
@@ -106,29 +106,30 @@ def test_the_gradient_of_the_actor_loss_is_that_of_live_heads():
 
 
 def with_options(**options: Any) -> tuple[Behavior, torch.Tensor]:
-    """The golden world of rewards 1, 2, 3 and values 10, 20, 30, with options of the behaviour switched on."""
+    """Return a behaviour with options, and features with the rewards 1, 2, 3 and the values 10, 20, 30."""
     behavior = Behavior(Column(0), None, Column(1), OptimizationSettings(gamma=0.9, lmbda=0.5, **options))  # type: ignore[arg-type]
     return behavior, golden()[1]
 
 
 def columns(behavior: Behavior) -> tuple[Column, Column]:
-    """The live critic and the slow one."""
+    """Return the critic and the slow critic."""
     live, slow = behavior.critic, behavior.slow_critic
     assert isinstance(live, Column) and isinstance(slow, Column)
     return live, slow
 
 
-def test_the_entropy_bonus_weighs_an_action_like_the_step_it_leads_to():
+def test_the_entropy_of_an_action_has_the_weight_of_the_step_it_leads_to():
     behavior, features = with_options(entropy_scale=0.1)
     entropy = torch.tensor([[2.0, 3.0, 5.0]], requires_grad=True)
     actor = actor_loss(behavior, features, NO_END[:1], entropy)
     torch.testing.assert_close(actor.total, torch.tensor(-24.575 - 0.1 * (2.0 + 0.9 * 3.0) / 2), rtol=1e-6, atol=0.0)
-    torch.testing.assert_close(actor.target, torch.tensor([[23.05, 29.0]]), rtol=1e-6, atol=0.0)  # no soft values
+    # The critic learns returns without the bonus.
+    torch.testing.assert_close(actor.target, torch.tensor([[23.05, 29.0]]), rtol=1e-6, atol=0.0)
     (grad,) = torch.autograd.grad(actor.total, entropy)
     torch.testing.assert_close(grad, torch.tensor([[-0.05, -0.045, 0.0]]), rtol=1e-6, atol=0.0)
 
 
-def test_the_lambda_return_takes_the_slow_critics_values_and_the_live_one_is_trained():
+def test_returns_use_the_slow_critic_and_the_critic_itself_is_trained():
     behavior, features = with_options(slow_critic_decay=0.75)
     live, slow = columns(behavior)
     with torch.no_grad():
@@ -142,7 +143,7 @@ def test_the_lambda_return_takes_the_slow_critics_values_and_the_live_one_is_tra
     assert critic.bias.item() == pytest.approx((26.95 + 0.9 * 71.0) / 1.9, rel=1e-5)
 
 
-def test_the_slow_critic_keeps_its_decay_of_itself_unless_the_step_was_skipped():
+def test_the_slow_critic_moves_towards_the_critic_unless_the_step_was_skipped():
     behavior, _ = with_options(slow_critic_decay=0.75)
     live, slow = columns(behavior)
     with torch.no_grad():
@@ -156,12 +157,13 @@ def test_the_slow_critic_keeps_its_decay_of_itself_unless_the_step_was_skipped()
 def test_percentile_normalisation_divides_the_actors_returns_and_not_the_critics_target():
     behavior, features = with_options(return_norm="percentile")
     actor = actor_loss(behavior, features, NO_END[:1], NO_BONUS[:1])
-    assert actor.return_scale.item() == pytest.approx(5.95)  # of two returns the percentiles are both: 29 - 23.05
+    # With two returns, the percentiles are these two: 29 - 23.05.
+    assert actor.return_scale.item() == pytest.approx(5.95)
     torch.testing.assert_close(actor.total, torch.tensor(-24.575 / 5.95), rtol=1e-5, atol=0.0)
     torch.testing.assert_close(actor.target, torch.tensor([[23.05, 29.0]]), rtol=1e-6, atol=0.0)
 
 
-def test_without_options_the_behaviour_has_no_state_of_its_own_and_returns_keep_their_scale():
+def test_without_options_there_is_no_additional_state_and_returns_are_not_scaled():
     behavior, features = golden()
     assert behavior.state() == {}
     assert actor_loss(behavior, features, NO_END[:1], torch.full((1, H), 7.0)).return_scale.item() == 1.0
@@ -169,7 +171,7 @@ def test_without_options_the_behaviour_has_no_state_of_its_own_and_returns_keep_
     assert sorted(options.state()) == ["return_scale", "slow_critic"]
 
 
-def test_value_bias_is_how_far_values_lie_above_their_returns():
+def test_value_bias_is_the_weighted_mean_of_value_minus_return():
     behavior, features = golden()
     actor = actor_loss(behavior, features, NO_END[:1], NO_BONUS[:1])
     bias = critic_loss(behavior, features, actor).bias

@@ -1,4 +1,4 @@
-"""A sampled step and a captured step do the same, and building one leaves no trace."""
+"""A sampled step and a captured step do the same, and building one restores all state."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def learner(settings: Settings, device: torch.device = CPU, **where: Any) -> tup
 
 
 def measured(update: Update, num_steps: int) -> torch.Tensor:
-    """(num_steps, metrics): copied, because a captured step overwrites what it returned before."""
+    """Return copies of the values of several steps (num_steps, metrics). A captured step reuses its memory."""
     return torch.stack([update().values.clone() for _ in range(num_steps)])
 
 
@@ -81,7 +81,7 @@ def test_an_update_is_a_gradient_step_on_a_sample() -> None:
     assert all(torch.equal(a, b) for a, b in zip(_flat(step), _flat(twin), strict=True))
 
 
-def test_building_a_compiled_update_leaves_no_trace() -> None:
+def test_building_a_compiled_update_restores_all_state() -> None:
     settings = settings_of(compiled=True)
     step, replay = build_gradient_step(SPEC, settings, device=CPU), replay_on(CPU)
     before, random_before = copy.deepcopy(step.state_dict()), checkpoint.random_state(replay, CPU)
@@ -92,7 +92,7 @@ def test_building_a_compiled_update_leaves_no_trace() -> None:
         assert torch.equal(state, random_before[name]), name
 
 
-def test_cudagraphs_change_nothing_on_a_cpu() -> None:
+def test_on_a_cpu_the_setting_cudagraphs_has_no_effect() -> None:
     for graphs in (True, False):
         assert isinstance(learner(settings_of(graphs=graphs))[2], SampledStep)
 
@@ -112,11 +112,11 @@ def test_captured_and_plain_updates_agree_over_20_steps(autocast: str, compiled:
         assert skipped.sum() <= (15 if autocast == "float16" else 0)
     rtol = 1e-4 if autocast == "false" else 0.02
     torch.testing.assert_close(values[True][-5:], values[False][-5:], rtol=rtol, atol=rtol)
-    assert not torch.equal(values[True][0], values[True][-1]), "the replayed step trains"
+    assert not torch.equal(values[True][0], values[True][-1]), "a launch must change the parameters"
 
 
 @pytest.mark.gpu
-def test_captured_updates_after_a_resume_go_on_as_if_nothing_had_happened() -> None:
+def test_captured_updates_after_a_resume_equal_those_of_a_run_without_a_break() -> None:
     device, settings = torch.device("cuda", 0), settings_of()
     step, replay, update = learner(settings, device)
     for _ in range(3):
@@ -131,8 +131,8 @@ def test_captured_updates_after_a_resume_go_on_as_if_nothing_had_happened() -> N
 
 
 @pytest.mark.gpu
-def test_a_captured_update_sees_commits_that_came_after_the_capture() -> None:
-    """The sampler's bounds are read on the device: rows granted away are out of reach of a graph captured before."""
+def test_a_captured_update_uses_the_bounds_of_the_replay_at_its_launch() -> None:
+    """The graph reads the sampler's bounds on the device, so it does not sample rows that were granted meanwhile."""
     device = torch.device("cuda", 0)
     _, replay, update = learner(settings_of(), device)
     replay.grant()
@@ -144,10 +144,10 @@ def test_a_captured_update_sees_commits_that_came_after_the_capture() -> None:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("where", [{}, {"slab_device": CPU}], ids=["replay on the GPU", "replay in host memory"])
-def test_launching_a_captured_update_waits_for_nothing(where: dict) -> None:
+def test_launching_a_captured_update_does_not_synchronise(where: dict) -> None:
     device = torch.device("cuda", 0)
     _, _, update = learner(settings_of(), device, **where)
-    for _ in range(6):  # the pinned copies of host samples are made once
+    for _ in range(6):  # the first calls allocate pinned memory for samples of a replay in host memory
         update()
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")

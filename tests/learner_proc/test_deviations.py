@@ -40,23 +40,23 @@ B, L, A, S, D = 3, 6, 2, 3, 5
 SPEC = StreamSpec(1, {"policy": ObsSpec((4,), "float32")}, A)
 
 TESTED_ELSEWHERE = {
-    1: "learner_proc/test_world_model.py::test_nothing_before_an_is_first_reaches_what_comes_after_it",
+    1: "learner_proc/test_world_model.py::test_nothing_before_an_is_first_influences_the_rows_after_it",
     5: "learner_proc/test_world_model.py::"
-    "test_a_window_that_starts_inside_an_episode_starts_blank_but_with_its_true_action",
+    "test_a_window_inside_an_episode_starts_from_a_zero_belief_and_its_recorded_action",
     6: "shared/model/test_rssm.py::"
     "test_the_first_step_of_an_episode_is_an_ordinary_step_from_zero_belief_and_zero_action",
     7: "learner_proc/test_world_model.py::"
-    "test_scanning_recorded_rows_reproduces_the_acting_beliefs_when_the_executed_action_is_stored",
-    9: "learner_proc/test_options.py::test_without_a_number_of_starts_all_beliefs_are_starts_in_order",
-    11: "learner_proc/test_world_model.py::test_a_perfect_decoder_pays_half_log_two_pi_for_every_dimension",
+    "test_observing_recorded_rows_gives_the_beliefs_of_acting_if_the_executed_action_is_stored",
+    9: "learner_proc/test_options.py::test_without_a_number_of_starts_every_belief_is_a_start",
+    11: "learner_proc/test_world_model.py::test_a_perfect_decoder_has_a_loss_of_half_log_two_pi_per_dimension",
     12: "learner_proc/test_world_model.py::test_the_loss_does_not_grow_with_the_number_of_windows_or_steps",
-    14: "learner_proc/test_world_model.py::test_free_nats_floor_the_mean_kl_or_every_steps_own",
-    17: "learner_proc/test_imagination.py::test_the_policys_input_is_detached",
+    14: "learner_proc/test_world_model.py::test_free_nats_limit_the_mean_kl_or_the_kl_of_every_step",
+    17: "learner_proc/test_imagination.py::test_the_actors_input_is_detached",
     18: "learner_proc/test_returns.py::test_golden_returns_without_termination",
     19: "learner_proc/test_behavior.py::test_golden_actor_and_critic_losses",
-    20: "learner_proc/test_behavior.py::test_a_predicted_end_cuts_the_return_and_what_comes_after_it",
+    20: "learner_proc/test_behavior.py::test_nothing_after_a_predicted_end_counts",
     21: "learner_proc/test_gradient_step.py::test_all_three_losses_belong_to_the_parameters_before_the_step",
-    23: "shared/model/test_rssm.py::test_the_std_of_prior_and_posterior_never_falls_to_a_tenth",
+    23: "shared/model/test_rssm.py::test_the_std_of_prior_and_posterior_is_always_above_a_tenth",
     25: "learner_proc/test_gradient_step.py::test_parameter_counts_from_pixels_are_the_published_ones",
     27: "shared/model/test_encoder.py::test_bytes_are_centred_between_minus_half_and_half",
     28: "shared/model/test_layers.py::test_dense_layers_start_glorot_uniform_with_zero_bias",
@@ -152,15 +152,15 @@ def world_model(cont: bool = False, **optimization: Any) -> WorldModel:
 def test_deviation_4_the_first_row_of_a_window_is_encoded_decoded_rewarded_and_counted_like_any_other():
     model, is_first = world_model(cont=True, free_nats=0.0), torch.zeros(B, L, dtype=torch.bool)
     obs, reward = torch.randn(B, L, 4), torch.randn(B, L, requires_grad=True)
-    seen, painted = obs.clone().requires_grad_(), obs.clone().requires_grad_()
+    seen, decoded = obs.clone().requires_grad_(), obs.clone().requires_grad_()
     action, noise = torch.rand(B, L, A), torch.randn(L, B, S)
     posterior = model.observe({"policy": seen}, action, is_first, noise)
-    losses = model.loss({"policy": painted}, posterior, reward, torch.zeros(B, L, dtype=torch.bool))
-    for grad in torch.autograd.grad(losses.total, [seen, painted, reward], retain_graph=True):
+    losses = model.loss({"policy": decoded}, posterior, reward, torch.zeros(B, L, dtype=torch.bool))
+    for grad in torch.autograd.grad(losses.total, [seen, decoded, reward], retain_graph=True):
         assert grad[:, 0].any() and grad[:, L - 1].any()
     ended = is_first.clone()
     ended[:, 0] = True
-    assert model.loss({"policy": painted}, posterior, reward, ended).cont != losses.cont
+    assert model.loss({"policy": decoded}, posterior, reward, ended).cont != losses.cont
 
 
 # ---- losses -------------------------------------------------------------------------------------------------------
@@ -179,7 +179,7 @@ def test_deviation_13_the_kl_is_summed_over_dimensions_before_the_free_nats(free
     assert to_posterior.all() and to_prior[:S].all()
 
 
-def test_deviation_16_returns_of_the_same_features_are_the_same_however_the_dice_fall():
+def test_deviation_16_returns_are_made_of_means_and_never_of_samples():
     torch.manual_seed(0)
     heads = [ScalarHead(7, layers, NetworkSettings(hidden_dim=8)) for layers in (2, 3, 3)]
     behavior = Behavior(heads[0], heads[1], heads[2], OptimizationSettings())

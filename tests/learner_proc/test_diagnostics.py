@@ -1,4 +1,4 @@
-"""Errors by hand in a world that moves by its actions, and what open loop must not see."""
+"""Prediction errors worked out by hand in a world that moves by its actions, and what predictions may depend on."""
 
 import math
 from types import SimpleNamespace
@@ -21,7 +21,10 @@ SPEC = StreamSpec(1, {"position": ObsSpec((A,), "float32")}, A)
 
 
 class Odometer:
-    """A model that is right: the belief is the position last seen plus `pace` times every action since."""
+    """A model whose belief is the last observed position plus `pace` times the sum of the later actions.
+
+    With a pace of 1 it is perfect.
+    """
 
     def __init__(self, pace: float) -> None:
         self.pace = pace
@@ -40,7 +43,7 @@ class Odometer:
 
 
 def odometry(length: int) -> TensorDict:
-    """Position = sum of actions; the action that led to row t is t in one dimension and 0.5 in the other."""
+    """Return windows in which the position is the sum of the actions. The action before row t is (t, 0.5)."""
     tick = torch.arange(length, dtype=torch.float32)
     action = torch.stack([tick, torch.full_like(tick, 0.5)], -1).expand(B, length, A).clone()
     first = torch.zeros(B, length, dtype=torch.bool)
@@ -60,9 +63,7 @@ def errors(diagnostics: Diagnostics, batch: TensorDict) -> dict[str, float]:
     ("length", "context", "horizons"),
     [(2, 1, ()), (9, 3, (5,)), (16, 5, (5,)), (20, 5, (5, 15)), (54, 5, (5, 15)), (WINDOW_LENGTH, 5, (5, 15, 50))],
 )
-def test_a_third_of_a_window_at_most_five_rows_is_context_and_horizons_beyond_its_end_are_left_out(
-    length, context, horizons
-):
+def test_the_context_is_a_third_of_a_window_up_to_five_rows_and_every_horizon_fits(length, context, horizons):
     diagnostics = odometer(1.0, length)
     assert (diagnostics.context, diagnostics.horizons) == (context, horizons)
     assert diagnostics(odometry(length)).metrics == diagnostics.metrics and len(diagnostics.metrics) == 2 * len(
@@ -70,7 +71,7 @@ def test_a_third_of_a_window_at_most_five_rows_is_context_and_horizons_beyond_it
     )
 
 
-def test_a_model_that_knows_the_motion_errs_by_nothing_and_a_still_by_the_distance_moved():
+def test_a_perfect_model_has_no_error_and_a_repetition_has_the_squared_distance_as_error():
     found = errors(odometer(1.0, WINDOW_LENGTH), odometry(WINDOW_LENGTH))
     for horizon in (5, 15, 50):
         moved = sum(range(5, 5 + horizon))  # the rows after the context: 5, 6, ...
@@ -78,7 +79,7 @@ def test_a_model_that_knows_the_motion_errs_by_nothing_and_a_still_by_the_distan
         assert found[f"repeat_last_position_{horizon}"] == pytest.approx((moved**2 + (0.5 * horizon) ** 2) / 2)
 
 
-def test_a_model_that_moves_at_half_pace_errs_by_half_the_distance():
+def test_a_model_with_half_the_speed_has_a_quarter_of_the_squared_error():
     found = errors(odometer(0.5, 20), odometry(20))
     for horizon in (5, 15):
         ratio = found[f"open_loop_position_{horizon}"] / found[f"repeat_last_position_{horizon}"]
@@ -101,7 +102,7 @@ def test_windows_in_which_an_episode_begins_up_to_the_predicted_row_do_not_count
     assert found["open_loop_position_5"] == clean["open_loop_position_5"]
 
 
-def test_a_rollout_shows_the_windows_in_which_the_fewest_episodes_begin():
+def test_a_rollout_has_the_windows_in_which_the_fewest_episodes_begin():
     batch, diagnostics = odometry(20), odometer(1.0, 20)
     batch["obs", "position"].add_(1000.0 * torch.arange(B)[:, None, None])
     batch["is_first"][0, 7] = batch["is_first"][1, 0] = batch["is_first"][3, 3] = batch["is_first"][3, 5] = True
@@ -132,7 +133,7 @@ def make(obs: dict[str, ObsSpec], length: int) -> tuple[GradientStep, Diagnostic
     return step, Diagnostics(spec, step.world_model, step.policy.normaliser, length=length), batch
 
 
-def test_predictions_see_the_context_and_the_actions_and_no_later_observation():
+def test_predictions_depend_on_the_context_and_the_actions_and_no_later_observation():
     _, diagnostics, batch = make({"policy": ObsSpec((3,), "float32")}, 16)
     before = diagnostics.rollout(batch, num_windows=B).predicted["policy"]
     for name, row, moves in (("policy", 5, False), ("policy", 4, True), ("action", 5, True)):
@@ -156,7 +157,7 @@ def test_a_rollout_begins_with_reconstructions_of_the_posterior_mean():
     torch.testing.assert_close(shown.predicted["policy"][:, :3], expected, rtol=1e-5, atol=1e-6)
 
 
-def test_images_count_per_pixel_between_minus_half_and_half_and_vectors_in_standard_deviations():
+def test_errors_of_images_are_per_pixel_and_errors_of_vectors_in_standard_deviations():
     step, diagnostics, batch = make({"pixels": ObsSpec((64, 64, 1), "uint8"), "policy": ObsSpec((3,), "float32")}, 9)
     for param in step.world_model.decoder.parameters():
         torch.nn.init.zeros_(param)
@@ -175,7 +176,7 @@ class NoSync(TorchDispatchMode):
         return func(*args, **kwargs or {})
 
 
-def test_looking_neither_waits_for_the_device_nor_draws_from_its_random_stream():
+def test_diagnostics_do_not_synchronise_and_draw_no_random_numbers():
     step, diagnostics, batch = make({"pixels": ObsSpec((64, 64, 3), "uint8"), "policy": ObsSpec((3,), "float32")}, 20)
     state, before = torch.get_rng_state(), step.state_dict()
     with NoSync():
@@ -187,7 +188,7 @@ def test_looking_neither_waits_for_the_device_nor_draws_from_its_random_stream()
     assert all(torch.equal(t, before[group][k]) for group, ts in step.state_dict().items() for k, t in ts.items())
 
 
-def test_a_trained_model_predicts_a_turning_hand_better_than_a_still():
+def test_a_trained_model_predicts_a_rotation_better_than_a_repetition():
     step, diagnostics, batch = make({"policy": ObsSpec((2,), "float32")}, 12)
     batch = cast(TensorDict, torch.cat(cast(Any, [batch] * 4)))
     angle = torch.rand(4 * B, 1) * 6.28 + 0.5 * torch.arange(12)
@@ -196,7 +197,8 @@ def test_a_trained_model_predicts_a_turning_hand_better_than_a_still():
     for _ in range(200):
         step(batch)
     found = errors(diagnostics, batch)
-    # half a radian a step: after five steps the hand is 2 sin(1.25) away, a mean square of half that squared
+    # Half a radian per step: after five steps the point is 2 sin(1.25) away, and the mean over two dimensions is
+    # half the square of that.
     assert found["repeat_last_policy_5"] == pytest.approx(2 * math.sin(1.25) ** 2, rel=1e-4)
-    assert untrained["open_loop_policy_5"] > 0.4  # predicting the mean errs by 0.5
+    assert untrained["open_loop_policy_5"] > 0.4  # a prediction of the mean has an error of 0.5
     assert found["open_loop_policy_5"] < 0.1, found

@@ -52,14 +52,14 @@ def test_imagination_is_h_prior_steps_under_the_actor_without_the_start(parts):
     torch.testing.assert_close(imagined.actor_std, torch.stack(stds).mean(), rtol=1e-5, atol=1e-6)
 
 
-def test_a_twin_shares_storage_and_asks_for_no_gradient(parts):
+def test_a_frozen_view_shares_storage_and_requires_no_gradient(parts):
     rssm, _ = parts
-    twin = frozen_view(rssm)
-    for mine, original in zip(twin.parameters(), rssm.parameters(), strict=True):
+    view = frozen_view(rssm)
+    for mine, original in zip(view.parameters(), rssm.parameters(), strict=True):
         assert mine.data_ptr() == original.data_ptr() and not mine.requires_grad and original.requires_grad
     with torch.no_grad():
         rssm.input.weight.fill_(3.25)
-    assert (twin.input.weight == 3.25).all()
+    assert (view.input.weight == 3.25).all()
 
 
 def test_imagination_gives_gradient_to_the_actor_alone(parts):
@@ -70,8 +70,8 @@ def test_imagination_gives_gradient_to_the_actor_alone(parts):
     assert all(p.grad is None for p in [*rssm.parameters(), begin.deter, begin.stoch])
 
 
-def test_the_policys_input_is_detached(parts):
-    """With the dynamics cut off the actions, nothing but the policy's input could carry a gradient backwards."""
+def test_the_actors_input_is_detached(parts):
+    """The hook reads whether the actor's input requires a gradient, in every imagined step."""
     rssm, actor = parts
     imagination = Imagination(frozen_view(rssm), actor)
     seen = []
@@ -89,7 +89,7 @@ def test_the_gradient_of_an_early_action_passes_through_the_chain_of_states(part
     assert grad.flatten(1).any(1).all()
 
 
-def test_a_random_subset_is_distinct_and_every_number_is_alike_likely():
+def test_a_random_subset_has_distinct_numbers_with_equal_probability():
     torch.manual_seed(0)
     counts = torch.zeros(10)
     for _ in range(1000):
@@ -117,7 +117,7 @@ def test_the_entropy_of_a_step_is_minus_the_log_density_of_the_action_that_led_t
 
 
 @pytest.mark.parametrize("gradient", [False, True])
-def test_the_entropy_asks_the_actor_for_a_gradient_only_where_there_is_a_bonus(parts, gradient):
+def test_the_entropy_has_a_gradient_for_the_actor_only_with_a_bonus(parts, gradient):
     rssm, actor = parts
     entropy = imagine(Imagination(frozen_view(rssm), actor, entropy_gradient=gradient), start(), *noises()).entropy
     assert entropy.requires_grad == gradient

@@ -41,11 +41,11 @@ def test_gradients_are_clipped_to_the_global_norm_and_the_norm_before_is_reporte
     assert (norm.item(), bad.item()) == (50.0, False)
     moments = [updater.optimizer.state[p]["exp_avg"].item() for p in params]
     assert moments == pytest.approx([0.1 * 0.6, 0.1 * -0.8], rel=1e-4)
-    assert [p.item() for p in params] == pytest.approx([-0.5, 0.5], rel=1e-3)  # Adam's first step is lr in size
+    assert [p.item() for p in params] == pytest.approx([-0.5, 0.5], rel=1e-3)  # the size of Adam's first step is lr
 
 
-def test_a_gradient_in_another_layout_moves_the_weights_it_belongs_to():
-    """What convolutions give back for channels-last inputs."""
+def test_a_gradient_in_another_memory_layout_changes_the_right_weights():
+    """Convolutions return such gradients if their input is channels-last."""
     torch.manual_seed(0)
     start, grad = torch.randn(4, 3, 2, 2), torch.randn(4, 3, 2, 2)
     params = [torch.nn.Parameter(start.clone()) for _ in range(2)]

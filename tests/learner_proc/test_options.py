@@ -11,10 +11,9 @@ from learner_proc.numbers import Numbers
 from shared import metrics
 from shared.config import CompileSettings, NetworkSettings, OptimizationSettings, Settings
 from shared.model.layers import Normaliser, symlog
-from shared.model.rssm import Belief
 from shared.stream import ObsSpec, StreamSpec
 
-B, L, A = 3, 5, 2
+B, L, A, HORIZON = 3, 5, 2, 4
 SPEC = StreamSpec(1, {"policy": ObsSpec((4,), "float32")}, A)
 
 
@@ -22,7 +21,7 @@ def make(cont: bool = False, symlog: bool = False, **optimization: Any) -> Gradi
     networks = NetworkSettings(
         state_dim=3, rssm_hidden_dim=6, hidden_dim=8, continue_head=cont, init_std=1.0, symlog_obs=symlog
     )
-    defaults = {"autocast": "false", "imagination_horizon": 4, "compile": CompileSettings(enabled=False)}
+    defaults = {"autocast": "false", "imagination_horizon": HORIZON, "compile": CompileSettings(enabled=False)}
     settings = Settings(networks=networks, optimization=OptimizationSettings(**defaults | optimization))
     torch.manual_seed(0)
     return GradientStep(SPEC, settings, device=torch.device("cpu"))
@@ -42,30 +41,28 @@ def run(step: GradientStep, num_steps: int, batch: TensorDict | None = None) -> 
     return [step(fixed) for _ in range(num_steps)]
 
 
-def test_imagination_starts_from_a_new_random_subset_with_its_own_terminal_flags():
-    step, seen = make(cont=True, imagination_starts=6), []
-    belief = Belief(torch.arange(B * L)[:, None].float(), torch.arange(B * L)[:, None].float())
-    for _ in range(2):
-        start, terminal = step._choose_starts(belief, torch.arange(B * L) % 3 == 0)
-        chosen = start.deter[:, 0]
-        assert torch.equal(start.deter, start.stoch) and len(set(chosen.tolist())) == 6
-        assert torch.equal(terminal, chosen % 3 == 0)
-        seen.append(sorted(chosen.tolist()))
-    assert seen[0] != seen[1]
-    shapes = []
-    step.policy.actor.register_forward_pre_hook(lambda _, args: shapes.append(tuple(args[0].shape)))
-    run(step, 1)
-    assert shapes == [(6, 9)] * 4
+def starts_of(step: GradientStep, num_steps: int) -> list[torch.Tensor]:
+    """Run steps and return the features (N, F) that each of them starts to imagine from."""
+    inputs: list[torch.Tensor] = []
+    with step.policy.actor.register_forward_pre_hook(lambda _, args: inputs.append(args[0])):
+        run(step, num_steps)
+    return inputs[::HORIZON]  # the actor is called once per imagined step
 
 
-def test_without_a_number_of_starts_all_beliefs_are_starts_in_order():
-    belief = Belief(torch.randn(B * L, 6), torch.randn(B * L, 3))
-    terminal = torch.rand(B * L) < 0.5
-    start, flags = make()._choose_starts(belief, terminal)
-    assert start.deter is belief.deter and start.stoch is belief.stoch and flags is terminal
+def test_without_a_number_of_starts_every_belief_is_a_start():
+    (starts,) = starts_of(make(), 1)
+    assert starts.shape == (B * L, 9) and len(starts.unique(dim=0)) == B * L
 
 
-def test_an_entropy_bonus_widens_the_actor():
+def test_imagination_starts_from_a_new_random_subset_of_the_beliefs():
+    (every,), (first, second) = starts_of(make(), 1), starts_of(make(imagination_starts=6, world_model_lr=0.0), 2)
+    for some in (first, second):
+        assert some.shape == (6, 9) and len(some.unique(dim=0)) == 6
+    indices = [(row == every).all(1).nonzero().item() for row in first]
+    assert indices != sorted(indices) and not torch.equal(first, second)
+
+
+def test_an_entropy_bonus_increases_the_entropy_of_the_actor():
     plain, bonus = (make(actor_lr=1e-2, entropy_scale=scale) for scale in (0.0, 10.0))
     without, with_bonus = (run(step, 30)[-1][metrics.ACTOR_ENTROPY].item() for step in (plain, bonus))
     gain = with_bonus - without
@@ -75,9 +72,8 @@ def test_an_entropy_bonus_widens_the_actor():
 def test_the_slow_critic_follows_the_critic_inside_the_step():
     step = make(slow_critic_decay=0.75, value_lr=1e-2)
     before = step.state_dict()
-    assert all(
-        torch.equal(tensor, before["critic"][k]) for k, tensor in before["slow_critic"].items()
-    )  # a copy at first
+    # at first the slow critic is a copy
+    assert all(torch.equal(tensor, before["critic"][k]) for k, tensor in before["slow_critic"].items())
     run(step, 1)
     after = step.state_dict()
     expected = {k: 0.75 * slow + 0.25 * after["critic"][k] for k, slow in before["slow_critic"].items()}
@@ -88,7 +84,7 @@ def test_the_slow_critic_follows_the_critic_inside_the_step():
     )
 
 
-def test_a_return_range_survives_in_the_state_and_scales_the_actors_gradient():
+def test_a_restored_return_scale_divides_the_loss_and_the_gradient_of_the_actor():
     plain, scaled = make(return_norm="none"), make(return_norm="percentile")
     state = scaled.state_dict()
     state["return_scale"] = {"range": torch.tensor(400.0), "weight": torch.tensor(1.0)}

@@ -80,7 +80,7 @@ def batch_of(obs: dict[str, ObsSpec]) -> TensorDict:
     return TensorDict({"obs": TensorDict(entries, [B, L]), **fields}, [B, L])
 
 
-def assert_alike(found: torch.Tensor, expected: torch.Tensor, what: object) -> None:
+def assert_near(found: torch.Tensor, expected: torch.Tensor, what: object) -> None:
     """Equal but for float32 rounding: relative to each number, or to the largest number of the tensor."""
     atol = 1e-5 * float(expected.abs().max()) + 1e-7
     torch.testing.assert_close(found, expected, rtol=2e-4, atol=atol, msg=lambda text: f"{what}: {text}")
@@ -105,8 +105,8 @@ def compare(obs: dict[str, ObsSpec], settings: Settings, *, num_steps: int = 3) 
         state = fast.state_dict()
         for name, adam in zip(("model", "actor", "value"), plain.optimisers, strict=True):
             for number, (mean, square) in enumerate(zip(adam.means, adam.squares, strict=True)):
-                assert_alike(state[f"adam_{name}"][f"{number}.exp_avg"], mean, (index, name, number))
-                assert_alike(state[f"adam_{name}"][f"{number}.exp_avg_sq"], square, (index, name, number))
+                assert_near(state[f"adam_{name}"][f"{number}.exp_avg"], mean, (index, name, number))
+                assert_near(state[f"adam_{name}"][f"{number}.exp_avg_sq"], square, (index, name, number))
     pairs = {
         "world model": (fast.world_model, plain.world_model),
         "actor": (fast.policy.actor, plain.policy.actor),

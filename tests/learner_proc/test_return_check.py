@@ -1,4 +1,4 @@
-"""The recorded return by hand, and what must not count."""
+"""The recorded return against one worked out by hand, and the windows that do not count."""
 
 from types import SimpleNamespace
 from typing import Any, cast
@@ -45,7 +45,7 @@ def test_windows_in_which_an_episode_begins_do_not_count():
     crossed = batch()
     crossed["reward"][1] = 1e6
     crossed["is_first"][1, 5] = True
-    crossed["is_first"][2, 0] = True  # a window that begins with an episode is whole
+    crossed["is_first"][2, 0] = True  # an episode that begins in row 0 does not matter
     assert check()(crossed).values.tolist() == pytest.approx([104.0, 91.5])
     crossed["is_first"][:, 3] = True
     assert check()(crossed).values.isnan().all()

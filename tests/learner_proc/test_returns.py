@@ -34,11 +34,11 @@ def test_the_last_reward_is_not_used():
 
 
 @pytest.mark.parametrize("lam", [0.0, 0.3, 0.95, 1.0])
-def test_lambda_return_is_torchrls_with_the_time_dimension_named(lam):
+def test_the_lambda_return_equals_that_of_torchrl(lam):
     functional = pytest.importorskip("torchrl.objectives.value.functional")
     torch.manual_seed(0)
     reward, value = torch.randn(2, 6, 8)
-    # torchrl pairs a reward with the value after it; done is False throughout, gamma a number
+    # TorchRL combines a reward with the value of the next step; here done is always False and gamma is one number
     oracle = functional.td_lambda_return_estimate(
         0.97, lam, value[:, 1:, None], reward[:, :-1, None], torch.zeros(6, 7, 1, dtype=torch.bool), time_dim=-2
     )
@@ -46,7 +46,7 @@ def test_lambda_return_is_torchrls_with_the_time_dimension_named(lam):
     torch.testing.assert_close(ours, oracle.squeeze(-1), rtol=1e-4, atol=1e-5)
 
 
-def test_lambda_return_is_the_mixture_of_all_n_step_returns():
+def test_the_lambda_return_is_the_mixture_of_all_n_step_returns():
     torch.manual_seed(0)
     reward, value, discount, lam, steps = torch.randn(1, 5), torch.randn(1, 5), torch.rand(1, 5), 0.7, 5
     r, v, c = reward[0].tolist(), value[0].tolist(), discount[0].tolist()
@@ -67,13 +67,13 @@ def test_lambda_return_is_the_mixture_of_all_n_step_returns():
     )
 
 
-def test_gradients_reach_reward_discount_and_value():
+def test_the_lambda_return_has_gradients_for_reward_discount_and_value():
     parts = [torch.rand(2, 4, requires_grad=True) for _ in range(3)]
     grads = torch.autograd.grad(lambda_return(*parts, lam=0.9).sum(), parts)
     assert all(grad[:, :-1].abs().min() > 0 for grad in grads[:2]) and grads[2][:, 1:].abs().min() > 0
 
 
-def test_a_trajectory_counts_less_behind_a_likely_end_and_not_at_all_from_a_terminal_start():
+def test_the_weight_falls_with_the_probability_of_an_end_and_is_zero_from_a_terminal_start():
     discount = torch.tensor([[0.5, 0.1, 0.7, 0.9], [0.5, 0.1, 0.7, 0.9]], requires_grad=True)
     weight = trajectory_weight(discount, torch.tensor([1.0, 0.0]))
     torch.testing.assert_close(weight, torch.tensor([[1.0, 0.5, 0.05], [0.0, 0.0, 0.0]]), rtol=1e-6, atol=0.0)

@@ -16,7 +16,7 @@ HEADS = HeadEvaluator(torch.float32, compiled=lambda function: function)
 
 @pytest.mark.parametrize("rows", [50, 7], ids=["one block", "ten blocks"])
 @pytest.mark.parametrize("activation", ["elu", "relu", "silu"])
-def test_a_evaluation_gives_the_gradients_that_autograd_gives(activation, rows, monkeypatch):
+def test_an_evaluation_gives_the_gradients_that_autograd_gives(activation, rows, monkeypatch):
     monkeypatch.setattr(slopes, "CACHED_ROWS", rows)
     torch.manual_seed(0)
     layers = mlp(7, 11, 3, activation, 1)
@@ -32,8 +32,8 @@ def test_a_evaluation_gives_the_gradients_that_autograd_gives(activation, rows, 
         torch.testing.assert_close(mine, other, rtol=1e-4, atol=1e-5)
 
 
-def test_values_keep_their_digits_in_bfloat16():
-    """bfloat16 has eight of them: near 150 it knows whole numbers alone."""
+def test_values_are_exact_when_the_products_are_in_bfloat16():
+    """bfloat16 has a precision of eight bits: near 150 it has only whole numbers."""
     torch.manual_seed(0)
     head = ScalarHead(7, 2, NetworkSettings(hidden_dim=11))
     torch.nn.init.constant_(list(head.parameters())[-1], 150.4)
@@ -47,7 +47,7 @@ def test_values_keep_their_digits_in_bfloat16():
         torch.testing.assert_close(value - 150.4, exact - 150.4, rtol=0.05, atol=0.02, msg=name)
 
 
-def test_a_linear_head_has_its_weight_as_slope():
+def test_the_slope_of_a_linear_head_is_its_weight():
     layer = torch.nn.Linear(3, 1)
     torch.nn.init.constant_(layer.weight, 2.0)
     torch.nn.init.zeros_(layer.bias)
@@ -58,7 +58,7 @@ def test_a_linear_head_has_its_weight_as_slope():
     assert weight.tolist() == [[10.0, 20.0, 30.0]] and bias.tolist() == [10.0]
 
 
-def test_the_gradient_of_a_feature_is_the_sum_over_all_heads_that_read_it():
+def test_the_gradient_of_a_feature_is_the_sum_over_all_heads():
     torch.manual_seed(0)
     heads, feat = [mlp(3, 4, 2, "elu", 1) for _ in range(3)], torch.randn(5, 3, requires_grad=True)
     upstream = [torch.randn(5) for _ in heads]

@@ -64,7 +64,7 @@ def test_splitting_a_window_at_an_is_first_leaves_every_belief_as_it_was():
         torch.testing.assert_close(whole.belief[index], joined, rtol=1e-5, atol=1e-6)
 
 
-def test_nothing_before_an_is_first_reaches_what_comes_after_it():
+def test_nothing_before_an_is_first_influences_the_rows_after_it():
     model, w = make(), window()
     w["is_first"][:, 3] = True
     w["obs"]["policy"].requires_grad_()
@@ -72,7 +72,7 @@ def test_nothing_before_an_is_first_reaches_what_comes_after_it():
     deter, stoch = observe(model, w).belief
     after = deter[:, 3:].square().sum() + stoch[:, 3:].square().sum()
     grad_obs, grad_action = torch.autograd.grad(after, [w["obs"]["policy"], w["action"]])
-    assert not grad_obs[:, :3].any() and not grad_action[:, :4].any()  # the reset's own action counts for nothing too
+    assert not grad_obs[:, :3].any() and not grad_action[:, :4].any()  # nor does the action of the reset itself
     assert grad_obs[:, 3:].any(-1).all() and grad_action[:, 4:].any(-1).all()
     shuffled = window()
     shuffled["is_first"][:, 3] = True
@@ -82,21 +82,21 @@ def test_nothing_before_an_is_first_reaches_what_comes_after_it():
         assert torch.equal(before[:, 3:], now[:, 3:]) and not torch.isclose(before[:, 0], now[:, 0]).all()
 
 
-def test_a_window_that_starts_inside_an_episode_starts_blank_but_with_its_true_action():
+def test_a_window_inside_an_episode_starts_from_a_zero_belief_and_its_recorded_action():
     model, w = make(), window()
     deter = observe(model, w).belief.deter
     blank = model.rssm.initial(B)
     torch.testing.assert_close(deter[:, 0], model.rssm.transition(blank, w["action"][:, 0]), rtol=1e-6, atol=1e-7)
 
 
-def test_scanning_recorded_rows_reproduces_the_acting_beliefs_when_the_executed_action_is_stored(monkeypatch):
+def test_observing_recorded_rows_gives_the_beliefs_of_acting_if_the_executed_action_is_stored(monkeypatch):
     spec = StreamSpec(B, VECTOR, A)
     model = make()
     policy = Policy(spec, NetworkSettings(state_dim=S, rssm_hidden_dim=D, hidden_dim=8))
     policy.encoder, policy.rssm = model.encoder, model.rssm
     w = window()
     w["is_first"][:, 0], w["is_first"][1, 3] = True, True
-    w["noise"].zero_()  # acting draws its own noise; with none of it both sides are comparable
+    w["noise"].zero_()  # acting draws other noise, so both sides are compared without any
     monkeypatch.setattr(torch, "randn_like", lambda x: torch.full_like(x, 0.5 if x.shape[-1] == A else 0.0))
     belief, action, acted = policy.initial_belief(B), torch.zeros(B, A), []
     for t in range(L):
@@ -117,7 +117,7 @@ def test_scanning_recorded_rows_reproduces_the_acting_beliefs_when_the_executed_
         torch.testing.assert_close(scanned[index], stacked, rtol=1e-5, atol=1e-6)
 
 
-def test_a_reward_is_explained_by_the_observation_it_arrived_with():
+def test_a_reward_is_predicted_from_the_observation_it_arrived_with():
     model, w = make(), window()
     w["reward"].requires_grad_()
     posterior = observe(model, w)
@@ -127,7 +127,7 @@ def test_a_reward_is_explained_by_the_observation_it_arrived_with():
     torch.testing.assert_close(grad, (w["reward"] - predicted).detach() / (B * L), rtol=1e-4, atol=1e-6)
     w["obs"]["policy"].requires_grad_()
     (grad,) = torch.autograd.grad(model.reward(feat(observe(model, w).belief))[:, 2].sum(), w["obs"]["policy"])
-    assert grad[:, 2].any(-1).all() and not grad[:, 3:].any()  # from this step, never from a later one
+    assert grad[:, 2].any(-1).all() and not grad[:, 3:].any()  # it depends on this step and on no later one
 
 
 def oracle_loss(model: WorldModel, w: dict, posterior: Posterior, free_nats: float) -> dict:
@@ -171,14 +171,15 @@ def test_the_loss_does_not_grow_with_the_number_of_windows_or_steps():
     torch.testing.assert_close(loss(model, twice).total, loss(model, w).total, rtol=1e-5, atol=1e-5)
 
 
-def test_a_perfect_decoder_pays_half_log_two_pi_for_every_dimension():
+def test_a_perfect_decoder_has_a_loss_of_half_log_two_pi_per_dimension():
     for obs, dims in ((VECTOR, 4), (PIXELS, 64 * 64)):
         model, w = make(obs), window(obs)
         for param in model.decoder.parameters():
             torch.nn.init.zeros_(param)
         entry = next(iter(w["obs"].values()))
         entry.zero_()
-        centre = 0.25 if entry.dtype == torch.uint8 else 0.0  # a black pixel lies 0.5 from the grey that is predicted
+        # A black pixel is 0.5 away from the grey that is predicted.
+        centre = 0.25 if entry.dtype == torch.uint8 else 0.0
         expected = torch.tensor(dims * (0.9189385 + 0.5 * centre))
         torch.testing.assert_close(loss(model, w).obs, expected, rtol=1e-5, atol=1e-5)
 
@@ -188,7 +189,7 @@ def test_free_nats_are_three_with_pixels_and_one_without_unless_set():
     assert make(PIXELS, free_nats=0.0).free_nats == 0.0
 
 
-def test_below_the_free_nats_the_kl_moves_nothing_and_above_it_moves_prior_and_posterior():
+def test_the_kl_has_no_gradient_below_the_free_nats_and_trains_prior_and_posterior_above():
     w = window()
     for free_nats, moves in ((100.0, False), (0.0, True)):
         model = make(free_nats=free_nats)
@@ -247,7 +248,7 @@ def test_every_head_trains_rssm_and_encoder():
         assert all(grad.any() for grad in grads)
 
 
-def test_an_image_decoder_paints_64_by_64_pixels_of_every_colour():
+def test_an_image_decoder_returns_64_by_64_pixels_of_every_colour():
     for colours in (1, 3):
         model = make({"pixels": ObsSpec((64, 64, colours), "uint8")})
         assert model.decoder.entries["pixels"](torch.randn(B, L, S + D)).shape == (B, L, 64, 64, colours)
@@ -255,14 +256,14 @@ def test_an_image_decoder_paints_64_by_64_pixels_of_every_colour():
 
 @pytest.mark.parametrize(("per", "expected", "free"), [("mean", 4.0, 0.0), ("step", 4.5, 0.5)])
 @pytest.mark.parametrize("balance", [None, 0.8])
-def test_free_nats_floor_the_mean_kl_or_every_steps_own(per, expected, free, balance):
+def test_free_nats_limit_the_mean_kl_or_the_kl_of_every_step(per, expected, free, balance):
     model, posterior = two_steps_of_eight_and_no_nats(free_nats=1.0, free_nats_per=per, kl_balance=balance)
     kl = model.kl(posterior)
     assert [kl.mean.item(), kl.loss.item(), kl.free.item()] == pytest.approx([4.0, expected, free], rel=1e-5)
 
 
 @pytest.mark.parametrize(("per", "free"), [("mean", 1.0), ("step", 0.5)])
-def test_a_mean_below_the_free_nats_silences_every_step_and_a_floor_per_step_only_those_below(per, free):
+def test_free_nats_of_the_mean_stop_all_gradients_and_free_nats_per_step_those_of_low_steps(per, free):
     model, posterior = two_steps_of_eight_and_no_nats(free_nats=5.0, free_nats_per=per)
     mean = posterior.mean.requires_grad_()
     kl = model.kl(posterior)

@@ -1,9 +1,10 @@
-"""The order of a capture's steps with a recorded torch.cuda, and a real graph on a GPU."""
+"""The order in which a capture calls torch.cuda, and a real graph on a GPU."""
 
 from __future__ import annotations
 
 import contextlib
 import gc
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -15,59 +16,50 @@ CPU = torch.device("cpu")
 
 
 class RecordedCuda:
-    """Stands in for torch.cuda: its streams and graphs only append their name to `events`."""
+    """Replaces the parts of torch.cuda that a capture uses. They append their names to `events` and do nothing else."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.events: list[str] = []
         self.error_mode = ""
-        note, self.CUDAGraph, self.Stream = self.note, Graph.of(self), Stream.of(self)
-        monkeypatch.setattr(torch.cuda, "CUDAGraph", self.CUDAGraph)
-        monkeypatch.setattr(torch.cuda, "Stream", self.Stream)
-        monkeypatch.setattr(torch.cuda, "current_stream", lambda device: self.Stream(device, "current"))
+        monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: RecordedGraph(self.events))
+        monkeypatch.setattr(torch.cuda, "Stream", lambda device: RecordedStream(self.events, "side"))
+        monkeypatch.setattr(torch.cuda, "current_stream", lambda device: RecordedStream(self.events, "current"))
         monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
-        monkeypatch.setattr(torch.cuda, "empty_cache", lambda: note("empty cache"))
+        monkeypatch.setattr(torch.cuda, "empty_cache", lambda: self.events.append("empty cache"))
         monkeypatch.setattr(torch.cuda, "graph", self.graph)
 
-    def note(self, event: str) -> None:
-        self.events.append(event)
-
     @contextlib.contextmanager
-    def graph(self, graph: Any, *, stream: Any, capture_error_mode: str):
+    def graph(self, graph: Any, *, stream: Any, capture_error_mode: str) -> Iterator[None]:
         self.error_mode = capture_error_mode
-        self.note("begin")
+        self.events.append("begin")
         yield
-        self.note("end")
+        self.events.append("end")
 
 
-class Graph:
-    cuda: RecordedCuda
+class RecordedGraph:
+    """Stands in for torch.cuda.CUDAGraph."""
 
-    @classmethod
-    def of(cls, cuda: RecordedCuda) -> type[Graph]:
-        return type("BoundGraph", (cls,), {"cuda": cuda})
+    def __init__(self, events: list[str]) -> None:
+        self._events = events
 
     def register_generator_state(self, generator: torch.Generator) -> None:
-        self.cuda.note("register generator")
+        self._events.append("register generator")
 
     def replay(self) -> None:
-        self.cuda.note("replay")
+        self._events.append("replay")
 
 
-class Stream:
-    cuda: RecordedCuda
+class RecordedStream:
+    """Stands in for torch.cuda.Stream."""
 
-    @classmethod
-    def of(cls, cuda: RecordedCuda) -> type[Stream]:
-        return type("BoundStream", (cls,), {"cuda": cuda})
+    def __init__(self, events: list[str], name: str) -> None:
+        self._events, self.name = events, name
 
-    def __init__(self, device: torch.device, name: str = "side") -> None:
-        self.name = name
-
-    def wait_stream(self, other: Stream) -> None:
-        self.cuda.note(f"{self.name} waits for {other.name}")
+    def wait_stream(self, other: RecordedStream) -> None:
+        self._events.append(f"{self.name} waits for {other.name}")
 
     def synchronize(self) -> None:
-        self.cuda.note("synchronise")
+        self._events.append("synchronise")
 
 
 @pytest.mark.parametrize("shared_process", [False, True])
@@ -76,7 +68,7 @@ def test_a_capture_warms_up_on_a_side_stream_and_returns_the_captured_result(sha
     runs: list[bool] = []  # whether Python's garbage collector was on in each run
 
     def function() -> int:
-        cuda.note("run")
+        cuda.events.append("run")
         runs.append(gc.isenabled())
         return len(runs)
 

@@ -37,7 +37,7 @@ def test_unit_gaussian_nll_sums_event_dimensions_only():
         torch.testing.assert_close(unit_gaussian_nll(target, mean, event_dims=dims), oracle, rtol=1e-5, atol=1e-4)
 
 
-def test_bernoulli_nll_takes_soft_targets():
+def test_bernoulli_nll_accepts_targets_between_zero_and_one():
     logit, target = torch.tensor([-30.0, -1.0, 0.5, 30.0]), torch.tensor([0.0, 0.99, 0.0, 0.99])
     oracle = -Bernoulli(logits=logit, validate_args=False).log_prob(target)
     torch.testing.assert_close(bernoulli_nll(logit, target), oracle, rtol=1e-5, atol=1e-6)
@@ -53,14 +53,14 @@ def test_tanh_normal_log_prob_is_the_density_in_action_space():
     )
 
 
-def test_the_mode_is_chosen_for_each_row_on_its_own():
+def test_the_mode_is_chosen_for_each_row_separately():
     torch.manual_seed(0)
     mean = torch.tensor([[-2.0, 2.0], [0.0, 0.0], [2.0, -2.0]])
     mode = tanh_normal_mode(mean, torch.full_like(mean, 0.01))
     torch.testing.assert_close(mode, torch.tanh(mean), rtol=0.0, atol=0.05)
 
 
-def test_the_mode_of_a_wide_tanh_normal_lies_at_an_end_not_at_tanh_of_the_mean():
+def test_the_mode_of_a_wide_tanh_normal_is_near_one_end_and_not_tanh_of_the_mean():
     torch.manual_seed(0)
     mode = tanh_normal_mode(torch.full((50, 1), 0.3), torch.full((50, 1), 5.0))
     assert (mode.abs() > 0.99).all(), mode.abs().min()
@@ -77,7 +77,7 @@ def test_the_entropy_estimate_of_a_tanh_normal_is_right_on_average():
     torch.testing.assert_close(estimate.double(), exact, rtol=0.0, atol=0.02)
 
 
-def test_more_entropy_is_less_width_where_a_wide_actor_piles_up_at_the_ends():
+def test_more_entropy_needs_a_smaller_std_for_a_wide_actor_and_a_larger_one_for_a_narrow_actor():
     torch.manual_seed(0)
     for width, sign in ((5.0, -1.0), (0.2, 1.0)):  # 0.87 is the width closest to uniform actions
         std = torch.full((1, 1), width, requires_grad=True)

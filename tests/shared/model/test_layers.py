@@ -10,7 +10,7 @@ from shared.model.layers import GRU, Normaliser, RunningNorm, dense, mlp, symlog
 from shared.stream import ObsSpec, StreamSpec
 
 
-def test_the_gru_is_nn_grucell_written_out():
+def test_the_gru_computes_what_nn_grucell_computes():
     torch.manual_seed(0)
     ours, oracle = GRU(5, 7), nn.GRUCell(5, 7)
     with torch.no_grad():
@@ -73,14 +73,14 @@ def test_normalised_rows_have_zero_mean_and_unit_spread():
     torch.testing.assert_close(norm(rows).std(0, correction=0), torch.ones(2), rtol=1e-3, atol=0.0)
 
 
-def test_normalised_values_are_clipped_at_ten_and_a_still_dimension_stays_finite():
+def test_normalised_values_are_clipped_at_ten_and_a_constant_dimension_stays_finite():
     norm = RunningNorm(2)
     norm.update(torch.tensor([[1.0, 5.0], [-1.0, 5.0]]))
     out = norm(torch.tensor([[1e6, 5.0], [-1e6, 5.0]]))
     torch.testing.assert_close(out, torch.tensor([[10.0, 0.0], [-10.0, 0.0]]), rtol=0.0, atol=1e-4)
 
 
-def test_the_normaliser_leaves_images_alone_and_is_the_identity_before_any_row():
+def test_the_normaliser_changes_no_image_and_before_the_first_row_no_vector():
     spec = StreamSpec(1, {"pixels": ObsSpec((64, 64, 3), "uint8"), "policy": ObsSpec((2,), "float32")}, 1)
     obs = {"pixels": torch.full((1, 64, 64, 3), 200, dtype=torch.uint8), "policy": torch.tensor([[3.0, -4.0]])}
     norm = Normaliser(spec, enabled=True)
@@ -90,7 +90,7 @@ def test_the_normaliser_leaves_images_alone_and_is_the_identity_before_any_row()
     torch.testing.assert_close(norm(obs)["policy"], torch.tensor([[1.0, -6.0]]), rtol=1e-5, atol=0.0)
 
 
-def test_a_disabled_normaliser_owns_nothing_and_changes_nothing():
+def test_a_disabled_normaliser_has_no_state_and_changes_nothing():
     spec = StreamSpec(1, {"policy": ObsSpec((2,), "float32")}, 1)
     norm = Normaliser(spec, enabled=False)
     norm.update({"policy": torch.tensor([[100.0, 100.0]])})

@@ -68,7 +68,7 @@ def test_mode_evaluation_takes_the_most_likely_sample_without_noise():
     torch.testing.assert_close(action, torch.tanh(policy.actor(feat(belief))[0]), rtol=0.0, atol=0.01)
 
 
-def test_training_columns_sample_add_noise_and_clip():
+def test_training_actions_are_samples_plus_noise_and_are_clipped():
     policy = make_policy(init_std=0.001)
     evaluation = torch.tensor([2, 3])
     start, obs = policy.initial_belief(E), torch.randn(E, 3)
@@ -78,7 +78,7 @@ def test_training_columns_sample_add_noise_and_clip():
     assert actions.abs().max() <= 1.0 and actions.dtype == torch.float32
     spread = actions.std(0).mean(1)
     assert (spread[:2] > 0.3).all(), spread  # N(0, 0.5), clipped
-    assert (spread[2:] < 0.25).all(), spread  # the rest is the stochastic belief's
+    assert (spread[2:] < 0.25).all(), spread  # what remains comes from the sampled belief
 
 
 def test_without_exploration_noise_a_training_action_is_a_sample_of_the_actor():
@@ -87,11 +87,11 @@ def test_without_exploration_noise_a_training_action_is_a_sample_of_the_actor():
         act(policy, torch.zeros(E, 3), policy.initial_belief(E), torch.zeros(E, A), ALL, noise_std=0.0)[0]
         for _ in range(100)
     ])  # fmt: skip
-    assert (actions.abs() > 0.9).float().mean() > 0.6  # std 5 before the tanh: bang-bang
+    assert (actions.abs() > 0.9).float().mean() > 0.6  # with a std of 5 before the tanh, most actions are near -1 or 1
     assert actions.mean().abs() < 0.2
 
 
-def test_reset_columns_forget_belief_and_action_and_the_others_keep_them():
+def test_reset_rows_lose_belief_and_action_and_other_rows_keep_them():
     policy, obs, reset = make_policy(), torch.randn(E, 3), torch.tensor([True, False, True, False])
     carried = Belief(torch.randn(E, 5), torch.randn(E, 3))
     deter = act(policy, obs, carried, torch.randn(E, A), reset)[1].deter
@@ -100,7 +100,7 @@ def test_reset_columns_forget_belief_and_action_and_the_others_keep_them():
     assert not torch.isclose(deter[~reset], again[~reset]).any()
 
 
-def test_acting_sees_normalised_vectors():
+def test_acting_normalises_vectors():
     plain, shifted = make_policy(), make_policy()
     shifted.normaliser.update({"policy": torch.tensor([[9.0, 9.0, 9.0], [11.0, 11.0, 11.0]])})  # mean 10, std 1
     obs, actions = torch.randn(E, 3), []
@@ -111,7 +111,7 @@ def test_acting_sees_normalised_vectors():
     torch.testing.assert_close(actions[0], actions[1], rtol=1e-4, atol=1e-4)
 
 
-def test_everything_acting_needs_is_parameters_and_buffers_of_one_module():
+def test_parameters_and_buffers_of_the_policy_are_all_that_acting_needs():
     policy = make_policy()
     names = {name.split(".")[0] for name in policy.state_dict()}
     assert names == {"normaliser", "encoder", "rssm", "actor"}

@@ -1,4 +1,4 @@
-"""The cell against torchrl's modules, and the laws of episode boundaries."""
+"""The RSSM against TorchRL's modules, and what happens where an episode begins."""
 
 import pytest
 import torch
@@ -14,7 +14,7 @@ def rssm() -> RSSM:
     torch.manual_seed(0)
     rssm = RSSM(E_DIM, A, NetworkSettings(state_dim=S, rssm_hidden_dim=D))
     for name, param in rssm.named_parameters():
-        if name.endswith("bias"):  # zero at the start, which would hide a bias left out
+        if name.endswith("bias"):  # biases start at zero, so a forgotten bias would not show
             torch.nn.init.normal_(param, std=0.3)
     return rssm
 
@@ -44,7 +44,7 @@ def test_the_prior_agrees_with_torchrl_where_both_follow_the_paper(rssm: RSSM):
     mean, std, _, deter = oracle(belief.stoch, belief.deter, action)
     ours = rssm.prior_step(belief, action, noise)
     torch.testing.assert_close(ours.deter, deter, rtol=1e-5, atol=1e-6)
-    # torchrl clamps the std from below, the original agent adds 0.1 to the same softplus
+    # TorchRL limits the std from below; the original agent adds 0.1 to the same softplus.
     torch.testing.assert_close(ours.stoch, mean + (std + 0.1) * noise, rtol=1e-5, atol=1e-5)
 
 
@@ -75,7 +75,7 @@ def test_the_first_step_of_an_episode_is_an_ordinary_step_from_zero_belief_and_z
     for part, zeroed, kept in zip(mixed.belief, blank.belief, carried.belief, strict=True):
         torch.testing.assert_close(part[::2], zeroed[::2], rtol=1e-6, atol=1e-6)
         torch.testing.assert_close(part[1], kept[1], rtol=1e-6, atol=1e-6)
-    assert blank.belief.deter.abs().sum() > 0  # the GRU moved: deter at the first observation is not zero
+    assert blank.belief.deter.abs().sum() > 0  # the GRU has made a step, so deter is not zero
 
 
 def test_a_nan_belief_ends_with_its_episode(rssm: RSSM):
@@ -86,7 +86,7 @@ def test_a_nan_belief_ends_with_its_episode(rssm: RSSM):
     assert torch.isfinite(deter[0]).all() and torch.isnan(deter[1]).all()
 
 
-def test_the_std_of_prior_and_posterior_never_falls_to_a_tenth(rssm: RSSM):
+def test_the_std_of_prior_and_posterior_is_always_above_a_tenth(rssm: RSSM):
     with torch.no_grad():
         rssm.prior_out.bias.fill_(-8.0)
     _, std = rssm.prior(torch.randn(4, D))
