@@ -36,7 +36,3 @@ class Numbers:
     def to_host(self) -> dict[Metric, float]:
         """Return all numbers by their metric. Waits for the device."""
         return dict(zip(self.metrics, self.values.tolist(), strict=True))
-
-    def __getitem__(self, metric: Metric) -> Tensor:
-        """Return the () tensor of one metric. Raises: ValueError if it was not measured."""
-        return self.values[self.metrics.index(metric)]

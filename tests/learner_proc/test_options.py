@@ -7,9 +7,9 @@ import torch
 from tensordict import TensorDict
 
 from learner_proc.gradient_step import GradientStep
-from learner_proc.numbers import Numbers
 from shared import metrics
 from shared.config import CompileSettings, NetworkSettings, OptimizationSettings, Settings
+from shared.metrics import Metric
 from shared.model.layers import Normaliser, symlog
 from shared.stream import ObsSpec, StreamSpec
 
@@ -35,10 +35,10 @@ def make_batch() -> TensorDict:
     return TensorDict({"obs": obs, **fields}, [B, L])
 
 
-def run(step: GradientStep, num_steps: int, batch: TensorDict | None = None) -> list[Numbers]:
+def run(step: GradientStep, num_steps: int, batch: TensorDict | None = None) -> list[dict[Metric, float]]:
     fixed = make_batch() if batch is None else batch
     torch.manual_seed(7)
-    return [step(fixed) for _ in range(num_steps)]
+    return [step(fixed).to_host() for _ in range(num_steps)]
 
 
 def starts_of(step: GradientStep, num_steps: int) -> list[torch.Tensor]:
@@ -64,7 +64,7 @@ def test_imagination_starts_from_a_new_random_subset_of_the_beliefs():
 
 def test_an_entropy_bonus_increases_the_entropy_of_the_actor():
     plain, bonus = (make(actor_lr=1e-2, entropy_scale=scale) for scale in (0.0, 10.0))
-    without, with_bonus = (run(step, 30)[-1][metrics.ACTOR_ENTROPY].item() for step in (plain, bonus))
+    without, with_bonus = (run(step, 30)[-1][metrics.ACTOR_ENTROPY] for step in (plain, bonus))
     gain = with_bonus - without
     assert gain > 0.05, gain
 
@@ -90,11 +90,11 @@ def test_a_restored_return_scale_divides_the_loss_and_the_gradient_of_the_actor(
     state["return_scale"] = {"range": torch.tensor(400.0), "weight": torch.tensor(1.0)}
     scaled.load_state_dict(state)
     first, second = run(plain, 1)[0], run(scaled, 1)[0]
-    scale = second[metrics.RETURN_SCALE].item()
-    assert 390.0 < scale < 400.0 and first[metrics.RETURN_SCALE].item() == 1.0
+    scale = second[metrics.RETURN_SCALE]
+    assert 390.0 < scale < 400.0 and first[metrics.RETURN_SCALE] == 1.0
     for metric in (metrics.LOSS_ACTOR, metrics.GRAD_NORM_ACTOR):
-        assert second[metric].item() == pytest.approx(first[metric].item() / scale, rel=1e-4)
-    assert second[metrics.LOSS_VALUE].item() == first[metrics.LOSS_VALUE].item()
+        assert second[metric] == pytest.approx(first[metric] / scale, rel=1e-4)
+    assert second[metrics.LOSS_VALUE] == first[metrics.LOSS_VALUE]
 
 
 def test_symlogged_observations_are_what_encoder_and_decoder_see():
@@ -103,7 +103,7 @@ def test_symlogged_observations_are_what_encoder_and_decoder_see():
     far, small = make_batch(), make_batch()
     far["obs", "policy"].mul_(1000)
     small["obs", "policy"] = symlog(far["obs", "policy"])
-    assert run(step, 1, far)[0][metrics.LOSS_OBS].item() == run(twin, 1, small)[0][metrics.LOSS_OBS].item()
+    assert run(step, 1, far)[0][metrics.LOSS_OBS] == run(twin, 1, small)[0][metrics.LOSS_OBS]
 
 
 def test_the_v1_step_has_no_state_beside_networks_normaliser_and_optimisers():
