@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING
 
 from collector_proc.simulators import ending
 from collector_proc.simulators.registry import build_simulator
-from shared.errors import SettingError, SimulatorError, TransportError
+from shared.errors import HandoverError, SettingError, SimulatorError, TransportError
 from shared.geometry import Geometry
+from shared.gpu import check_gpu
 from shared.handover import Disconnected, connect
 from shared.lifetime import ExitCode, StopRequested, die_first_when_memory_ends
 from shared.process import Process, start_process
@@ -88,6 +89,7 @@ def _collect(process: Process, simulator: Simulator, *, device: str, incarnation
 
     # The policy acts on the simulator's GPU, under the name that the simulator gives it, or on the requested device.
     acting_device = torch.device(simulator.device if simulator.device.startswith("cuda") else device)
+    check_gpu(str(acting_device))
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
     connection = open_replay(
         channel, simulator.spec, settings.deadlines,
@@ -108,7 +110,8 @@ def _collect(process: Process, simulator: Simulator, *, device: str, incarnation
 def exit_code(error: Exception, *, simulator_started: bool, incarnation: int) -> ExitCode:
     """Return REFUSED if another start would fail in the same way, else FAILED."""
     if simulator_started:
-        return ExitCode.REFUSED if isinstance(error, SettingError) else ExitCode.FAILED
+        is_final = isinstance(error, SettingError) or (incarnation == 0 and isinstance(error, HandoverError))
+        return ExitCode.REFUSED if is_final else ExitCode.FAILED
     # An earlier collector has started the simulator; now memory or a port is lacking, or a file is being edited.
     return ExitCode.FAILED if incarnation > 0 else ExitCode.REFUSED
 

@@ -57,7 +57,11 @@ class Collector:
             spec, settings.networks, settings.collector, device=device, seed=seed, random_ticks=connection.random_ticks
         )
         self._weights = WeightsReceiver(self._acting.policy, socket_dir=run.socket_dir, run_id=run.run_id)
-        run_self_test(connection, self._writer)  # after it the learner publishes weights, so the receiver must exist
+        process.progress.phase("self-test")
+        # After the self-test the learner publishes weights, so the receiver must exist.
+        run_self_test(connection, self._writer, alive=process.alive)
+        if device.type == "cuda":
+            torch.cuda.empty_cache()  # the self-test needed memory that the simulator can use better
         self._tracker = EpisodeTracker(spec, ticks=ticks, evaluation=self._acting.evaluation, copier=copier)
         self._memory_limit = MemoryLimit(meter, settings.collector.max_rss_gb, incarnation=incarnation)
         self._status = StatusReporter(process.progress, self._weights, self._memory_limit, connection.agent_steps)

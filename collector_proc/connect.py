@@ -12,6 +12,7 @@ Afterwards the learner sends grants (`learner_input`), and the collector answers
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -21,10 +22,13 @@ from torch import Tensor
 
 from collector_proc.writer import ChunkWriter
 from shared.config import DeadlineSettings
-from shared.errors import TransportError
+from shared.errors import HandoverError, TransportError
 from shared.handover import Channel, import_cuda_slab, map_memfd_slab, pin_slab
 from shared.messages import PROTOCOL, Hello, Refusal, SelfTest, Welcome
 from shared.stream import Layout, StreamSpec, plan_layout, ring_views
+
+SELF_TEST_S = 30.0  # a copy between GPUs that takes longer will never finish
+POLL_S = 0.0001  # between two looks at the copies of the self-test
 
 
 @dataclass(frozen=True)
@@ -35,6 +39,7 @@ class Connection:
     layout: Layout
     ring: TensorDict  # views of the replay's memory, batch size [T_cap]
     test_row: int  # the first row of the self-test
+    nonce: int  # selects the pattern of the self-test
     random_ticks: int  # ticks that are still to be taken with random actions
     agent_steps: int  # of the whole run so far
 
@@ -61,7 +66,7 @@ def open_replay(
         alive=alive,
     )
     if isinstance(answer, Refusal):
-        raise TransportError(f"the learner refused this collector: {answer.reason}")
+        raise HandoverError(f"the learner refused this collector: {answer.reason}")
     if not isinstance(answer, Welcome):
         raise TransportError(
             f"the learner answered the hello with {type(answer).__name__}; expected Welcome; "
@@ -75,15 +80,33 @@ def open_replay(
         )
     slab = _map_slab(answer, descriptors, device)
     random_ticks = -(-answer.random_frames // spec.num_envs)  # rounded up
-    return Connection(channel, layout, ring_views(slab, layout), answer.test_row, random_ticks, answer.agent_steps)
+    return Connection(
+        channel, layout, ring_views(slab, layout), answer.test_row, answer.nonce, random_ticks, answer.agent_steps
+    )
 
 
-def run_self_test(connection: Connection, writer: ChunkWriter) -> None:
+def run_self_test(
+    connection: Connection, writer: ChunkWriter, *, alive: Callable[[], None], limit_s: float = SELF_TEST_S
+) -> None:
     """Write a pattern in the way in which chunks are written, and ask the learner to check it.
 
-    The learner grants rows and publishes weights only after this test has passed.
+    The learner grants rows and publishes weights only after this test has passed. alive: called while waiting.
+    Raises: HandoverError if the copies are not complete within `limit_s`.
     """
-    checksum, num_bytes, write_s = writer.write_pattern(connection.test_row)
+
+    def wait() -> None:
+        end = time.monotonic() + limit_s
+        while not writer.done():
+            alive()
+            if time.monotonic() > end:
+                raise HandoverError(
+                    f"the self-test's copy into the replay has not finished after {limit_s:g} s; expected "
+                    "milliseconds; copies between these GPUs may be broken: use one GPU for both processes, or set "
+                    "replay_buffer.gpu_storage=false"
+                )
+            time.sleep(POLL_S)
+
+    checksum, num_bytes, write_s = writer.write_pattern(connection.test_row, nonce=connection.nonce, wait=wait)
     connection.channel.send(SelfTest(checksum, num_bytes, write_s))
 
 

@@ -7,7 +7,7 @@ from collections import deque
 
 from collector_proc.status import StatusReporter
 from collector_proc.weights_receiver import WeightsReceiver
-from shared.errors import TransportError
+from shared.errors import HandoverError, TransportError
 from shared.handover import Channel
 from shared.messages import Grant, Refusal
 from shared.process import Process
@@ -24,12 +24,12 @@ class LearnerInput:
     def read_grants(self) -> None:
         """Receive every waiting message.
 
-        Raises: Disconnected if the learner has ended; TransportError if it refuses this collector.
+        Raises: Disconnected if the learner has ended; HandoverError if it refuses this collector.
         """
         while (received := self._channel.receive()) is not None:
             message, _ = received
             if isinstance(message, Refusal):
-                raise TransportError(f"the learner refused this collector: {message.reason}")
+                raise HandoverError(f"the learner refused this collector: {message.reason}")
             if isinstance(message, Grant):
                 self._grants.append(message)
 

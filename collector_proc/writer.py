@@ -6,6 +6,7 @@ On a GPU the rows are gathered in two buffers: while one chunk is copied, the ne
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 
 import torch
 from tensordict import TensorDict
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from collector_proc.copies import CompletedCopy, Copier, Copy, DoubleBuffer, copier_between
 from collector_proc.simulators.base import Arrival
-from shared.checksum import checksum
+from shared.checksum import BLOCK_BYTES, checksum
 from shared.stream import Layout
 
 
@@ -84,20 +85,27 @@ class ChunkWriter:
         """Return the checksum of the gathered chunk. The learner compares it with that of the rows in its memory."""
         return checksum(self.rows[key] for key in self._keys)
 
-    def write_pattern(self, row: int) -> tuple[int, int, float]:
+    def write_pattern(
+        self, row: int, *, nonce: int = 0, wait: Callable[[], None] | None = None
+    ) -> tuple[int, int, float]:
         """Fill every buffer with a pattern and write it like a chunk.
 
+        nonce: another number gives another pattern, so that bytes of an earlier test cannot pass. wait: blocks until
+        the copies are complete; the default is `self.wait`.
         The result is the pattern's checksum, its bytes, and the seconds of the fastest of three writes.
         """
+        wait = wait or self.wait
         for entry in (entry for buffer in self._buffers.buffers for entry in buffer.values()):
             flat = entry.view(-1).view(torch.uint8)
-            pattern = torch.arange(flat.numel(), device=flat.device)
-            flat.copy_(pattern % 2 if entry.dtype == torch.bool else pattern % 251)
+            for start in range(0, flat.numel(), BLOCK_BYTES):
+                block = flat[start : start + BLOCK_BYTES]
+                pattern = torch.arange(start, start + block.numel(), device=flat.device) + nonce
+                block.copy_(pattern % 2 if entry.dtype == torch.bool else pattern % 251)
         num_bytes = sum(entry.nbytes for entry in self.rows.values())
         expected, seconds = self.checksum(), []
         for _ in range(3):  # the first write is slower, because it maps the pages
             started, self.num_rows = time.perf_counter(), self.ticks
             self.write(row)
-            self.wait()
+            wait()
             seconds.append(time.perf_counter() - started)
         return expected, num_bytes, min(seconds)

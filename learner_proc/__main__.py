@@ -8,7 +8,8 @@ import sys
 from pathlib import Path
 
 from shared.config import Settings
-from shared.errors import SettingError, TransportError
+from shared.errors import HandoverError, SettingError, TransportError
+from shared.gpu import check_gpu
 from shared.lifetime import ExitCode
 from shared.process import Process, start_process
 from shared.run_folder import remove_socket_dir
@@ -43,18 +44,40 @@ def train(process: Process, device: str, *, resume: bool) -> ExitCode:
     from learner_proc.waiting import WaitingLearner
 
     prepare_torch(process.settings, device)
+    learner = None
     try:
+        check_gpu(device, autocast=process.settings.optimization.autocast)
         learner = WaitingLearner(process, device=torch.device(device), resume=resume).run()
         if learner is not None:  # None: the process was asked to stop
             learner.run()
         return ExitCode.FINISHED
-    except SettingError as error:
+    except (SettingError, HandoverError) as error:
         process.log.error("refused", error=str(error))
         process.progress.refuse(str(error))
+        return ExitCode.REFUSED
+    except torch.OutOfMemoryError as error:
+        reason = out_of_memory(error, torch.cuda.memory_reserved())
+        process.log.error("out of GPU memory", error=reason)
+        if learner is not None:
+            return ExitCode.FAILED
+        process.progress.refuse(reason)  # the networks or the replay do not fit, so another start would fail too
         return ExitCode.REFUSED
     except (TransportError, FloatingPointError) as error:
         process.log.error("failed", error=str(error))
         return ExitCode.FAILED
+
+
+def out_of_memory(error: Exception, reserved_bytes: int) -> str:
+    """Return what to do when the GPU's memory is not enough.
+
+    Torch's own advice is expandable segments, which cannot be shared with the collector.
+    """
+    return (
+        f"the GPU has too little memory for the learner, which holds {reserved_bytes / 1e9:.1f} GB of it: "
+        f"{str(error).splitlines()[0]:.300}; expected replay, networks and one gradient step to fit; lower "
+        "replay_buffer.batch_size or replay_buffer.buffer_size, set optimization.imagination_starts (for example "
+        "8192), or keep the replay in host memory with replay_buffer.gpu_storage=false"
+    )
 
 
 def prepare_torch(settings: Settings, device: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -96,6 +97,7 @@ class Handshake:
             test_row=test_row,
             random_frames=self._random_frames(),
             agent_steps=self._agent_steps(),
+            nonce=secrets.randbits(32),
         )
         # This is the first message on the channel, so the socket has room for it.
         channel.send(message, () if shared.fd is None else (shared.fd,), deadline_s=1.0)

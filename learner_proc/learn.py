@@ -116,7 +116,7 @@ class Learner:
     def take(self, chunk: Chunk) -> None:
         """Update the statistics that normalise observations, the metrics, and what is known of the collector."""
         vectors = {name: x for name, x in chunk.rows.get("obs").to_dict().items() if x.is_floating_point()}
-        self._step.observe_statistics({name: x.to(self._device) for name, x in vectors.items()})
+        self._step.observe_statistics({name: x.to(self._device, non_blocking=True) for name, x in vectors.items()})
         self._writer.add_commit(chunk.commit, newest_version=self.publisher.version)
         self.publisher.collector_has(chunk.commit.policy_version)
 

@@ -9,6 +9,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
+BLOCK_BYTES = 1 << 22  # a block needs 8 times as much memory while it is summed
 _MODULUS = (1 << 31) - 1
 
 
@@ -23,6 +24,10 @@ def checksum(tensors: Iterable[Tensor]) -> int:
     total = 0
     for order, tensor in enumerate(tensors, start=1):
         flat = tensor.contiguous().view(-1).view(torch.uint8)
-        weight = (torch.arange(flat.numel(), device=flat.device) % 65_521) + order
-        total = (total * 31 + int((flat.to(torch.int64) * weight).sum())) % _MODULUS
+        sums = torch.zeros((), dtype=torch.int64, device=flat.device)
+        for start in range(0, flat.numel(), BLOCK_BYTES):
+            block = flat[start : start + BLOCK_BYTES]
+            weight = (torch.arange(start, start + block.numel(), device=flat.device) % 65_521) + order
+            sums += (block.to(torch.int64) * weight).sum()
+        total = (total * 31 + int(sums)) % _MODULUS
     return total

@@ -20,3 +20,7 @@ def together(errors: Sequence[SettingError]) -> SettingError:
     if len(errors) == 1:
         return errors[0]
     return SettingError("\n  ".join([f"{len(errors)} settings cannot work:", *map(str, errors)]))
+
+
+class HandoverError(TransportError):
+    """The two processes cannot share the replay. Another start would fail in the same way."""

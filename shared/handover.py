@@ -21,7 +21,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from shared.errors import TransportError
+from shared.errors import HandoverError, TransportError
 from shared.messages import MAX_MESSAGE_BYTES, MalformedMessage, Message, decode, encode
 
 if TYPE_CHECKING:
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
+HOST_REPLAY = "keep the replay in host memory with replay_buffer.gpu_storage=false"
 SOCKET_NAME = "replay.sock"
 
 
@@ -212,16 +213,22 @@ def export_cuda_slab(slab: Tensor) -> tuple[str, list]:
 
     A handle carries a reference count and an event, which torch makes for one importer.
 
-    Raises: TransportError if the memory was not allocated with cudaMalloc, so that it has no such handle.
+    Raises: HandoverError if CUDA cannot share this memory.
     """
     import torch
     from torch.multiprocessing.reductions import reduce_tensor
 
-    arguments: Any = reduce_tensor(slab)[1]  # torch's type is a union over all kinds of tensors
+    try:
+        arguments: Any = reduce_tensor(slab)[1]  # torch's type is a union over all kinds of tensors
+    except RuntimeError as error:
+        raise HandoverError(
+            f"CUDA cannot share the replay's memory with another process: {str(error).splitlines()[0]}; expected CUDA "
+            f"IPC to work (it does not in some virtual machines and containers); {HOST_REPLAY}"
+        ) from error
     handle, size, offset, counter, counter_offset, event, event_sync = arguments[7], *arguments[8:10], *arguments[11:15]
     # A handle of 64 bytes is one of cudaMalloc. A longer one has a version byte, then c (cudaMalloc) or e (expandable).
     if len(handle) != 64 and handle[1:2] != b"c":
-        raise TransportError(
+        raise HandoverError(
             f"the replay's CUDA handle is of kind {handle[1:2]!r}; expected memory that cudaMalloc allocated; "
             "set PYTORCH_CUDA_ALLOC_CONF=expandable_segments:False"
         )
@@ -230,18 +237,24 @@ def export_cuda_slab(slab: Tensor) -> tuple[str, list]:
 
 
 def import_cuda_slab(uuid: str, handle: list, num_bytes: int) -> Tensor:
-    """Return the learner's slab in this process, where the GPU may have another index. Raises: TransportError."""
+    """Return the learner's slab in this process, where the GPU may have another index. Raises: HandoverError."""
     import torch
     from torch.multiprocessing.reductions import rebuild_cuda_tensor
 
     uuids = [str(torch.cuda.get_device_properties(i).uuid) for i in range(torch.cuda.device_count())]
     if uuid not in uuids:
-        raise TransportError(
+        raise HandoverError(
             f"the replay is on GPU {uuid}, but this process sees only {uuids}; expected that GPU among them; "
             "start the collector through launch.py, which sets CUDA_VISIBLE_DEVICES"
         )
     memory, size, offset, counter, counter_offset, event, event_sync = handle
-    return rebuild_cuda_tensor(
-        torch.Tensor, (num_bytes,), (1,), 0, torch.storage.TypedStorage, torch.uint8, uuids.index(uuid),
-        memory, size, offset, False, counter, counter_offset, event, event_sync,
-    )  # fmt: skip
+    try:
+        return rebuild_cuda_tensor(
+            torch.Tensor, (num_bytes,), (1,), 0, torch.storage.TypedStorage, torch.uint8, uuids.index(uuid),
+            memory, size, offset, False, counter, counter_offset, event, event_sync,
+        )  # fmt: skip
+    except RuntimeError as error:
+        raise HandoverError(
+            f"this process cannot map the replay on GPU {uuid}: {str(error).splitlines()[0]}; expected CUDA IPC to "
+            f"work between the two processes; {HOST_REPLAY}"
+        ) from error

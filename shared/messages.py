@@ -14,7 +14,7 @@ from typing import Any
 
 import msgpack
 
-PROTOCOL = 2
+PROTOCOL = 3
 MAX_MESSAGE_BYTES = 64 * 1024
 MAX_EPISODES = 2048  # finished episodes that one commit describes; it counts all of them
 _COUNT = 1 << 48  # the largest count that a message may hold
@@ -61,6 +61,7 @@ class Welcome:
     test_row: int = _int()  # where the self-test writes
     random_frames: int = _int()  # agent steps with random actions that the prefill still needs
     agent_steps: int = _int()  # of the whole run so far
+    nonce: int = _int(1 << 32, default=0)  # selects the pattern of the self-test
 
 
 @dataclass(frozen=True)

@@ -104,6 +104,7 @@ class Scene:
         connection = open_replay(
             Channel(ours), SPEC, chosen.deadlines, run_id="run", incarnation=incarnation, device=CPU, alive=lambda: None
         )
+        self.progress.on_advance = self.copier.finish  # the self-test waits for its copies
         self.collector = Collector(
             fake_process(chosen, self.progress, self.stop, socket_dir=str(folder)),
             simulator,
@@ -115,7 +116,8 @@ class Scene:
             copier=self.copier if late else None,
             meter=cast(MemoryMeter, GrowingMeter(simulator)) if growing else None,
         )
-        self.copier.num_host_waits = self.copier.num_blocked_streams = 0  # the self-test may wait
+        self.progress.on_advance = lambda: None
+        self.copier.num_host_waits = self.copier.num_blocked_streams = 0
         self._commits: list[Commit] = []
 
     def commits(self) -> list[Commit]:

@@ -12,7 +12,7 @@ from collector_proc.connect import Connection, open_replay, run_self_test
 from collector_proc.writer import ChunkWriter
 from shared.checksum import checksum
 from shared.config import DeadlineSettings
-from shared.errors import TransportError
+from shared.errors import HandoverError, TransportError
 from shared.handover import Channel, create_memfd_slab
 from shared.lifetime import StopFlag, StopRequested
 from shared.messages import PROTOCOL, Grant, Hello, Message, Refusal, SelfTest, Welcome
@@ -66,7 +66,8 @@ def test_the_self_test_writes_its_pattern_to_the_rows_that_the_welcome_names(cha
     learner.send(welcome(), (descriptor,))
     connection = connect(collector)
     received(learner)
-    run_self_test(connection, ChunkWriter(connection.ring, connection.layout, ticks=K, device=CPU))
+    writer = ChunkWriter(connection.ring, connection.layout, ticks=K, device=CPU)
+    run_self_test(connection, writer, alive=lambda: None)
     test, ring = received(learner), ring_views(slab, LAYOUT)
     assert isinstance(test, SelfTest)
     rows = [ring[entry.key][6 : 6 + K] for entry in LAYOUT.fields]
@@ -96,3 +97,43 @@ def test_a_stop_ends_the_wait_for_the_welcome(channels):
     stop.requested = True
     with pytest.raises(StopRequested):
         connect(collector, alive=stop.check)
+
+
+class NeverDone:
+    """A copier whose copies never finish, like those of GPUs that cannot reach each other."""
+
+    num_buffers = 1
+
+    def start(self, pairs):
+        list(pairs)
+        return self
+
+    def done(self) -> bool:
+        return False
+
+    def wait(self) -> None:
+        raise AssertionError("the self-test must not wait without a deadline")
+
+    def block_stream(self) -> None:
+        """Nothing to do."""
+
+
+def test_a_self_test_whose_copies_never_finish_ends_with_the_fix(channels):
+    collector, learner = channels
+    _, descriptor = create_memfd_slab(LAYOUT.num_bytes)
+    learner.send(welcome(), (descriptor,))
+    connection, calls = connect(collector), []
+    writer = ChunkWriter(connection.ring, connection.layout, ticks=K, device=CPU, copier=NeverDone())
+    with pytest.raises(HandoverError, match=r"not finished after 0.02 s; expected .*replay_buffer.gpu_storage=false"):
+        run_self_test(connection, writer, alive=lambda: calls.append(1), limit_s=0.02)
+    assert calls, "the wait reports progress"
+
+
+def test_bytes_of_an_earlier_self_test_do_not_pass(channels):
+    collector, learner = channels
+    slab, descriptor = create_memfd_slab(LAYOUT.num_bytes)
+    learner.send(welcome(), (descriptor,))
+    connection, ring = connect(collector), ring_views(slab, LAYOUT)
+    writer = ChunkWriter(connection.ring, connection.layout, ticks=K, device=CPU)
+    sums = [writer.write_pattern(6, nonce=nonce)[0] for nonce in (1, 2)]
+    assert sums[0] != sums[1] == checksum(ring[entry.key][6 : 6 + K] for entry in LAYOUT.fields)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from collector_proc.__main__ import exit_code
-from shared.errors import SettingError, SimulatorError, TransportError
+from shared.errors import HandoverError, SettingError, SimulatorError, TransportError
 from shared.lifetime import ExitCode
 
 
@@ -24,3 +24,8 @@ def test_after_the_simulator_has_started_only_a_wrong_setting_refuses_the_run(in
     assert exit_code(SettingError("x"), simulator_started=True, incarnation=incarnation) == ExitCode.REFUSED
     for error in (SimulatorError("x"), TransportError("x")):
         assert exit_code(error, simulator_started=True, incarnation=incarnation) == ExitCode.FAILED
+
+
+@pytest.mark.parametrize(("incarnation", "code"), [(0, ExitCode.REFUSED), (1, ExitCode.FAILED)])
+def test_a_replay_that_cannot_be_shared_refuses_the_run_at_the_first_start(incarnation, code):
+    assert exit_code(HandoverError("x"), simulator_started=True, incarnation=incarnation) == code

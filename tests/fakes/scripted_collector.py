@@ -54,7 +54,7 @@ class ScriptedCollector:
 
     def send_self_test(self, *, error: int = 0) -> None:
         """Write the pattern and report its checksum plus `error`."""
-        checksum, num_bytes, seconds = self._writer.write_pattern(self.welcome.test_row)
+        checksum, num_bytes, seconds = self._writer.write_pattern(self.welcome.test_row, nonce=self.welcome.nonce)
         self.channel.send(SelfTest(checksum + error, num_bytes, seconds))
 
     def commit(self, grant: Grant, *, error: int = 0, version: int = 0) -> None:
