@@ -1,4 +1,4 @@
-"""The check of the GPU: whatever torch cannot do there ends the run at once, with the fix."""
+"""The check of the GPU: if torch cannot use it, the run ends at once, with the fix."""
 
 from __future__ import annotations
 
