@@ -47,7 +47,16 @@ def start(run_dir: Path, *arguments: str, mujoco_gl: str | None = None) -> subpr
     command = [sys.executable, str(REPO / "launch.py"), *where, *arguments]
     env = {key: value for key, value in os.environ.items() if key not in ("MUJOCO_GL", "DISPLAY")}
     env |= {"MUJOCO_GL": mujoco_gl} if mujoco_gl else {}
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=REPO, env=env)
+    return subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        cwd=REPO,
+        env=env,
+        # If the tests run under nohup, they ignore SIGHUP, and so would a run that they start.
+        preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL),
+    )
 
 
 def finish(launch: subprocess.Popen, seconds: float = 600.0) -> str:
