@@ -7,24 +7,22 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from dataclasses import asdict
 
 import torch
 
-from learner_proc import checkpoint
 from learner_proc.captured_step import Update
 from learner_proc.gradient_step import GradientStep
-from learner_proc.handshake import SharedReplay
 from learner_proc.link import CollectorLink
 from learner_proc.measurements import Measurements
 from learner_proc.metrics_writer import MetricsWriter
 from learner_proc.pacing import Pacing
 from learner_proc.publisher import Publisher
+from learner_proc.replay import Replay
+from learner_proc.saver import Saver
 from learner_proc.streaming import Chunk
 from learner_proc.totals import Counters
 from shared import metrics
 from shared.process import Process
-from shared.run_folder import RunFolder
 
 IDLE_S = 0.01  # longest sleep while the learner waits for a message
 STATUS_S = 0.5  # time between two live statuses
@@ -66,22 +64,21 @@ class Learner:
         *,
         device: torch.device,
         link: CollectorLink,
-        shared: SharedReplay,
+        replay: Replay,
         pacing: Pacing,
         counters: Counters,
         step: GradientStep,
         update: Update,
         measurements: Measurements,
         writer: MetricsWriter,
+        saver: Saver,
         publisher: Publisher,
     ) -> None:
         self.link, self.pacing, self.counters, self.publisher = link, pacing, counters, publisher
-        self.replay, self._spec = shared.replay, shared.spec
-        self._process, self._progress, self._log = process, process.progress, process.log
-        self._settings, self._device = process.settings, device
+        self.replay, self._device = replay, device
+        self._process, self._progress, self._settings = process, process.progress, process.settings
         self._step, self._update, self.measurements, self._writer = step, update, measurements, writer
-        self._queue = StepQueue(device)
-        self._saved_at = self._status_at = time.monotonic()
+        self._saver, self._queue, self._status_at = saver, StepQueue(device), time.monotonic()
 
     def run(self) -> None:
         """Train. Raises: TransportError if a chunk is corrupt; FloatingPointError if training diverged."""
@@ -98,8 +95,6 @@ class Learner:
                 self.idle()
             self.show_status()
         self._end()
-
-    # ---- one pass of the loop -------------------------------------------------------------------------------------
 
     def serve(self) -> None:
         """Take what the collector sent, grant it rows, and send the weights that are ready. Never blocks."""
@@ -147,9 +142,8 @@ class Learner:
         if steps % options.log_every == 0:
             self.request_row()
         self._writer.poll()
-        self._check_gradients()
-        if time.monotonic() - self._saved_at > self._settings.checkpoint.every_s:
-            self._save()
+        check_gradients(self._writer.skipped_in_a_row, steps)
+        self._saver.save_if_due()
 
     def publish(self) -> None:
         """Send the present weights to the collector as a new version."""
@@ -188,53 +182,31 @@ class Learner:
             self.publish()
         return self.publisher.version
 
-    def _check_gradients(self) -> None:
-        """Raises: FloatingPointError after MAX_SKIPPED gradient steps in a row without a finite gradient."""
-        skipped = self._writer.skipped_in_a_row
-        if skipped >= MAX_SKIPPED:
-            raise FloatingPointError(
-                f"the gradients of the last {skipped} steps up to step {self.counters.gradient_steps} were not finite; "
-                "expected finite losses; resume from a checkpoint with a lower learning rate or "
-                "optimization.autocast=bfloat16"
-            )
-
     def _replay_ratio(self) -> float:
         """Return the replay ratio since the run began. The counters of `Pacing` start again at every resume."""
         return self.counters.gradient_steps * self.pacing.step_frames / max(self.counters.agent_steps, 1)
 
     def _is_finished(self) -> bool:
+        """Return whether all gradient steps are made or the process was asked to stop."""
         stop = self._process.stop.requested
         return stop or self.counters.gradient_steps >= self._settings.optimization.total_optim_steps
-
-    def _save(self) -> None:
-        """Write a checkpoint."""
-        self._progress.phase("saving")
-        began = time.perf_counter()
-        state = {
-            "gradient_step": self._step.state_dict(),
-            "counters": asdict(self.counters),
-            "episodes": self._writer.episodes.state(),
-            "random_state": checkpoint.random_state(self.replay, self._device),
-        }
-        folder = checkpoint.save(
-            RunFolder(self._process.run_dir).checkpoints,
-            self.counters.gradient_steps,
-            state,
-            self.replay if self._settings.checkpoint.replay else None,
-            spec_digest=self._spec.digest(),
-            keep=self._settings.checkpoint.keep,
-        )
-        self._saved_at = time.monotonic()
-        self._log.info("checkpoint", folder=str(folder), seconds=round(time.perf_counter() - began, 2))
-        self._progress.phase("training")
 
     def _end(self) -> None:
         """Write the last row and the last checkpoint, then close everything."""
         self.request_row()
         self._writer.poll(wait=True)
-        self._save()
+        self._saver.save()
         self._progress.phase("stopping")
         self._writer.close()
         self.publisher.close()
         self.link.close()
-        self._log.info("ended", gradient_steps=self.counters.gradient_steps, asked=self._process.stop.requested)
+        self._process.log.info("ended", gradient_steps=self.counters.gradient_steps, asked=self._process.stop.requested)
+
+
+def check_gradients(skipped_in_a_row: int, step: int) -> None:
+    """Raise FloatingPointError after MAX_SKIPPED gradient steps in a row, up to `step`, without a finite gradient."""
+    if skipped_in_a_row >= MAX_SKIPPED:
+        raise FloatingPointError(
+            f"the gradients of the last {skipped_in_a_row} steps up to step {step} were not finite; expected finite "
+            "losses; resume from a checkpoint with a lower learning rate or optimization.autocast=bfloat16"
+        )

@@ -125,6 +125,7 @@ class CollectorLink:
         return None
 
     def _welcome(self, greeting: Greeting, hello: Hello) -> Testing:
+        """Send the slab. Raises: Refused if the hello does not fit this run."""
         testing = self._handshake.welcome(hello, greeting.channel)
         self.incarnation = hello.incarnation
         self.num_welcomed += 1
@@ -133,6 +134,7 @@ class CollectorLink:
         return testing
 
     def _start_streaming(self, testing: Testing, result: SelfTest) -> Streaming:
+        """Send the first grant. Raises: Refused if the self-test failed."""
         self.bandwidth = check_self_test(testing, result)
         self._log.info("self-test passed", num_bytes=result.num_bytes, bytes_per_s=round(self.bandwidth))
         streaming = Streaming(testing, self._sequence, check_sums=self._check_sums, log=self._log)

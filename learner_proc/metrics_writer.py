@@ -150,6 +150,7 @@ class MetricsWriter:
         }
 
     def _count_time(self) -> None:
+        """Update the time that the run has trained, over all its processes."""
         self._counters.wall_s = time.monotonic() - self._began
 
 

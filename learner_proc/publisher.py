@@ -101,6 +101,7 @@ class Publisher:
 
     @torch.no_grad()
     def _pack(self) -> None:
+        """Copy the present weights into the flat buffer."""
         if self._read is not None:
             torch.cuda.current_stream().wait_event(self._read)  # overwrite the buffer only after it has been copied
         torch._foreach_copy_(self._views, self._sources)  # pyright: ignore[reportPrivateImportUsage]
@@ -119,5 +120,6 @@ class Publisher:
         self._copying.append((self.version, buffer, event))
 
     def _send(self, version: int, buffer: torch.Tensor) -> None:
+        """Send one version from host memory."""
         header = pack_header(run_id=self._run_id, version=version, manifest=self._manifest, num_bytes=self._num_bytes)
         self._socket.send(header + buffer.numpy().tobytes())

@@ -195,6 +195,7 @@ def _draw_images(rollout: OpenLoop, name: str, out: Path) -> None:
 
 
 def _save(figure: Any, out: Path) -> None:
+    """Write a figure to a file and free it."""
     figure.tight_layout()
     figure.savefig(out, dpi=90)
     _pyplot().close(figure)

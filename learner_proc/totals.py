@@ -111,4 +111,5 @@ def mean(values: Iterable[float]) -> float | None:
 
 
 def _rate(count: int, seconds: float) -> float:
+    """Return the count per second; `seconds` may be 0."""
     return count / max(seconds, 1e-9)

@@ -10,7 +10,6 @@ from typing import Any
 import torch
 
 from learner_proc import checkpoint
-from learner_proc.gradient_step import GradientStep
 from learner_proc.handshake import Handshake, SharedReplay
 from learner_proc.learn import IDLE_S, Learner
 from learner_proc.link import CollectorLink
@@ -19,11 +18,12 @@ from learner_proc.metrics_writer import MetricsWriter
 from learner_proc.pacing import Pacing
 from learner_proc.publisher import Publisher
 from learner_proc.replay import Replay
+from learner_proc.saver import Saver, restore
 from learner_proc.startup import allocate_replay, build_gradient_step, build_step
 from learner_proc.streaming import Chunk
 from learner_proc.totals import Counters
 from shared import metrics
-from shared.errors import SettingError, TransportError
+from shared.errors import TransportError
 from shared.geometry import Geometry
 from shared.process import Process
 from shared.run_folder import RunFolder
@@ -51,7 +51,7 @@ class WaitingLearner:
             self._geometry.prefill_frames,
             lockstep=settings.collector.mode == "lockstep",
         )
-        # No callback refers to `self`: the link lives as long as the run, and `self` holds the loaded checkpoint.
+        # No callback refers to `self`: the link exists until the process ends, and `self` holds the loaded checkpoint.
         geometry, counters, pacing = self._geometry, self.counters, self.pacing
         handshake = Handshake(
             run_id=process.run.run_id,
@@ -113,24 +113,27 @@ class WaitingLearner:
         """Build and compile the networks, and return the learner that trains."""
         process, began = self._process, time.monotonic()
         process.progress.phase("compiling")
-        self.serve()  # grant the whole prefill now, because no grant is sent while the networks are compiled
+        self.serve()  # grant the whole prefill now, since no grant is sent while the networks are compiled
         step = build_gradient_step(shared.spec, process.settings, device=self._device)
         update = build_step(step, shared.replay, process.settings, self._geometry, device=self._device)
-        self._restore(step, shared.replay)
+        if self._saved:
+            restore(self._saved, self._folder, step, shared.replay, device=self._device)
         measurements = Measurements(step, shared.replay, process.settings.optimization)
         startup_s = time.monotonic() - began
         process.log.info("networks ready", seconds=round(startup_s, 2), parameters=step.parameter_counts())
+        writer = self._open_writer(shared, measurements, streaming_since=began, startup_s=startup_s)
         learner = Learner(
             process,
             device=self._device,
             link=self.link,
-            shared=shared,
+            replay=shared.replay,
             pacing=self.pacing,
             counters=self.counters,
             step=step,
             update=update,
             measurements=measurements,
-            writer=self._open_writer(shared, measurements, streaming_since=began, startup_s=startup_s),
+            writer=writer,
+            saver=Saver(process, shared, step, self.counters, writer.episodes, device=self._device),
             publisher=Publisher(
                 step.policy,
                 socket_dir=process.run.socket_dir,
@@ -162,16 +165,6 @@ class WaitingLearner:
         )
         writer.episodes.load_state(self._saved.get("episodes", {}))  # older checkpoints do not have them
         return writer
-
-    def _restore(self, step: GradientStep, replay: Replay) -> None:
-        """Load networks, optimisers and random states in a resumed run. Raises: SettingError if they do not fit."""
-        if not self._saved:
-            return
-        try:
-            step.load_state_dict(self._saved["gradient_step"])
-        except ValueError as error:
-            raise SettingError(f"{self._folder}: {error}") from error
-        checkpoint.restore_random_state(self._saved["random_state"], replay, self._device)
 
 
 def allocate_and_restore(

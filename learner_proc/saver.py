@@ -1,0 +1,80 @@
+"""When a checkpoint is written, what of the learner is in it, and how it is restored."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from learner_proc import checkpoint
+from learner_proc.gradient_step import GradientStep
+from learner_proc.handshake import SharedReplay
+from learner_proc.replay import Replay
+from learner_proc.totals import Counters, Episodes
+from shared.errors import SettingError
+from shared.process import Process
+from shared.run_folder import RunFolder
+
+
+class Saver:
+    """Writes a checkpoint every `checkpoint.every_s` seconds, and whenever `save` is called."""
+
+    def __init__(
+        self,
+        process: Process,
+        shared: SharedReplay,
+        step: GradientStep,
+        counters: Counters,
+        episodes: Episodes,
+        *,
+        device: torch.device,
+    ) -> None:
+        self._process, self._device, self._shared = process, device, shared
+        self._step, self._counters, self._episodes = step, counters, episodes
+        self._saved_at = time.monotonic()
+
+    def save_if_due(self) -> None:
+        """Write a checkpoint if the last one is old enough."""
+        if time.monotonic() - self._saved_at > self._process.settings.checkpoint.every_s:
+            self.save()
+
+    def save(self) -> None:
+        """Write a checkpoint. Afterwards the process is in phase "training" again."""
+        process, options, replay = self._process, self._process.settings.checkpoint, self._shared.replay
+        process.progress.phase("saving")
+        began = time.perf_counter()
+        state = {
+            "gradient_step": self._step.state_dict(),
+            "counters": asdict(self._counters),
+            "episodes": self._episodes.state(),
+            "random_state": checkpoint.random_state(replay, self._device),
+        }
+        folder = checkpoint.save(
+            RunFolder(process.run_dir).checkpoints,
+            self._counters.gradient_steps,
+            state,
+            replay if options.replay else None,
+            spec_digest=self._shared.spec.digest(),
+            keep=options.keep,
+        )
+        self._saved_at = time.monotonic()
+        process.log.info("checkpoint", folder=str(folder), seconds=round(time.perf_counter() - began, 2))
+        process.progress.phase("training")
+
+
+def restore(
+    state: Mapping[str, Any], folder: Path | None, step: GradientStep, replay: Replay, *, device: torch.device
+) -> None:
+    """Restore networks, optimisers and random states from the state that was loaded from a checkpoint in `folder`.
+
+    Raises: SettingError if they do not fit this run's settings.
+    """
+    try:
+        step.load_state_dict(state["gradient_step"])
+    except ValueError as error:
+        raise SettingError(f"{folder}: {error}") from error
+    checkpoint.restore_random_state(state["random_state"], replay, device)
