@@ -233,9 +233,8 @@ def forget_peak(device: torch.device) -> None:
         torch.cuda.reset_peak_memory_stats(device)
         return
     ctypes.CDLL(None).malloc_trim(0)
-    Path("/proc/self/clear_refs").write_text(
-        "5"
-    )  # proc_pid_clear_refs(5): the peak becomes the memory that is resident now
+    # The value 5 makes the memory that is resident now the new peak; see the manual page of proc_pid_clear_refs.
+    Path("/proc/self/clear_refs").write_text("5")
 
 
 def peak_bytes(device: torch.device) -> int:

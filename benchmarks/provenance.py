@@ -72,6 +72,7 @@ def save(path: Path | None, content: dict[str, Any]) -> None:
     """Write a result file completely or not at all. With path None, write nothing."""
     if path is not None:
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_json(
-            path, json.loads(json.dumps(content))
-        )  # values that JSON cannot hold raise here, before anything is written
+        content = json.loads(
+            json.dumps(content)
+        )  # a value that JSON cannot hold raises here, before anything is written
+        write_json(path, content)

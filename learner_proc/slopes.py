@@ -68,9 +68,8 @@ class HeadEvaluator:
     def evaluate(self, layers: nn.Sequential, feat: Tensor, *, for_weights: bool) -> Evaluation:
         """Return the head's values and slopes. for_weights: keep what `weight_gradients` needs. Shapes: feat (M, F)."""
         rows = feat.shape[0]
-        if (
-            not feat.is_cuda
-        ):  # blocks that fit in the cache, of equal size if possible: one compiled form serves them all
+        if not feat.is_cuda:
+            # Blocks that fit in the cache, and of equal size if possible, so that one compiled form serves them all.
             fewest = -(-rows // CACHED_ROWS)
             rows //= next((n for n in range(fewest, 2 * fewest + 1) if rows % n == 0), 1)
         with torch.no_grad():
