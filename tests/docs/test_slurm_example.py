@@ -8,7 +8,7 @@ import subprocess
 import time
 from pathlib import Path
 
-SCRIPT = Path(__file__).resolve().parent.parent / "examples" / "slurm.sbatch"
+SCRIPT = Path(__file__).resolve().parents[2] / "docs" / "examples" / "slurm.sbatch"
 # Runs until SIGTERM, then saves a checkpoint as launch does. A resumed run ends at once.
 TANDEM = """#!/usr/bin/env bash
 echo "$@" >> calls
