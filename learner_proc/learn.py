@@ -54,8 +54,6 @@ class Learner:
 
     `WaitingLearner` makes it once a collector streams. `run` first waits until the collector has filled the replay,
     then trains to `optimization.total_optim_steps` or until the process is asked to stop, and leaves a checkpoint.
-    It is one class because every part of a pass (serving, training, publishing, logging, saving) reads and advances
-    the same counters, pacing and replay.
     """
 
     def __init__(
