@@ -129,8 +129,10 @@ class Channel:
                 raw, fds, _, _ = socket.recv_fds(self._socket, MAX_MESSAGE_BYTES + 1, 1)
             except BlockingIOError:
                 return None
-            except ConnectionResetError as error:
-                raise Disconnected("the other process closed the connection") from error
+            except ConnectionResetError:
+                # The other process ended with unread messages. The kernel reports this once, before the messages that
+                # it had sent: read on to the end of file, because commits among them count.
+                continue
             if not raw:
                 for fd in fds:
                     os.close(fd)

@@ -48,6 +48,18 @@ def test_messages_sent_before_a_disconnect_are_received_first(tmp_path):
         server.receive()
 
 
+def test_messages_of_a_process_that_died_with_unread_ones_are_received_first(tmp_path):
+    """A collector that dies with an unread grant resets the connection; its commits are still in the socket."""
+    client, server, _ = pair(tmp_path)
+    server.send(Grant(7, 8, 0))  # never read
+    for number in range(3):
+        client.send(Grant(number, 2, 0))
+    client.close()
+    assert [server.receive() for _ in range(3)] == [(Grant(number, 2, 0), ()) for number in range(3)]
+    with pytest.raises(Disconnected):
+        server.receive()
+
+
 def test_malformed_packets_are_counted_and_dropped():
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     server = Channel(theirs)
