@@ -122,6 +122,8 @@ class _Ring:
                 allocate=self._allocate,
                 random_frames=lambda: 0,
                 agent_steps=lambda: 0,
+                gpu_storage=True,
+                log=_QUIET,
             ),
             check_sums=False,
             log=_QUIET,
@@ -167,7 +169,7 @@ class _Ring:
         _end(self._child)
         remove_socket_dir(self._sockets)
 
-    def _allocate(self, spec: StreamSpec) -> tuple[Replay, int | None]:
+    def _allocate(self, spec: StreamSpec, on_gpu: bool) -> tuple[Replay, int | None]:
         slab, self._descriptor = _slab(self._shape, self._device)
         layout = self._shape.layout
         return Replay(slab, layout, ticks_per_chunk=self._shape.ticks, seed=0, device=self._device), self._descriptor

@@ -215,7 +215,8 @@ def captured_step(settings: Settings, *, device: torch.device) -> Callable[[], A
     compiling: Any = settings.optimization.compile
     compiling.cudagraphs = True
     geometry = Geometry.of(settings, SPEC.num_envs)
-    replay, _ = startup.allocate_replay(SPEC, settings, geometry, device=device)
+    on_gpu = settings.replay_buffer.gpu_storage is not False
+    replay, _ = startup.allocate_replay(SPEC, settings, geometry, device=device, on_gpu=on_gpu)
     for name in SPEC.obs:
         replay.views["obs", name].normal_()
     replay.views["action"].uniform_(-1, 1)

@@ -63,6 +63,7 @@ class LearnerEnd:
         self._lock, self._sockets = create_run_folder(self.run_dir), make_socket_dir()
         write_json(self._lock.folder.run_json, {"run_id": "benchmark", "socket_dir": str(self._sockets)})
         save_settings(settings, self._lock.folder.config)
+        log = configure(self.run_dir, "learner")
         self.link = CollectorLink(
             self._sockets,
             Handshake(
@@ -71,9 +72,11 @@ class LearnerEnd:
                 allocate=self._allocate,
                 random_frames=lambda: 0,
                 agent_steps=lambda: 0,
+                gpu_storage=settings.replay_buffer.gpu_storage,
+                log=log,
             ),
             check_sums=False,
-            log=configure(self.run_dir, "learner"),
+            log=log,
         )
         self._output = (self.run_dir / "collector.out").open("w")
         command = [sys.executable, "-m", module, "--run-dir", str(self.run_dir), "--device", device]
@@ -175,8 +178,8 @@ class LearnerEnd:
             events[what][int(number)] = float(when)
         return events
 
-    def _allocate(self, spec: StreamSpec) -> tuple[Replay, int | None]:
-        return allocate_replay(spec, self.settings, self.geometry, device=self.device)
+    def _allocate(self, spec: StreamSpec, on_gpu: bool) -> tuple[Replay, int | None]:
+        return allocate_replay(spec, self.settings, self.geometry, device=self.device, on_gpu=on_gpu)
 
     def _check(self, end: float) -> None:
         returncode = self._child.poll()

@@ -13,8 +13,8 @@ from torch import Tensor
 from collector_proc.acting_policy import ActingPolicy
 from collector_proc.arrival_mover import ArrivalMover
 from collector_proc.chunk_sender import ChunkSender
-from collector_proc.connect import Connection, run_self_test
-from collector_proc.copies import Copier, copier_between
+from collector_proc.connect import Connection
+from collector_proc.copies import Copier
 from collector_proc.episodes import EpisodeTracker
 from collector_proc.learner_input import LearnerInput
 from collector_proc.memory_limit import MemoryLimit
@@ -22,7 +22,6 @@ from collector_proc.modes import make_mode
 from collector_proc.simulators.base import Arrival, Simulator
 from collector_proc.status import StatusReporter
 from collector_proc.weights_receiver import WeightsReceiver
-from collector_proc.writer import ChunkWriter
 from shared.handover import Disconnected
 from shared.lifetime import StopRequested
 from shared.memory import MemoryMeter
@@ -51,21 +50,23 @@ class Collector:
     ) -> None:
         self._process, self._simulator, self._channel, self._device = process, simulator, connection.channel, device
         settings, run, spec = process.settings, process.run, simulator.spec
-        copier, meter = copier or copier_between(device, connection.ring.device), meter or MemoryMeter(str(device))
-        self._writer = ChunkWriter(connection.ring, connection.layout, ticks=ticks, device=device, copier=copier)
+        meter = meter or MemoryMeter(str(device))
         self._acting = ActingPolicy(
             spec, settings.networks, settings.collector, device=device, seed=seed, random_ticks=connection.random_ticks
         )
         self._weights = WeightsReceiver(self._acting.policy, socket_dir=run.socket_dir, run_id=run.run_id)
         process.progress.phase("self-test")
         # After the self-test the learner publishes weights, so the receiver must exist.
-        run_self_test(connection, self._writer, alive=process.alive)
+        self._writer, first_grant = connection.pass_self_test(ticks=ticks, copier=copier)
         if device.type == "cuda":
             torch.cuda.empty_cache()  # the self-test needed memory that the simulator can use better
-        self._tracker = EpisodeTracker(spec, ticks=ticks, evaluation=self._acting.evaluation, copier=copier)
+        self._tracker = EpisodeTracker(
+            spec, ticks=ticks, evaluation=self._acting.evaluation, copier=self._writer.copier
+        )
         self._memory_limit = MemoryLimit(meter, settings.collector.max_rss_gb, incarnation=incarnation)
-        self._status = StatusReporter(process.progress, self._weights, self._memory_limit, connection.agent_steps)
-        self._learner = LearnerInput(process, self._channel, self._weights, self._status)
+        agent_steps = connection.welcome.agent_steps
+        self._status = StatusReporter(process.progress, self._weights, self._memory_limit, agent_steps)
+        self._learner = LearnerInput(process, self._channel, self._weights, self._status, [first_grant])
         self._mode = make_mode(settings.collector.mode, self._learner, self._acting)
         self._sender = ChunkSender(
             process, self._channel, self._writer, self._tracker, self._learner, simulator, meter, self._status

@@ -6,42 +6,139 @@
       SelfTest ------------------------->        the collector has written a pattern to the rows of one chunk
             <---------------------- Grant        only if the learner finds the pattern there
 
+If the collector cannot map the memory of the Welcome, or cannot write the pattern, it sends MappingFailed instead.
+Then, or if the learner does not find the pattern, the answer is a Welcome with memory of another kind, or a Refusal.
+
 Afterwards the learner sends grants (`learner_input`), and the collector answers each with a commit (`chunk_sender`).
 """
 
 from __future__ import annotations
 
+import gc
 import os
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
-from tensordict import TensorDict
 from torch import Tensor
 
+from collector_proc.copies import Copier
 from collector_proc.writer import ChunkWriter
 from shared.config import DeadlineSettings
 from shared.errors import HandoverError, TransportError
-from shared.handover import Channel, import_cuda_slab, map_memfd_slab, pin_slab
-from shared.messages import PROTOCOL, Hello, Refusal, SelfTest, Welcome
-from shared.stream import Layout, StreamSpec, plan_layout, ring_views
+from shared.handover import HOST_REPLAY, Channel, import_cuda_slab, map_memfd_slab, pin_slab
+from shared.messages import (
+    MAX_REASON_CHARS,
+    PROTOCOL,
+    Grant,
+    Hello,
+    MappingFailed,
+    Message,
+    Refusal,
+    SelfTest,
+    Welcome,
+)
+from shared.stream import StreamSpec, plan_layout, ring_views
 
 SELF_TEST_S = 30.0  # a copy between GPUs that takes longer will never finish
 POLL_S = 0.0001  # between two looks at the copies of the self-test
 
 
-@dataclass(frozen=True)
 class Connection:
     """A connection that the learner has accepted, and its replay, mapped into this process."""
 
-    channel: Channel
-    layout: Layout
-    ring: TensorDict  # views of the replay's memory, batch size [T_cap]
-    test_row: int  # the first row of the self-test
-    nonce: int  # selects the pattern of the self-test
-    random_ticks: int  # ticks that are still to be taken with random actions
-    agent_steps: int  # of the whole run so far
+    def __init__(
+        self, channel: Channel, spec: StreamSpec, *, device: torch.device, answer_s: float, alive: Callable[[], None]
+    ) -> None:
+        """Receive the learner's offer and map it. The hello must have been sent.
+
+        device: the acting device; if it is a GPU, a replay in host memory is page-locked. answer_s: the longest time
+        until an answer of the learner. alive: called while waiting.
+        Raises: HandoverError if the learner refuses; TransportError if it does not answer in time; Disconnected.
+        """
+        self.channel = channel
+        self._spec, self._device, self._answer_s, self._alive = spec, device, answer_s, alive
+        self._abandoned: list[ChunkWriter] = []  # their copies never finished, so their memory must stay mapped
+        self._map(*self._offer())
+
+    @property
+    def random_ticks(self) -> int:
+        """Return the number of ticks that are still to be taken with random actions."""
+        return -(-self.welcome.random_frames // self._spec.num_envs)  # rounded up
+
+    def pass_self_test(
+        self, *, ticks: int, copier: Copier | None = None, limit_s: float = SELF_TEST_S
+    ) -> tuple[ChunkWriter, Grant]:
+        """Write a pattern in the way in which chunks are written, and let the learner check it.
+
+        If the memory cannot be written, map the memory that the learner offers instead, and write there.
+        ticks: K, the rows of a chunk. copier: None chooses the one that fits the devices.
+        Returns: the writer that passed, and the first grant; the learner grants rows only to a collector that passed.
+        Raises: HandoverError if the learner refuses; TransportError if it does not answer in time; Disconnected.
+        """
+        while True:
+            writer = ChunkWriter(self.ring, self.layout, ticks=ticks, device=self._device, copier=copier)
+            reason, answer, descriptors = self._try_self_test(writer, limit_s), None, ()
+            if not reason:
+                answer, descriptors = self._receive("the result of the self-test")
+                if isinstance(answer, Grant):
+                    return writer, answer
+            if _may_still_copy(writer):
+                self._abandoned.append(writer)
+            del writer, self.ring
+            gc.collect()  # now nothing refers to the mapped memory, so torch unmaps it
+            if reason:
+                self.channel.send(MappingFailed(reason[:MAX_REASON_CHARS]))
+                answer, descriptors = self._receive("the learner's second welcome")
+            self._map(_expect_welcome(answer), descriptors)
+
+    def _try_self_test(self, writer: ChunkWriter, limit_s: float) -> str:
+        """Run the self-test and return why the collector could not write the pattern; empty if it could.
+
+        Raises: torch.OutOfMemoryError, since other memory would not help; TransportError of the connection.
+        """
+        try:
+            run_self_test(self, writer, alive=self._alive, limit_s=limit_s)
+        except HandoverError as error:
+            return str(error)
+        except (TransportError, torch.OutOfMemoryError):
+            raise
+        except RuntimeError as error:  # CUDA cannot copy
+            return (
+                f"the self-test's copy into the replay failed: {str(error).splitlines()[0]}; expected the collector to "
+                f"write to the learner's memory; {HOST_REPLAY}"
+            )
+        return ""
+
+    def _offer(self) -> tuple[Welcome, tuple[int, ...]]:
+        """Return the next offer of the learner."""
+        answer, descriptors = self._receive("the learner's welcome")
+        return _expect_welcome(answer), descriptors
+
+    def _receive(self, waiting_for: str) -> tuple[Message, tuple[int, ...]]:
+        """Return the next message and its descriptors. Raises: HandoverError if it is a refusal."""
+        answer, descriptors = self.channel.receive_within(self._answer_s, waiting_for=waiting_for, alive=self._alive)
+        if isinstance(answer, Refusal):
+            raise HandoverError(f"the learner refused this collector: {answer.reason}")
+        return answer, descriptors
+
+    def _map(self, welcome: Welcome, descriptors: tuple[int, ...]) -> None:
+        """Map the memory of an offer, or, if that fails, that of the next offer."""
+        while True:
+            layout = plan_layout(self._spec, welcome.capacity)
+            if layout.num_bytes != welcome.num_bytes:
+                raise TransportError(
+                    f"the learner's replay has {welcome.num_bytes} bytes; expected {layout.num_bytes} for this "
+                    "simulator's stream; start both processes from the same checkout and run folder"
+                )
+            try:
+                slab = _map_slab(welcome, descriptors, self._device)
+            except HandoverError as error:
+                self.channel.send(MappingFailed(str(error)[:MAX_REASON_CHARS]))
+                welcome, descriptors = self._offer()
+                continue
+            self.welcome, self.layout, self.ring = welcome, layout, ring_views(slab, layout)
+            return
 
 
 def open_replay(
@@ -56,33 +153,12 @@ def open_replay(
 ) -> Connection:
     """Introduce this collector to the learner and map the learner's replay into this process.
 
-    device: the acting device; if it is a GPU, a replay in host memory is page-locked. alive: called while waiting.
+    device: the acting device. alive: called while waiting.
     Raises: TransportError if the learner refuses or does not answer in time; Disconnected if it ends.
     """
     channel.send(Hello(PROTOCOL, run_id, incarnation, os.getpid(), spec.to_dict()))
-    answer, descriptors = channel.receive_within(
-        deadlines.start_s + deadlines.compile_s,  # the learner may be compiling
-        waiting_for="the learner's welcome",
-        alive=alive,
-    )
-    if isinstance(answer, Refusal):
-        raise HandoverError(f"the learner refused this collector: {answer.reason}")
-    if not isinstance(answer, Welcome):
-        raise TransportError(
-            f"the learner answered the hello with {type(answer).__name__}; expected Welcome; "
-            "start both processes from the same checkout"
-        )
-    layout = plan_layout(spec, answer.capacity)
-    if layout.num_bytes != answer.num_bytes:
-        raise TransportError(
-            f"the learner's replay has {answer.num_bytes} bytes; expected {layout.num_bytes} for this simulator's "
-            "stream; start both processes from the same checkout and run folder"
-        )
-    slab = _map_slab(answer, descriptors, device)
-    random_ticks = -(-answer.random_frames // spec.num_envs)  # rounded up
-    return Connection(
-        channel, layout, ring_views(slab, layout), answer.test_row, answer.nonce, random_ticks, answer.agent_steps
-    )
+    answer_s = deadlines.start_s + deadlines.compile_s  # the learner may be compiling
+    return Connection(channel, spec, device=device, answer_s=answer_s, alive=alive)
 
 
 def run_self_test(
@@ -90,7 +166,7 @@ def run_self_test(
 ) -> None:
     """Write a pattern in the way in which chunks are written, and ask the learner to check it.
 
-    The learner grants rows and publishes weights only after this test has passed. alive: called while waiting.
+    alive: called while waiting.
     Raises: HandoverError if the copies are not complete within `limit_s`.
     """
 
@@ -106,8 +182,27 @@ def run_self_test(
                 )
             time.sleep(POLL_S)
 
-    checksum, num_bytes, write_s = writer.write_pattern(connection.test_row, nonce=connection.nonce, wait=wait)
+    welcome = connection.welcome
+    checksum, num_bytes, write_s = writer.write_pattern(welcome.test_row, nonce=welcome.nonce, wait=wait)
     connection.channel.send(SelfTest(checksum, num_bytes, write_s))
+
+
+def _may_still_copy(writer: ChunkWriter) -> bool:
+    """Return whether a copy may still run. After some errors, CUDA answers no question any more."""
+    try:
+        return not writer.done()
+    except RuntimeError:
+        return True
+
+
+def _expect_welcome(answer: Message | None) -> Welcome:
+    """Return the answer if it is a Welcome. Raises: TransportError if it is not."""
+    if isinstance(answer, Welcome):
+        return answer
+    raise TransportError(
+        f"the learner answered with {type(answer).__name__}; expected Welcome; start both processes from the same "
+        "checkout"
+    )
 
 
 def _map_slab(welcome: Welcome, descriptors: tuple[int, ...], device: torch.device) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
+from collections.abc import Iterable
 
 from collector_proc.status import StatusReporter
 from collector_proc.weights_receiver import WeightsReceiver
@@ -16,10 +17,18 @@ from shared.process import Process
 class LearnerInput:
     """Receives what the learner sends to this collector: grants through the socket, and weights through ZeroMQ."""
 
-    def __init__(self, process: Process, channel: Channel, weights: WeightsReceiver, status: StatusReporter) -> None:
+    def __init__(
+        self,
+        process: Process,
+        channel: Channel,
+        weights: WeightsReceiver,
+        status: StatusReporter,
+        grants: Iterable[Grant] = (),
+    ) -> None:
+        """grants: those that were received already, oldest first."""
         self.weights = weights
         self._process, self._channel, self._status = process, channel, status
-        self._grants: deque[Grant] = deque()  # received and not used yet, oldest first
+        self._grants: deque[Grant] = deque(grants)  # received and not used yet, oldest first
 
     def read_grants(self) -> None:
         """Receive every waiting message.

@@ -29,6 +29,7 @@ class ChunkWriter:
         self, ring: TensorDict, layout: Layout, *, ticks: int, device: torch.device, copier: Copier | None = None
     ) -> None:
         self._ring, self.ticks = ring, ticks
+        self.copier = copier or copier_between(device, ring.device)
         self._keys = [entry.key for entry in layout.fields]
 
         def make_buffer() -> dict[tuple[str, ...], Tensor]:
@@ -37,7 +38,7 @@ class ChunkWriter:
                 for key, entry in zip(self._keys, layout.fields, strict=True)
             }
 
-        self._buffers = DoubleBuffer(copier or copier_between(device, ring.device), make_buffer)
+        self._buffers = DoubleBuffer(self.copier, make_buffer)
         self._copy: Copy = CompletedCopy()  # of the chunk that was written last
         self.num_rows = 0  # gathered so far
 

@@ -52,7 +52,7 @@ def run(options: Options, argv: list[str], commands: Mapping[str, Sequence[str]]
             sim=options.sim_gpu,
             train=options.train_gpu,
             autocast=settings.optimization.autocast,
-            gpu_storage=settings.replay_buffer.gpu_storage,
+            gpu_storage=settings.replay_buffer.gpu_storage is not False,
             environ=os.environ,
         )
         check_gpu_compiler(settings, devices)

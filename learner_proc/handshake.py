@@ -5,14 +5,19 @@ from __future__ import annotations
 import secrets
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 
 from learner_proc.replay import Replay
 from shared.checksum import checksum
+from shared.errors import HandoverError
 from shared.handover import Channel, export_cuda_slab
 from shared.messages import PROTOCOL, Hello, SelfTest, Welcome
 from shared.stream import StreamSpec
+
+if TYPE_CHECKING:
+    from structlog.typing import FilteringBoundLogger
 
 
 class Refused(Exception):
@@ -55,7 +60,9 @@ class Handshake:
     """Check hellos, hand the replay over, and check self-tests.
 
     The first valid hello decides what the run streams: the replay is allocated for it. Every later collector must
-    stream the same.
+    stream the same. The first self-test that passes decides where the replay lies: from then on chunks, networks and
+    CUDA graphs refer to its memory. Before that, a replay on the GPU that a collector cannot use is replaced by one in
+    host memory, unless `replay_buffer.gpu_storage` is set.
     """
 
     def __init__(
@@ -63,31 +70,86 @@ class Handshake:
         *,
         run_id: str,
         num_envs: int,
-        allocate: Callable[[StreamSpec], tuple[Replay, int | None]],
+        allocate: Callable[[StreamSpec, bool], tuple[Replay, int | None]],
         random_frames: Callable[[], int],
         agent_steps: Callable[[], int],
+        gpu_storage: bool | None,
+        log: FilteringBoundLogger,
     ) -> None:
         """Prepare for the first hello.
 
-        allocate: make the replay for a stream; return it and its memfd, or None for one on a GPU.
+        allocate: make the replay for a stream, on the learner's GPU if it has one and the second argument is true;
+        return it and its memfd, or None for one on a GPU.
         random_frames, agent_steps: return the numbers for the welcome: how many more agent steps a collector acts at
         random, and how many agent steps were collected so far.
+        gpu_storage: the setting `replay_buffer.gpu_storage`.
         """
         self._run_id, self._num_envs, self._allocate = run_id, num_envs, allocate
-        self._random_frames, self._agent_steps = random_frames, agent_steps
+        self._random_frames, self._agent_steps, self._log = random_frames, agent_steps, log
+        self._gpu_storage, self._is_in_use = gpu_storage, False
         self.shared: SharedReplay | None = None  # None until the first valid hello
 
     def welcome(self, hello: Hello, channel: Channel) -> Testing:
         """Answer a hello: grant one chunk for the self-test and send the slab. Raises: Refused."""
         spec = self._checked_spec(hello)
         if self.shared is None:
-            self.shared = SharedReplay(spec, *self._allocate(spec))
-        shared, replay = self.shared, self.shared.replay
+            self.shared = SharedReplay(spec, *self._allocate(spec, self._gpu_storage is not False))
+        return self._offer(self.shared, channel)
+
+    def fall_back(self, channel: Channel, reason: str) -> Testing:
+        """Offer a replay in host memory instead of the one on the GPU, which a collector cannot use for this reason.
+
+        The old replay's memory is freed first. Raises: Refused if the replay cannot be replaced.
+        """
+        shared = self.shared
+        assert shared is not None, "memory was refused before any was offered"
+        if shared.fd is not None or self._gpu_storage:
+            raise Refused(reason)
+        if self._is_in_use:
+            raise Refused(
+                f"{reason}; this run has already used the replay on the GPU, so it cannot change to host memory now: "
+                "resume it with that setting"
+            )
+        self._log.warning(
+            "the GPU's replay cannot be shared: the run goes on as with replay_buffer.gpu_storage=false", reason=reason
+        )
+        shared.replay.free()
+        self.shared = SharedReplay(shared.spec, *self._allocate(shared.spec, False))
+        return self._offer(self.shared, channel)
+
+    def check_self_test(self, testing: Testing, result: SelfTest) -> float:
+        """Compare the pattern's checksum on both sides and return the collector's writing rate in bytes/s.
+
+        Raises: HandoverError if the checksums differ.
+        """
+        replay = testing.shared.replay
+        chunk = replay.chunk(testing.test_row)
+        found = checksum(chunk[entry.key] for entry in replay.layout.fields)
+        if found != result.checksum:
+            raise HandoverError(
+                f"the transport's self-test failed: the pattern has checksum {found} in the replay; "
+                f"expected {result.checksum} as in the collector; GPU peer access may be broken: "
+                "use one GPU for both processes, or set replay_buffer.gpu_storage=false"
+            )
+        self._is_in_use = True
+        return result.num_bytes / max(result.write_s, 1e-9)
+
+    def _offer(self, shared: SharedReplay, channel: Channel) -> Testing:
+        """Grant one chunk for the self-test and send the slab.
+
+        Raises: Refused, or HandoverError before the first collector, if CUDA cannot share a slab that must not change.
+        """
+        replay = shared.replay
         test_row = replay.grant()
         if replay.device.type == "cuda":
             # Queued gradient steps may still sample the rows that the pattern will overwrite. Restarts are rare: wait.
             torch.cuda.current_stream(replay.device).synchronize()
-        uuid, handle = ("", []) if shared.fd is not None else export_cuda_slab(replay.slab)
+        try:
+            uuid, handle = ("", []) if shared.fd is not None else export_cuda_slab(replay.slab)
+        except HandoverError as error:
+            if self._gpu_storage and not self._is_in_use:
+                raise
+            return self.fall_back(channel, str(error))
         message = Welcome(
             transport="cuda_ipc" if shared.fd is None else "memfd",
             num_bytes=replay.slab.numel(),
@@ -99,7 +161,7 @@ class Handshake:
             agent_steps=self._agent_steps(),
             nonce=secrets.randbits(32),
         )
-        # This is the first message on the channel, so the socket has room for it.
+        # At most one other Welcome precedes this message on the channel, so the socket has room for it.
         channel.send(message, () if shared.fd is None else (shared.fd,), deadline_s=1.0)
         return Testing(channel, shared, test_row)
 
@@ -130,20 +192,3 @@ class Handshake:
                 "start a new run for another stream"
             )
         return spec
-
-
-def check_self_test(testing: Testing, result: SelfTest) -> float:
-    """Compare the pattern's checksum on both sides and return the collector's writing rate in bytes/s.
-
-    Raises: Refused if the checksums differ.
-    """
-    replay = testing.shared.replay
-    chunk = replay.chunk(testing.test_row)
-    found = checksum(chunk[entry.key] for entry in replay.layout.fields)
-    if found != result.checksum:
-        raise Refused(
-            f"the transport's self-test failed: the pattern has checksum {found} in the replay; "
-            f"expected {result.checksum} as in the collector; GPU peer access may be broken: "
-            "use one GPU for both processes, or set replay_buffer.gpu_storage=false"
-        )
-    return result.num_bytes / max(result.write_s, 1e-9)

@@ -3,7 +3,9 @@
 no collector --connects--> Greeting --Hello / Welcome + slab--> Testing --SelfTest / first Grant--> Streaming
    ^------------------- the collector disconnects or is refused: its grants return to the replay -------'
 
-A text on an arrow names the message that the learner receives and, after the slash, the answer that it sends.
+A text on an arrow names the message that the learner receives and, after the slash, the answer that it sends. If the
+slab of the Welcome cannot be used (MappingFailed, or a SelfTest with a wrong checksum), Testing may begin a second time
+with another slab (`Handshake.fall_back`).
 """
 
 from __future__ import annotations
@@ -13,17 +15,16 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from learner_proc.handshake import Greeting, Handshake, Refused, SharedReplay, Testing, check_self_test
+from learner_proc.handshake import Greeting, Handshake, Refused, SharedReplay, Testing
 from learner_proc.streaming import Chunk, Streaming
-from shared.errors import TransportError
+from shared.errors import HandoverError, TransportError
 from shared.handover import Channel, Disconnected, listen
-from shared.messages import Commit, Hello, Message, Refusal, SelfTest
+from shared.messages import MAX_REASON_CHARS, Commit, Hello, MappingFailed, Message, Refusal, SelfTest
 
 if TYPE_CHECKING:
     from structlog.typing import FilteringBoundLogger
 
 GREETING_S = 30.0  # a connection that has sent no hello by then is closed
-MAX_REASON_CHARS = 2000
 
 
 class CollectorLink:
@@ -116,6 +117,8 @@ class CollectorLink:
                 self._collector = self._welcome(collector, message)
             elif isinstance(collector, Testing) and isinstance(message, SelfTest):
                 self._collector = self._start_streaming(collector, message)
+            elif isinstance(collector, Testing) and isinstance(message, MappingFailed):
+                self._collector = self._handshake.fall_back(collector.channel, message.reason)
             else:
                 self.num_dropped += 1
                 self._log.warning("message dropped", kind=type(message).__name__, state=type(collector).__name__)
@@ -133,9 +136,12 @@ class CollectorLink:
         self._log.info("collector welcomed", incarnation=hello.incarnation, pid=hello.pid, transport=transport)
         return testing
 
-    def _start_streaming(self, testing: Testing, result: SelfTest) -> Streaming:
-        """Send the first grant. Raises: Refused if the self-test failed."""
-        self.bandwidth = check_self_test(testing, result)
+    def _start_streaming(self, testing: Testing, result: SelfTest) -> Streaming | Testing:
+        """Send the first grant; if the self-test failed, offer other memory. Raises: Refused if there is no other."""
+        try:
+            self.bandwidth = self._handshake.check_self_test(testing, result)
+        except HandoverError as error:
+            return self._handshake.fall_back(testing.channel, str(error))
         self._log.info("self-test passed", num_bytes=result.num_bytes, bytes_per_s=round(self.bandwidth))
         streaming = Streaming(testing, self._sequence, check_sums=self._check_sums, log=self._log)
         streaming.flush()

@@ -129,6 +129,16 @@ class Replay:
         self._granted.clear()
         self._publish_bounds()
 
+    def free(self) -> None:
+        """Return the slab's memory to its device at once, even if other objects refer to it.
+
+        The replay cannot be used afterwards.
+        Raises: RuntimeError if the slab is a mapped file (`shared.handover.create_memfd_slab`).
+        """
+        self.slab.untyped_storage().resize_(0)
+        if self.slab.is_cuda:
+            torch.cuda.empty_cache()
+
     def _publish_bounds(self) -> None:
         """Write the bounds to the device, in the order of the stream and without a copy from the host."""
         self._bounds[0].fill_(self.first)  # the number is an argument of the kernel

@@ -22,15 +22,16 @@ _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD = -1, -2, -3  # numbers of opti
 
 
 def allocate_replay(
-    spec: StreamSpec, settings: Settings, geometry: Geometry, *, device: torch.device
+    spec: StreamSpec, settings: Settings, geometry: Geometry, *, device: torch.device, on_gpu: bool = True
 ) -> tuple[Replay, int | None]:
     """Return an empty replay, and the descriptor of its memory file if it is in host memory, else None.
 
+    on_gpu: put it on `device` if that is a GPU; otherwise it is in host memory, which is pinned for a GPU.
     Call it before anything else is allocated on the GPU, so that the slab has a segment of GPU memory of its own.
     """
     layout = plan_layout(spec, geometry.capacity)
     fd = None
-    if device.type == "cuda" and settings.replay_buffer.gpu_storage:
+    if device.type == "cuda" and on_gpu:
         slab = torch.zeros(layout.num_bytes, dtype=torch.uint8, device=device)
     else:
         slab, fd = create_memfd_slab(layout.num_bytes)

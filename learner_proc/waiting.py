@@ -61,6 +61,8 @@ class WaitingLearner:
             ),
             random_frames=partial(remaining_random_frames, geometry.prefill_frames, counters=counters, pacing=pacing),
             agent_steps=lambda: counters.agent_steps,
+            gpu_storage=settings.replay_buffer.gpu_storage,
+            log=process.log,
         )
         self.link = CollectorLink(
             process.run.socket_dir, handshake, check_sums=settings.replay_buffer.checksum, log=process.log
@@ -168,16 +170,23 @@ class WaitingLearner:
 
 
 def allocate_and_restore(
-    process: Process, geometry: Geometry, spec: StreamSpec, *, device: torch.device, pacing: Pacing, folder: Path | None
+    process: Process,
+    geometry: Geometry,
+    spec: StreamSpec,
+    on_gpu: bool,
+    *,
+    device: torch.device,
+    pacing: Pacing,
+    folder: Path | None,
 ) -> tuple[Replay, int | None]:
     """Allocate the replay and fill it from the checkpoint in `folder`, if there is one. Return it and its memfd.
 
     Restored rows shorten the prefill.
     """
-    replay, fd = allocate_replay(spec, process.settings, geometry, device=device)
+    replay, fd = allocate_replay(spec, process.settings, geometry, device=device, on_gpu=on_gpu)
     if folder is not None:
         rows = checkpoint.load_replay(folder, replay, spec_digest=spec.digest())
-        pacing.prefill = max(0, pacing.prefill - rows * spec.num_envs)
+        pacing.prefill = max(0, geometry.prefill_frames - rows * spec.num_envs)
         process.log.info("replay restored", rows=rows, checkpoint=str(folder))
     process.log.info("replay allocated", num_bytes=replay.slab.numel(), device=str(replay.slab.device))
     return replay, fd

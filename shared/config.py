@@ -259,7 +259,11 @@ class ReplaySettings:
     batch_length: int = setting(
         50, "Length of each sampled window; batch_size must be a multiple of it.", unit="agent steps", minimum=2
     )
-    gpu_storage: bool = setting(True, "Keep the replay in the memory of the train GPU; false: in pinned host memory.")
+    gpu_storage: Optional[bool] = setting(
+        None,
+        "Keep the replay in the memory of the train GPU; false: in pinned host memory; null: only if the collector "
+        "cannot write to that GPU.",
+    )
     checksum: bool = setting(False, "Verify the checksum of every chunk when it arrives; slow, for debugging.")
 
 

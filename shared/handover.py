@@ -13,6 +13,7 @@ simulator allows it to import torch.
 
 from __future__ import annotations
 
+import contextlib
 import mmap
 import os
 import select
@@ -197,13 +198,13 @@ def map_memfd_slab(fd: int, num_bytes: int) -> Tensor:
 
 
 def pin_slab(slab: Tensor) -> None:
-    """Page-lock mapped host memory, so that copies to and from a GPU are asynchronous. Raises: TransportError."""
+    """Page-lock mapped host memory, so that copies to and from a GPU are asynchronous. Raises: HandoverError."""
     import torch
 
     cudart: Any = torch.cuda.cudart()
     status = int(cudart.cudaHostRegister(slab.data_ptr(), slab.numel(), 0))
     if status != 0:
-        raise TransportError(
+        raise HandoverError(
             f"cannot pin {slab.numel() / 2**30:.1f} GiB of host memory (CUDA error {status}); expected page-locked "
             "memory for the replay; raise `ulimit -l`, lower replay_buffer.buffer_size or set "
             "replay_buffer.gpu_storage=true"
@@ -246,7 +247,7 @@ def import_cuda_slab(uuid: str, handle: list, num_bytes: int) -> Tensor:
     uuids = [str(torch.cuda.get_device_properties(i).uuid) for i in range(torch.cuda.device_count())]
     if uuid not in uuids:
         raise HandoverError(
-            f"the replay is on GPU {uuid}, but this process sees only {uuids}; expected that GPU among them; "
+            f"the replay is on GPU {uuid}, but the collector sees only {uuids}; expected that GPU among them; "
             "start the collector through launch.py, which sets CUDA_VISIBLE_DEVICES"
         )
     memory, size, offset, counter, counter_offset, event, event_sync = handle
@@ -256,7 +257,10 @@ def import_cuda_slab(uuid: str, handle: list, num_bytes: int) -> Tensor:
             memory, size, offset, False, counter, counter_offset, event, event_sync,
         )  # fmt: skip
     except RuntimeError as error:
+        # Otherwise torch would wait for this process before it frees the learner's memory.
+        with contextlib.suppress(RuntimeError):
+            torch.UntypedStorage._release_ipc_counter(counter, counter_offset)
         raise HandoverError(
-            f"this process cannot map the replay on GPU {uuid}: {str(error).splitlines()[0]}; expected CUDA IPC to "
+            f"the collector cannot map the replay on GPU {uuid}: {str(error).splitlines()[0]}; expected CUDA IPC to "
             f"work between the two processes; {HOST_REPLAY}"
         ) from error

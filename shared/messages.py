@@ -1,6 +1,6 @@
 """The messages between collector and learner: small msgpack maps, every field typed and bounded.
 
-    collector -> learner     Hello, SelfTest, Commit
+    collector -> learner     Hello, MappingFailed, SelfTest, Commit
     learner -> collector     Welcome, Grant, Refusal
 
 Bytes that are not exactly one of these messages, with every value within its bounds, raise MalformedMessage. The
@@ -14,8 +14,9 @@ from typing import Any
 
 import msgpack
 
-PROTOCOL = 3
+PROTOCOL = 4
 MAX_MESSAGE_BYTES = 64 * 1024
+MAX_REASON_CHARS = 2048
 MAX_EPISODES = 2048  # finished episodes that one commit describes; it counts all of them
 _COUNT = 1 << 48  # the largest count that a message may hold
 
@@ -49,6 +50,8 @@ class Hello:
 class Welcome:
     """The answer to Hello: how to map the memory of the replay, and what the collector has to know of the run so far.
 
+    If that memory turns out to be unusable, a second Welcome offers memory of another kind.
+
     transport "memfd": a file descriptor travels with the message. transport "cuda_ipc": `handle` is the CUDA IPC handle
     and `uuid` names the GPU.
     """
@@ -62,6 +65,13 @@ class Welcome:
     random_frames: int = _int()  # agent steps with random actions that the prefill still needs
     agent_steps: int = _int()  # of the whole run so far
     nonce: int = _int(1 << 32, default=0)  # selects the pattern of the self-test
+
+
+@dataclass(frozen=True)
+class MappingFailed:
+    """The collector cannot write into the memory of the Welcome. It has unmapped it, and waits for another offer."""
+
+    reason: str = _bounded(str, MAX_REASON_CHARS)
 
 
 @dataclass(frozen=True)
@@ -113,12 +123,14 @@ class Commit:
 class Refusal:
     """The learner cannot work with this collector, for a reason that is shown to the user."""
 
-    reason: str = _bounded(str, 2048)
+    reason: str = _bounded(str, MAX_REASON_CHARS)
 
 
 EPISODE_KINDS = ("train", "eval", "random")  # random: at least one action was chosen before weights arrived
-Message = Hello | Welcome | SelfTest | Grant | Commit | Refusal
-_TYPES: dict[str, type] = {cls.__name__: cls for cls in (Hello, Welcome, SelfTest, Grant, Commit, Refusal)}
+Message = Hello | Welcome | MappingFailed | SelfTest | Grant | Commit | Refusal
+_TYPES: dict[str, type] = {
+    cls.__name__: cls for cls in (Hello, Welcome, MappingFailed, SelfTest, Grant, Commit, Refusal)
+}
 
 
 def encode(message: Message) -> bytes:

@@ -101,12 +101,19 @@ class Scene:
         for seq, row in enumerate(ROWS):
             self.learner.send(Grant(seq, row, 0))
         chosen, simulator = _settings(**settings), TickCounter(before)
-        connection = open_replay(
-            Channel(ours), SPEC, chosen.deadlines, run_id="run", incarnation=incarnation, device=CPU, alive=lambda: None
-        )
+        process = fake_process(chosen, self.progress, self.stop, socket_dir=str(folder))
         self.progress.on_advance = self.copier.finish  # the self-test waits for its copies
+        connection = open_replay(
+            Channel(ours),
+            SPEC,
+            chosen.deadlines,
+            run_id="run",
+            incarnation=incarnation,
+            device=CPU,
+            alive=process.alive,
+        )
         self.collector = Collector(
-            fake_process(chosen, self.progress, self.stop, socket_dir=str(folder)),
+            process,
             simulator,
             connection,
             ticks=K,

@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import mmap
+import re
 import socket
+import weakref
 from collections.abc import Callable
 
 import pytest
 import torch
 
-from collector_proc.connect import Connection, open_replay, run_self_test
+from collector_proc import connect as connecting
+from collector_proc.connect import Connection, open_replay
+from collector_proc.copies import CompletedCopy
 from collector_proc.writer import ChunkWriter
 from shared.checksum import checksum
 from shared.config import DeadlineSettings
 from shared.errors import HandoverError, TransportError
 from shared.handover import Channel, create_memfd_slab
 from shared.lifetime import StopFlag, StopRequested
-from shared.messages import PROTOCOL, Grant, Hello, Message, Refusal, SelfTest, Welcome
+from shared.messages import PROTOCOL, Grant, Hello, MappingFailed, Message, Refusal, SelfTest, Welcome
 from shared.stream import ObsSpec, StreamSpec, plan_layout, ring_views
 
 E, K, CAPACITY = 2, 3, 12
@@ -55,7 +60,7 @@ def test_the_hello_describes_the_simulators_stream_and_the_welcome_describes_the
     assert isinstance(hello, Hello)
     assert (hello.protocol, hello.run_id, hello.incarnation) == (PROTOCOL, "run", 4)
     assert StreamSpec.from_dict(hello.spec) == SPEC
-    assert (connection.test_row, connection.random_ticks, connection.agent_steps) == (6, 26, 70)
+    assert (connection.welcome.test_row, connection.random_ticks, connection.welcome.agent_steps) == (6, 26, 70)
     connection.ring["reward"][5, 1] = 0.5
     assert ring_views(slab, LAYOUT)["reward"][5, 1] == 0.5, "both processes see the same memory"
 
@@ -66,10 +71,10 @@ def test_the_self_test_writes_its_pattern_to_the_rows_that_the_welcome_names(cha
     learner.send(welcome(), (descriptor,))
     connection = connect(collector)
     received(learner)
-    writer = ChunkWriter(connection.ring, connection.layout, ticks=K, device=CPU)
-    run_self_test(connection, writer, alive=lambda: None)
+    learner.send(Grant(5, 6, 0))
+    _, first = connection.pass_self_test(ticks=K)
     test, ring = received(learner), ring_views(slab, LAYOUT)
-    assert isinstance(test, SelfTest)
+    assert isinstance(test, SelfTest) and first == Grant(5, 6, 0)
     rows = [ring[entry.key][6 : 6 + K] for entry in LAYOUT.fields]
     assert test.checksum == checksum(rows) and test.num_bytes == sum(entry.nbytes for entry in rows)
 
@@ -78,7 +83,7 @@ def test_the_self_test_writes_its_pattern_to_the_rows_that_the_welcome_names(cha
     ("answer", "error"),
     [
         (Refusal("the run has another id"), "the learner refused this collector: the run has another id"),
-        (Grant(0, 0, 0), "answered the hello with Grant; expected Welcome; start"),
+        (Grant(0, 0, 0), "answered with Grant; expected Welcome; start"),
         (welcome(num_bytes=4096), f"has 4096 bytes; expected {LAYOUT.num_bytes} .*; start"),
         (None, "waited .* for the learner's welcome"),
     ],
@@ -99,14 +104,87 @@ def test_a_stop_ends_the_wait_for_the_welcome(channels):
         connect(collector, alive=stop.check)
 
 
-class NeverDone:
-    """A copier whose copies never finish, like those of GPUs that cannot reach each other."""
+def test_a_learner_that_refuses_the_pattern_is_an_error_with_its_reason(channels):
+    collector, learner = channels
+    _, descriptor = create_memfd_slab(LAYOUT.num_bytes)
+    learner.send(welcome(), (descriptor,))
+    learner.send(Refusal("the self-test found a wrong byte"))
+    with pytest.raises(HandoverError, match="refused this collector: the self-test found a wrong byte"):
+        connect(collector).pass_self_test(ticks=K)
+
+
+class GpuMemory:
+    """Plays the memory of the learner's GPU. `mapping`: a weak reference to what the collector has mapped."""
+
+    welcome = Welcome("cuda_ipc", LAYOUT.num_bytes, CAPACITY, "GPU-1", [b"handle"], 6, 51, 70)
+
+    def __init__(self) -> None:
+        self.mapping: Callable[[], mmap.mmap | None] = lambda: None
+
+    def map(self, *arguments) -> torch.Tensor:
+        memory = mmap.mmap(-1, LAYOUT.num_bytes)
+        self.mapping = weakref.ref(memory)
+        return torch.frombuffer(memory, dtype=torch.uint8)
+
+
+@pytest.fixture
+def gpu(monkeypatch) -> GpuMemory:
+    memory = GpuMemory()
+    monkeypatch.setattr(connecting, "import_cuda_slab", memory.map)
+    return memory
+
+
+def send_host_memory(learner: Channel) -> torch.Tensor:
+    """Offer host memory and return it."""
+    slab, descriptor = create_memfd_slab(LAYOUT.num_bytes)
+    learner.send(welcome(), (descriptor,))
+    return slab
+
+
+def test_gpu_memory_that_cannot_be_mapped_is_reported_and_the_next_offer_is_mapped(channels, monkeypatch):
+    collector, learner = channels
+
+    def fail(*arguments):
+        raise HandoverError("the collector cannot map the replay")
+
+    monkeypatch.setattr(connecting, "import_cuda_slab", fail)
+    learner.send(GpuMemory.welcome)
+    slab = send_host_memory(learner)
+    connection = connect(collector)
+    received(learner)
+    assert received(learner) == MappingFailed("the collector cannot map the replay")
+    connection.ring["reward"][5, 1] = 0.5
+    assert ring_views(slab, LAYOUT)["reward"][5, 1] == 0.5
+
+
+def test_a_learner_that_offers_no_other_memory_is_an_error_with_its_reason(channels, monkeypatch):
+    collector, learner = channels
+
+    def fail(*arguments):
+        raise HandoverError("the collector cannot map the replay")
+
+    monkeypatch.setattr(connecting, "import_cuda_slab", fail)
+    learner.send(GpuMemory.welcome)
+    learner.send(Refusal("the collector cannot map the replay; set replay_buffer.gpu_storage=false"))
+    with pytest.raises(HandoverError, match=r"refused .*cannot map the replay; set replay_buffer.gpu_storage=false"):
+        connect(collector)
+
+
+class BrokenAtFirst:
+    """A copier that copies nothing the first time: it is then never done, or it raises `error`."""
 
     num_buffers = 1
 
+    def __init__(self, error: Exception | None = None) -> None:
+        self._error, self._is_first = error, True
+
     def start(self, pairs):
-        list(pairs)
-        return self
+        was_first, self._is_first = self._is_first, False
+        if was_first and self._error is not None:
+            raise type(self._error)(*self._error.args)  # a new one, because an error refers to what raised it
+        for target, source in pairs:
+            target.copy_(source)
+        return self if was_first else CompletedCopy()
 
     def done(self) -> bool:
         return False
@@ -118,15 +196,75 @@ class NeverDone:
         """Nothing to do."""
 
 
-def test_a_self_test_whose_copies_never_finish_ends_with_the_fix(channels):
+@pytest.mark.parametrize(
+    ("error", "reason", "stays_mapped"),
+    [
+        (None, "not finished after 0.02 s; expected .*replay_buffer.gpu_storage=false", True),
+        (RuntimeError("CUDA error: peer access\nmore"), "failed: CUDA error: peer access; .*gpu_storage=false", False),
+    ],
+)
+def test_gpu_memory_that_cannot_be_written_is_reported_and_the_next_offer_is_tested(
+    channels, gpu, error, reason, stays_mapped
+):
+    """Memory stays mapped only while a copy into it may still run."""
     collector, learner = channels
-    _, descriptor = create_memfd_slab(LAYOUT.num_bytes)
-    learner.send(welcome(), (descriptor,))
-    connection, calls = connect(collector), []
-    writer = ChunkWriter(connection.ring, connection.layout, ticks=K, device=CPU, copier=NeverDone())
-    with pytest.raises(HandoverError, match=r"not finished after 0.02 s; expected .*replay_buffer.gpu_storage=false"):
-        run_self_test(connection, writer, alive=lambda: calls.append(1), limit_s=0.02)
-    assert calls, "the wait reports progress"
+    learner.send(GpuMemory.welcome)
+    slab, calls = send_host_memory(learner), []
+    learner.send(Grant(5, 6, 0))
+    connection = connect(collector, alive=lambda: calls.append(1))
+    writer, first = connection.pass_self_test(ticks=K, copier=BrokenAtFirst(error), limit_s=0.02)
+    assert (gpu.mapping() is not None) == stays_mapped and first == Grant(5, 6, 0)
+    hello, failed, test = received(learner), received(learner), received(learner)
+    assert isinstance(hello, Hello) and isinstance(failed, MappingFailed) and isinstance(test, SelfTest)
+    assert re.search(reason, failed.reason)
+    ring = ring_views(slab, LAYOUT)
+    assert test.checksum == checksum(ring[entry.key][6 : 6 + K] for entry in LAYOUT.fields)
+    assert writer.done() and bool(calls) == stays_mapped, "the wait reports progress"
+
+
+def test_gpu_memory_is_unmapped_before_its_failure_is_reported(channels, gpu, monkeypatch):
+    """The learner frees the memory as soon as it reads the message."""
+    collector, learner = channels
+    learner.send(GpuMemory.welcome)
+    send_host_memory(learner)
+    learner.send(Grant(5, 6, 0))
+    connection, mapped = connect(collector), []
+    send = collector.send
+
+    def watched(message, *arguments, **options):
+        if isinstance(message, MappingFailed):
+            mapped.append(gpu.mapping())
+        send(message, *arguments, **options)
+
+    monkeypatch.setattr(collector, "send", watched)
+    connection.pass_self_test(ticks=K, copier=BrokenAtFirst(RuntimeError("CUDA error")))
+    assert mapped == [None]
+
+
+def test_if_the_learner_does_not_find_the_pattern_the_memory_that_it_offers_next_is_tested(channels, gpu):
+    collector, learner = channels
+    learner.send(GpuMemory.welcome)
+    slab = send_host_memory(learner)
+    learner.send(Grant(5, 6, 0))
+    connection = connect(collector)
+    connection.pass_self_test(ticks=K)
+    assert gpu.mapping() is None, "the GPU's memory is not mapped any more"
+    assert [type(received(learner)) for _ in range(3)] == [Hello, SelfTest, SelfTest]
+    assert ring_views(slab, LAYOUT)["reward"][6 : 6 + K].any()
+
+
+def test_too_little_gpu_memory_for_the_self_test_is_no_reason_for_other_memory(channels, gpu):
+    collector, learner = channels
+    learner.send(GpuMemory.welcome)
+    with pytest.raises(torch.OutOfMemoryError):
+        connect(collector).pass_self_test(ticks=K, copier=BrokenAtFirst(torch.OutOfMemoryError("CUDA out of memory")))
+
+
+def test_waiting_for_the_result_of_the_self_test_has_a_deadline(channels):
+    collector, learner = channels
+    send_host_memory(learner)
+    with pytest.raises(TransportError, match="for the result of the self-test"):
+        connect(collector).pass_self_test(ticks=K)
 
 
 def test_bytes_of_an_earlier_self_test_do_not_pass(channels):

@@ -26,9 +26,11 @@ def link(process: Process, tmp_path) -> Iterator[CollectorLink]:
     handshake = Handshake(
         run_id="run",
         num_envs=2,
-        allocate=lambda spec: allocate_replay(spec, settings, Geometry.of(settings), device=cpu),
+        allocate=lambda spec, on_gpu: allocate_replay(spec, settings, Geometry.of(settings), device=cpu),
         random_frames=lambda: 32,
         agent_steps=lambda: 7,
+        gpu_storage=None,
+        log=process.log,
     )
     made = CollectorLink(tmp_path, handshake, check_sums=True, log=process.log)
     yield made

@@ -5,8 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 
-from learner_proc.waiting import WaitingLearner
+from learner_proc import checkpoint
+from learner_proc.pacing import Pacing
+from learner_proc.startup import allocate_replay
+from learner_proc.waiting import WaitingLearner, allocate_and_restore
 from shared.errors import TransportError
+from shared.geometry import Geometry
+from tests.fakes.scripted_collector import SPEC
 
 
 def built(waiting: WaitingLearner):
@@ -43,6 +48,18 @@ def test_the_first_weights_are_published_before_training(waiting, join):
     join(waiting.serve)
     learner = built(waiting)
     assert learner.publisher.version == learner.counters.policy_version == 1
+
+
+def test_a_replay_that_is_allocated_twice_shortens_the_prefill_once(process, tmp_path):
+    """It is allocated again in host memory if the collector cannot use the GPU's memory."""
+    cpu, geometry = torch.device("cpu"), Geometry.of(process.settings)
+    pacing = Pacing(geometry.frames_per_chunk, geometry.frames_per_step, None, geometry.prefill_frames)
+    replay, _ = allocate_replay(SPEC, process.settings, geometry, device=cpu)
+    replay.commit(replay.grant())
+    folder = checkpoint.save(tmp_path / "saved", 1, {}, replay, spec_digest=SPEC.digest(), keep=1)
+    for on_gpu in (True, False):
+        restored, _ = allocate_and_restore(process, geometry, SPEC, on_gpu, device=cpu, pacing=pacing, folder=folder)
+        assert (restored.num_rows, pacing.prefill) == (8, 16)
 
 
 def test_waiting_for_a_collector_ends_at_its_deadline(process):

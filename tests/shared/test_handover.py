@@ -5,12 +5,22 @@ import subprocess
 import sys
 import textwrap
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
+from torch.multiprocessing import reductions
 
-from shared.errors import TransportError
-from shared.handover import Channel, Disconnected, connect, create_memfd_slab, listen, map_memfd_slab
+from shared.errors import HandoverError, TransportError
+from shared.handover import (
+    Channel,
+    Disconnected,
+    connect,
+    create_memfd_slab,
+    import_cuda_slab,
+    listen,
+    map_memfd_slab,
+)
 from shared.messages import Grant, Refusal, Welcome, encode
 from tests.processes import DEADLINE_S, mapped_shared_memory
 
@@ -122,6 +132,25 @@ def test_a_killed_process_that_mapped_the_slab_leaves_nothing_in_dev_shm(tmp_pat
     with pytest.raises(Disconnected):
         server.receive_within(DEADLINE_S, waiting_for="the end", alive=nothing)
     assert int(slab[0]) == 9
+
+
+def test_a_slab_that_cannot_be_mapped_is_released_so_that_the_learner_can_free_it(monkeypatch):
+    """Torch counts the processes that were given a handle, and keeps the memory until all have released it."""
+    released = []
+
+    def fail(*arguments):
+        raise RuntimeError("CUDA error: invalid device context\nmore lines")
+
+    gpu = SimpleNamespace(uuid="GPU-1")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: gpu)
+    monkeypatch.setattr(reductions, "rebuild_cuda_tensor", fail)
+    monkeypatch.setattr(torch.UntypedStorage, "_release_ipc_counter", lambda *arguments: released.append(arguments))
+    with pytest.raises(
+        HandoverError, match=r"cannot map the replay on GPU GPU-1: CUDA error: invalid .*gpu_storage=fa"
+    ):
+        import_cuda_slab("GPU-1", [b"memory", 8, 0, b"counter", 3, b"event", True], 8)
+    assert released == [(b"counter", 3)]
 
 
 @pytest.mark.gpu

@@ -13,6 +13,7 @@ from shared.messages import (
     Grant,
     Hello,
     MalformedMessage,
+    MappingFailed,
     Refusal,
     SelfTest,
     Welcome,
@@ -36,6 +37,7 @@ COMMIT = Commit(
 EVERY = [
     Hello(1, "run", 0, 4242, {"num_envs": 8, "obs": {}, "action_dim": 2}),
     Welcome("cuda_ipc", 1 << 21, 100, "GPU-1", [b"\1" * 66, 5, 0, b"x", 1, b"y", True], 0, 10_000, 0),
+    MappingFailed("because"),
     SelfTest(-(1 << 40), 1 << 21, 0.25),
     Grant(1, 20, 3),
     COMMIT,
