@@ -48,7 +48,7 @@ class Collector:
         copier: Copier | None = None,
         meter: MemoryMeter | None = None,
     ) -> None:
-        self._process, self._simulator, self._channel, self._device = process, simulator, connection.channel, device
+        self._process, self._simulator, self._connection, self._device = process, simulator, connection, device
         settings, run, spec = process.settings, process.run, simulator.spec
         meter = meter or MemoryMeter(str(device))
         self._acting = ActingPolicy(
@@ -66,10 +66,10 @@ class Collector:
         self._memory_limit = MemoryLimit(meter, settings.collector.max_rss_gb, incarnation=incarnation)
         agent_steps = connection.welcome.agent_steps
         self._status = StatusReporter(process.progress, self._weights, self._memory_limit, agent_steps)
-        self._learner = LearnerInput(process, self._channel, self._weights, self._status, [first_grant])
+        self._learner = LearnerInput(process, connection.channel, self._weights, self._status, [first_grant])
         self._mode = make_mode(settings.collector.mode, self._learner, self._acting)
         self._sender = ChunkSender(
-            process, self._channel, self._writer, self._tracker, self._learner, simulator, meter, self._status
+            process, connection.channel, self._writer, self._tracker, self._learner, simulator, meter, self._status
         )
 
     @property
@@ -96,7 +96,7 @@ class Collector:
             return  # the learner has ended; launch decides what happens next
         finally:
             self._weights.close()
-            self._channel.close()
+            self._connection.close(self._writer)
 
     def _stream(self) -> None:
         """Run the loop. It never blocks, except that a full chunk waits for its grant and the previous chunk's copy."""
@@ -117,6 +117,7 @@ class Collector:
                     return
                 self._mode.begin_chunk()
             self._sender.commit_if_done()
+            self._learner.read_grants()  # raises Disconnected if the learner has ended
             self._mode.adopt_weights()
             version = 0 if self._acting.is_random else self._weights.version
             action = self._acting.act(arrival, action, version=version)

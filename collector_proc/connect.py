@@ -92,6 +92,16 @@ class Connection:
                 answer, descriptors = self._receive("the learner's second welcome")
             self._map(_expect_welcome(answer), descriptors)
 
+    def close(self, writer: ChunkWriter) -> None:
+        """Unmap the replay, if the writer has no copy into it left, then close the connection.
+
+        The learner waits for the end of file before it frees the replay's memory.
+        """
+        if not _may_still_copy(writer):
+            writer.forget_ring()
+            del self.ring
+        self.channel.close()
+
     def _try_self_test(self, writer: ChunkWriter, limit_s: float) -> str:
         """Run the self-test and return why the collector could not write the pattern; empty if it could.
 

@@ -82,6 +82,10 @@ class ChunkWriter:
         """Block the host until everything written so far is complete in the ring."""
         self._copy.wait()
 
+    def forget_ring(self) -> None:
+        """Stop referring to the ring, so that its memory can be unmapped. Nothing can be written afterwards."""
+        del self._ring
+
     def checksum(self) -> int:
         """Return the checksum of the gathered chunk. The learner compares it with that of the rows in its memory."""
         return checksum(self.rows[key] for key in self._keys)

@@ -24,6 +24,7 @@ from shared.messages import MAX_REASON_CHARS, Commit, Hello, MappingFailed, Mess
 if TYPE_CHECKING:
     from structlog.typing import FilteringBoundLogger
 
+UNMAP_S = 1.0
 GREETING_S = 30.0  # a connection that has sent no hello by then is closed
 
 
@@ -86,10 +87,17 @@ class CollectorLink:
             time.sleep(timeout_s)
 
     def close(self) -> None:
-        """Close the connection and the socket that listens."""
+        """Close the connection and the socket that listens.
+
+        A replay on the GPU is freed, because torch prints a warning if shared memory exists when the process ends. The
+        collector first has UNMAP_S seconds to unmap it.
+        """
+        on_gpu = self.shared is not None and self.shared.fd is None
         if self._collector is not None:
-            self._collector.channel.close()
+            self._collector.channel.close(wait_s=UNMAP_S if on_gpu else 0.0)
         self._listener.close()
+        if self.shared is not None and on_gpu:
+            self.shared.replay.free()
 
     def _accept(self) -> None:
         """Take a waiting connection, or refuse it while another collector is connected."""

@@ -168,8 +168,17 @@ class Channel:
             "the other process in logs/, or raise the deadline in deadlines.*"
         )
 
-    def close(self) -> None:
-        """Close the socket; the other process reads end of file."""
+    def close(self, *, wait_s: float = 0.0) -> None:
+        """Close the socket; the other process reads end of file.
+
+        wait_s: wait at most so many seconds until the other process has closed its end too; drop what it still sends.
+        """
+        end = time.monotonic() + wait_s
+        with contextlib.suppress(OSError, Disconnected):  # OSError: the other process ended before
+            self._socket.shutdown(socket.SHUT_WR)
+            while (left := end - time.monotonic()) > 0:
+                if self.receive() is None:
+                    self.wait(left)
         self._socket.close()
 
     def _poll(self, event: int, timeout_s: float) -> bool:

@@ -100,7 +100,7 @@ class Scene:
         self.learner.send(welcome, (descriptor,))
         for seq, row in enumerate(ROWS):
             self.learner.send(Grant(seq, row, 0))
-        chosen, simulator = _settings(**settings), TickCounter(before)
+        chosen, self.simulator = _settings(**settings), TickCounter(before)
         process = fake_process(chosen, self.progress, self.stop, socket_dir=str(folder))
         self.progress.on_advance = self.copier.finish  # the self-test waits for its copies
         connection = open_replay(
@@ -114,14 +114,14 @@ class Scene:
         )
         self.collector = Collector(
             process,
-            simulator,
+            self.simulator,
             connection,
             ticks=K,
             incarnation=incarnation,
             seed=0,
             device=CPU,
             copier=self.copier if late else None,
-            meter=cast(MemoryMeter, GrowingMeter(simulator)) if growing else None,
+            meter=cast(MemoryMeter, GrowingMeter(self.simulator)) if growing else None,
         )
         self.progress.on_advance = lambda: None
         self.copier.num_host_waits = self.copier.num_blocked_streams = 0
@@ -234,6 +234,18 @@ def test_the_loop_ends_if_the_learner_ends_while_a_copy_is_running(tmp_path):
     scene = Scene(tmp_path, before, step_s=10.0)
     scene.collector.run()
     assert scene.copier.num_pending == 2, "the copies of the rows and of the episode numbers"
+
+
+def test_the_loop_ends_in_the_tick_in_which_the_learner_ends(tmp_path):
+    """The learner waits a moment for it, so that the replay is unmapped before its memory is freed."""
+
+    def before(tick: int) -> None:
+        if tick == 1:
+            scene.learner.close()
+
+    scene = Scene(tmp_path, before, late=False)
+    scene.collector.run()
+    assert scene.simulator.tick <= 2
 
 
 def test_in_lockstep_no_tick_happens_while_a_chunk_is_uncommitted(tmp_path):

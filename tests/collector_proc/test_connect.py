@@ -253,6 +253,21 @@ def test_if_the_learner_does_not_find_the_pattern_the_memory_that_it_offers_next
     assert ring_views(slab, LAYOUT)["reward"][6 : 6 + K].any()
 
 
+@pytest.mark.parametrize("is_copying", [False, True])
+def test_the_replay_is_unmapped_before_the_connection_ends_unless_a_copy_is_running(
+    channels, gpu, monkeypatch, is_copying
+):
+    collector, learner = channels
+    learner.send(GpuMemory.welcome)
+    learner.send(Grant(5, 6, 0))
+    connection, mapped = connect(collector), []
+    writer, _ = connection.pass_self_test(ticks=K)
+    monkeypatch.setattr(writer, "done", lambda: not is_copying)
+    monkeypatch.setattr(collector, "close", lambda: mapped.append(gpu.mapping() is not None))
+    connection.close(writer)
+    assert mapped == [is_copying]
+
+
 def test_too_little_gpu_memory_for_the_self_test_is_no_reason_for_other_memory(channels, gpu):
     collector, learner = channels
     learner.send(GpuMemory.welcome)

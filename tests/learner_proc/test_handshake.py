@@ -5,6 +5,7 @@ The GPU's memory is played by plain memory that has no descriptor.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,17 +13,19 @@ import pytest
 import torch
 
 from collector_proc.writer import ChunkWriter
-from learner_proc import handshake
+from learner_proc import handshake, link
 from learner_proc.handshake import Handshake
 from learner_proc.link import CollectorLink
 from learner_proc.replay import Replay
 from learner_proc.startup import allocate_replay
 from shared.errors import HandoverError
 from shared.geometry import Geometry
+from shared.handover import Disconnected
 from shared.messages import Grant, MappingFailed, Refusal, SelfTest, Welcome
 from shared.process import Process
 from shared.stream import StreamSpec, plan_layout
 from tests.fakes.scripted_collector import ScriptedCollector
+from tests.processes import DEADLINE_S
 
 CPU = torch.device("cpu")
 REASON = "the collector cannot map the replay: no CUDA IPC"
@@ -199,6 +202,36 @@ def test_memory_that_the_run_has_used_is_never_replaced(scene, capsys):
     refusal = restarted.receive()
     assert isinstance(refusal, Refusal) and f"{REASON}; this run has already used the replay" in refusal.reason
     assert one.replay.slab is one.slabs[0] and one.slabs[0].untyped_storage().size() > 0
+
+
+def test_at_the_end_the_replay_on_the_gpu_is_freed_after_the_collector_has_closed_its_end(scene, monkeypatch):
+    """The collector unmaps the replay before it closes its end; until then it may send a commit."""
+    monkeypatch.setattr(link, "UNMAP_S", DEADLINE_S)
+    one, sizes = scene(), []
+    collector = one.stream_on_gpu()
+    collector.channel.send(MappingFailed(REASON))
+
+    def collect_to_the_end() -> None:
+        with pytest.raises(Disconnected):
+            collector.receive()
+        sizes.append(one.slabs[0].untyped_storage().size())
+        collector.channel.close()
+
+    thread = threading.Thread(target=collect_to_the_end)
+    thread.start()
+    one.link.close()
+    thread.join()
+    assert sizes[0] > 0 and one.slabs[0].untyped_storage().size() == 0
+
+
+def test_at_the_end_the_learner_waits_no_longer_than_it_may(scene, monkeypatch):
+    monkeypatch.setattr(link, "UNMAP_S", 0.05)
+    one = scene()
+    collector = one.stream_on_gpu()
+    one.link.close()
+    assert one.slabs[0].untyped_storage().size() == 0
+    with pytest.raises(Disconnected):
+        collector.receive()
 
 
 @pytest.mark.parametrize("gpu_storage", [None, True])
