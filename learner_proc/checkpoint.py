@@ -21,19 +21,30 @@ from typing import IO, Any
 
 import torch
 
+from learner_proc.host_blocks import BLOCK_BYTES, HostBlocks
 from learner_proc.replay import Replay
 from shared.errors import SettingError
 from shared.files import write_atomic
 from shared.run_folder import newest_checkpoint
 from shared.stream import DTYPE_BYTES, ObsSpec, StreamSpec
 
-BLOCK_BYTES = 64 * 1024 * 1024  # copied at a time between the replay and the file
+SYNC_BLOCKS = 4  # after so many blocks the file is flushed to the disk, so that no single flush takes long
 
 
-def save(root: Path, step: int, state: dict[str, Any], replay: Replay | None, *, spec_digest: str, keep: int) -> Path:
+def save(
+    root: Path,
+    step: int,
+    state: dict[str, Any],
+    replay: Replay | None,
+    *,
+    spec_digest: str,
+    keep: int,
+    blocks: HostBlocks | None = None,
+) -> Path:
     """Write a checkpoint and return its folder. Then delete all but the `keep` newest checkpoints.
 
-    replay: its rows are saved too, unless it is None. spec_digest: `StreamSpec.digest` of what the run streams.
+    state: in host memory. replay: its rows are saved too, unless it is None. spec_digest: `StreamSpec.digest` of what
+    the run streams. blocks: brings the rows to the host; None makes one.
     """
     root.mkdir(parents=True, exist_ok=True)
     final, partial, aside = root / f"{step:08d}", root / f".partial-{step:08d}", root / f".aside-{step:08d}"
@@ -46,7 +57,7 @@ def save(root: Path, step: int, state: dict[str, Any], replay: Replay | None, *,
     rows = 0 if replay is None else replay.num_rows
     manifest = {"step": step, "spec_digest": spec_digest, "replay_rows": rows, "fields": []}
     if replay is not None and rows > 0:
-        manifest["fields"] = _write_rows(partial / "replay.bin", replay)
+        manifest["fields"] = _write_rows(partial / "replay.bin", replay, blocks or HostBlocks(replay.slab.device))
     write_atomic(partial / "manifest.json", json.dumps(manifest, indent=1))
     if final.exists():
         shutil.rmtree(aside, ignore_errors=True)
@@ -145,7 +156,7 @@ def restore_random_state(state: dict[str, torch.Tensor], replay: Replay, device:
         torch.cuda.set_rng_state(state["cuda"], device)
 
 
-def _write_rows(path: Path, replay: Replay) -> list[dict[str, Any]]:
+def _write_rows(path: Path, replay: Replay, blocks: HostBlocks) -> list[dict[str, Any]]:
     """Write every field's rows, oldest first, and return name, shape and dtype of each field.
 
     The rows are copied block by block, so that no copy of a full ring is needed.
@@ -153,17 +164,14 @@ def _write_rows(path: Path, replay: Replay) -> list[dict[str, Any]]:
     capacity, start = replay.layout.capacity, replay.first % replay.layout.capacity
     end = start + replay.num_rows
     spans = [(start, min(end, capacity))] + ([(0, end - capacity)] if end > capacity else [])
-    fields = []
+    views = [(entry, replay.views.get(entry.key)) for entry in replay.layout.fields]
     with path.open("wb") as file:
-        for entry in replay.layout.fields:
-            view = replay.views.get(entry.key)
-            fields.append({"name": entry.name, "shape": list(view.shape[1:]), "dtype": entry.dtype})
-            step = max(1, BLOCK_BYTES // (math.prod(view.shape[1:]) * DTYPE_BYTES[entry.dtype]))
-            for first, last in spans:
-                for row in range(first, last, step):
-                    view[row : min(row + step, last)].cpu().numpy().tofile(file)
+        for number, block in enumerate(blocks.read(view[first:last] for _, view in views for first, last in spans), 1):
+            block.numpy().tofile(file)
+            if number % SYNC_BLOCKS == 0:
+                _sync(file)
         _sync(file)
-    return fields
+    return [{"name": entry.name, "shape": list(view.shape[1:]), "dtype": entry.dtype} for entry, view in views]
 
 
 def _read_rows(path: Path, offset: int, target: torch.Tensor, row_bytes: int) -> None:

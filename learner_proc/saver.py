@@ -13,7 +13,9 @@ import torch
 from learner_proc import checkpoint
 from learner_proc.gradient_step import GradientStep
 from learner_proc.handshake import SharedReplay
+from learner_proc.host_blocks import HostBlocks
 from learner_proc.replay import Replay
+from learner_proc.snapshot import on_host
 from learner_proc.totals import Counters, Episodes
 from shared.errors import SettingError
 from shared.process import Process
@@ -35,6 +37,7 @@ class Saver:
     ) -> None:
         self._process, self._device, self._shared = process, device, shared
         self._step, self._counters, self._episodes = step, counters, episodes
+        self._blocks = HostBlocks(device, on_block=process.progress.advance)
         self._saved_at = time.monotonic()
 
     def save_if_due(self) -> None:
@@ -43,12 +46,17 @@ class Saver:
             self.save()
 
     def save(self) -> None:
-        """Write a checkpoint. Afterwards the process is in phase "training" again."""
+        """Write a checkpoint. Afterwards the process is in phase "training" again.
+
+        Every block that leaves the GPU counts as progress. No message is served meanwhile: a grant would let the
+        collector overwrite rows that are not saved yet, and a commit would move the ring's bounds. The collector goes
+        on with the chunks that are granted already.
+        """
         process, options, replay = self._process, self._process.settings.checkpoint, self._shared.replay
         process.progress.phase("saving")
         began = time.perf_counter()
         state = {
-            "gradient_step": self._step.state_dict(),
+            "gradient_step": on_host(self._step.tensors(), self._blocks),
             "counters": asdict(self._counters),
             "episodes": self._episodes.state(),
             "random_state": checkpoint.random_state(replay, self._device),
@@ -60,6 +68,7 @@ class Saver:
             replay if options.replay else None,
             spec_digest=self._shared.spec.digest(),
             keep=options.keep,
+            blocks=self._blocks,
         )
         self._saved_at = time.monotonic()
         process.log.info("checkpoint", folder=str(folder), seconds=round(time.perf_counter() - began, 2))

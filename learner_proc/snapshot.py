@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TypeAlias
+from typing import TYPE_CHECKING, TypeAlias
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from learner_proc.host_blocks import HostBlocks
 
 Groups: TypeAlias = dict[str, dict[str, Tensor]]  # group -> name -> tensor
 
@@ -13,6 +16,12 @@ Groups: TypeAlias = dict[str, dict[str, Tensor]]  # group -> name -> tensor
 def copied(live: Groups) -> Groups:
     """Return a copy of every tensor, which later steps do not change."""
     return {group: {name: tensor.clone() for name, tensor in tensors.items()} for group, tensors in live.items()}
+
+
+def on_host(live: Groups, blocks: HostBlocks) -> Groups:
+    """Return a copy of every tensor in host memory."""
+    copies = iter(blocks.to_host([tensor for tensors in live.values() for tensor in tensors.values()]))
+    return {group: {name: next(copies) for name in tensors} for group, tensors in live.items()}
 
 
 @torch.no_grad()

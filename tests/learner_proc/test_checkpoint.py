@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from learner_proc import checkpoint
+from learner_proc.host_blocks import HostBlocks
 from shared.errors import SettingError
 from tests.learner_proc.identified_rows import LENGTH, SPEC, fill, make_replay, sampled_rows
 
@@ -71,10 +72,12 @@ def test_a_save_that_is_killed_between_its_renames_leaves_a_complete_checkpoint(
 
 
 def test_a_checkpoint_is_written_in_blocks_smaller_than_a_field(tmp_path, monkeypatch):
-    monkeypatch.setattr(checkpoint, "BLOCK_BYTES", 50)
-    replay = make_replay()
+    monkeypatch.setattr(checkpoint, "BLOCK_BYTES", 50)  # for reading
+    replay, arrived = make_replay(), []
     fill(replay, 9)
-    folder = checkpoint.save(tmp_path, 5, {}, replay, spec_digest=SPEC.digest(), keep=2)
+    blocks = HostBlocks(torch.device("cpu"), block_bytes=50, on_block=lambda: arrived.append(1))
+    folder = checkpoint.save(tmp_path, 5, {}, replay, spec_digest=SPEC.digest(), keep=2, blocks=blocks)
+    assert len(arrived) == -(-(folder / "replay.bin").stat().st_size // 50) > 10, "each block counts as progress"
     fresh = make_replay()
     checkpoint.load_replay(folder, fresh, spec_digest=SPEC.digest())
     for entry in replay.layout.fields:
