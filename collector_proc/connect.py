@@ -218,7 +218,7 @@ def _expect_welcome(answer: Message | None) -> Welcome:
 def _map_slab(welcome: Welcome, descriptors: tuple[int, ...], device: torch.device) -> Tensor:
     """Return the replay's memory, (num_bytes,) uint8."""
     if welcome.transport != "memfd":
-        return import_cuda_slab(welcome.uuid, welcome.handle, welcome.num_bytes)
+        return import_cuda_slab(welcome.uuid, welcome.handle, welcome.num_bytes, writer=device)
     slab = map_memfd_slab(descriptors[0], welcome.num_bytes)
     os.close(descriptors[0])
     if device.type == "cuda":

@@ -28,6 +28,7 @@ from shared.messages import MAX_MESSAGE_BYTES, MalformedMessage, Message, decode
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    import torch
     from torch import Tensor
 
 HOST_REPLAY = "keep the replay in host memory with replay_buffer.gpu_storage=false"
@@ -248,10 +249,17 @@ def export_cuda_slab(slab: Tensor) -> tuple[str, list]:
     return uuid, [handle, size, offset, counter, counter_offset, event, event_sync]
 
 
-def import_cuda_slab(uuid: str, handle: list, num_bytes: int) -> Tensor:
-    """Return the learner's slab in this process, where the GPU may have another index. Raises: HandoverError."""
+def import_cuda_slab(uuid: str, handle: list, num_bytes: int, *, writer: torch.device | None = None) -> Tensor:
+    """Return the learner's slab in this process, where the GPU may have another index.
+
+    writer: the GPU that copies into the slab. If it can write to the slab's GPU directly (peer access), the slab is
+    mapped for it: the tensor's device is then the writer's GPU, although the memory is on the learner's GPU. A copy is
+    one command on the writer's stream. Otherwise the slab is mapped for its own GPU. Torch then lets a stream of that
+    GPU take part in each copy, and this has to wait until the learner's work leaves it a moment.
+    Use the tensor only as the target of copies: a kernel must not run on the memory of another GPU.
+    Raises: HandoverError.
+    """
     import torch
-    from torch.multiprocessing.reductions import rebuild_cuda_tensor
 
     uuids = [str(torch.cuda.get_device_properties(i).uuid) for i in range(torch.cuda.device_count())]
     if uuid not in uuids:
@@ -259,17 +267,34 @@ def import_cuda_slab(uuid: str, handle: list, num_bytes: int) -> Tensor:
             f"the replay is on GPU {uuid}, but the collector sees only {uuids}; expected that GPU among them; "
             "start the collector through launch.py, which sets CUDA_VISIBLE_DEVICES"
         )
-    memory, size, offset, counter, counter_offset, event, event_sync = handle
+    own, counter = uuids.index(uuid), tuple(handle[3:5])
+    peer = own if writer is None or writer.type != "cuda" else writer.index or 0
+    if peer != own and torch.cuda.can_device_access_peer(peer, own):
+        with contextlib.suppress(RuntimeError):  # then map it for its own GPU
+            return _open_cuda_slab(handle, num_bytes, peer, waits=False)
     try:
-        return rebuild_cuda_tensor(
-            torch.Tensor, (num_bytes,), (1,), 0, torch.storage.TypedStorage, torch.uint8, uuids.index(uuid),
-            memory, size, offset, False, counter, counter_offset, event, event_sync,
-        )  # fmt: skip
+        return _open_cuda_slab(handle, num_bytes, own, waits=handle[-1])
     except RuntimeError as error:
         # Otherwise torch would wait for this process before it frees the learner's memory.
         with contextlib.suppress(RuntimeError):
-            torch.UntypedStorage._release_ipc_counter(counter, counter_offset)
+            torch.UntypedStorage._release_ipc_counter(*counter)
         raise HandoverError(
             f"the collector cannot map the replay on GPU {uuid}: {str(error).splitlines()[0]}; expected CUDA IPC to "
             f"work between the two processes; {HOST_REPLAY}"
         ) from error
+
+
+def _open_cuda_slab(handle: list, num_bytes: int, index: int, *, waits: bool) -> Tensor:
+    """Map the slab for the GPU of this index. Torch opens the handle while this GPU is the current one.
+
+    waits: let the GPU's current stream wait for the event of the handle. For another GPU than the slab's this may be
+    impossible. It is not needed either, because the learner waits for all work on the slab before it exports it.
+    """
+    import torch
+    from torch.multiprocessing.reductions import rebuild_cuda_tensor
+
+    memory, size, offset, counter, counter_offset, event, _ = handle
+    return rebuild_cuda_tensor(
+        torch.Tensor, (num_bytes,), (1,), 0, torch.storage.TypedStorage, torch.uint8, index,
+        memory, size, offset, False, counter, counter_offset, event, waits,
+    )  # fmt: skip

@@ -121,7 +121,7 @@ class GpuMemory:
     def __init__(self) -> None:
         self.mapping: Callable[[], mmap.mmap | None] = lambda: None
 
-    def map(self, *arguments) -> torch.Tensor:
+    def map(self, *arguments, writer: torch.device) -> torch.Tensor:
         memory = mmap.mmap(-1, LAYOUT.num_bytes)
         self.mapping = weakref.ref(memory)
         return torch.frombuffer(memory, dtype=torch.uint8)
@@ -144,7 +144,7 @@ def send_host_memory(learner: Channel) -> torch.Tensor:
 def test_gpu_memory_that_cannot_be_mapped_is_reported_and_the_next_offer_is_mapped(channels, monkeypatch):
     collector, learner = channels
 
-    def fail(*arguments):
+    def fail(*arguments, **options):
         raise HandoverError("the collector cannot map the replay")
 
     monkeypatch.setattr(connecting, "import_cuda_slab", fail)
@@ -160,7 +160,7 @@ def test_gpu_memory_that_cannot_be_mapped_is_reported_and_the_next_offer_is_mapp
 def test_a_learner_that_offers_no_other_memory_is_an_error_with_its_reason(channels, monkeypatch):
     collector, learner = channels
 
-    def fail(*arguments):
+    def fail(*arguments, **options):
         raise HandoverError("the collector cannot map the replay")
 
     monkeypatch.setattr(connecting, "import_cuda_slab", fail)

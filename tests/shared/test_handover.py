@@ -134,23 +134,54 @@ def test_a_killed_process_that_mapped_the_slab_leaves_nothing_in_dev_shm(tmp_pat
     assert int(slab[0]) == 9
 
 
+HANDLE = [b"memory", 8, 0, b"counter", 3, b"event", True]
+
+
+class FakeGpus:
+    """Two GPUs, of which the slab is on the second one.
+
+    opened: the GPU for which the slab was mapped and whether its stream waits, for each attempt. fails: the GPUs for
+    which mapping fails. released: the arguments with which torch's reference counts were released.
+    """
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, *, peer: bool = True, fails: tuple[int, ...] = ()) -> None:
+        self.opened, self.released, self._fails = [], [], fails
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: SimpleNamespace(uuid=f"GPU-{index}"))
+        monkeypatch.setattr(torch.cuda, "can_device_access_peer", lambda device, other: peer)
+        monkeypatch.setattr(reductions, "rebuild_cuda_tensor", self._rebuild)
+        monkeypatch.setattr(torch.UntypedStorage, "_release_ipc_counter", lambda *args: self.released.append(args))
+
+    def _rebuild(self, *arguments) -> torch.Tensor:
+        self.opened.append((arguments[6], arguments[-1]))
+        if arguments[6] in self._fails:
+            raise RuntimeError("CUDA error: invalid device context\nmore lines")
+        return torch.zeros(8, dtype=torch.uint8)
+
+
 def test_a_slab_that_cannot_be_mapped_is_released_so_that_the_learner_can_free_it(monkeypatch):
     """Torch counts the processes that were given a handle, and keeps the memory until all have released it."""
-    released = []
+    gpus = FakeGpus(monkeypatch, fails=(0, 1))
+    with pytest.raises(HandoverError, match=r"cannot map the replay on GPU GPU-1: CUDA error: invalid .*gpu_storage=f"):
+        import_cuda_slab("GPU-1", HANDLE, 8, writer=torch.device("cuda:0"))
+    assert gpus.released == [(b"counter", 3)] and len(gpus.opened) == 2
 
-    def fail(*arguments):
-        raise RuntimeError("CUDA error: invalid device context\nmore lines")
 
-    gpu = SimpleNamespace(uuid="GPU-1")
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: gpu)
-    monkeypatch.setattr(reductions, "rebuild_cuda_tensor", fail)
-    monkeypatch.setattr(torch.UntypedStorage, "_release_ipc_counter", lambda *arguments: released.append(arguments))
-    with pytest.raises(
-        HandoverError, match=r"cannot map the replay on GPU GPU-1: CUDA error: invalid .*gpu_storage=fa"
-    ):
-        import_cuda_slab("GPU-1", [b"memory", 8, 0, b"counter", 3, b"event", True], 8)
-    assert released == [(b"counter", 3)]
+@pytest.mark.parametrize(
+    ("peer", "fails", "writer", "opened"),
+    [
+        (True, (), "cuda:0", [(0, False)]),
+        (True, (0,), "cuda:0", [(0, False), (1, True)]),
+        (False, (), "cuda:0", [(1, True)]),
+        (True, (), "cuda:1", [(1, True)]),
+        (True, (), "cpu", [(1, True)]),
+    ],
+)
+def test_a_slab_is_mapped_for_the_gpu_that_writes_if_it_has_peer_access(monkeypatch, peer, fails, writer, opened):
+    """Then a copy needs no stream on the learner's GPU. Otherwise the slab is mapped for the GPU that it is on."""
+    gpus = FakeGpus(monkeypatch, peer=peer, fails=fails)
+    import_cuda_slab("GPU-1", HANDLE, 8, writer=torch.device(writer))
+    assert gpus.opened == opened and not gpus.released
 
 
 @pytest.mark.gpu
