@@ -125,10 +125,11 @@ def _block_gradients(block: Block, grad: Tensor) -> list[Tensor]:
     """Return the gradients of all weights and biases, layer by layer. Shapes: grad (M,) is dL/dv."""
     grads: list[Tensor] = []
     row = grad[:, None].to(block.slope.dtype)
-    for x, slope in zip(block.inputs, block.slopes, strict=False):  # the last layer has an input but no slope
+    *hidden, last = block.inputs  # the last layer has an input but no slope; Dynamo of torch 2.7 zips equal lengths only
+    for x, slope in zip(hidden, block.slopes, strict=True):
         scaled = slope * row
         grads += [(scaled.t() @ x).float(), scaled.sum(0, dtype=torch.float32)]
-    return [*grads, (row.t() @ block.inputs[-1]).float(), grad.sum()[None]]
+    return [*grads, (row.t() @ last).float(), grad.sum()[None]]
 
 
 def _join(slopes: list[Tensor], grads: list[Tensor]) -> Tensor:
