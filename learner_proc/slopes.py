@@ -125,7 +125,7 @@ def _block_gradients(block: Block, grad: Tensor) -> list[Tensor]:
     """Return the gradients of all weights and biases, layer by layer. Shapes: grad (M,) is dL/dv."""
     grads: list[Tensor] = []
     row = grad[:, None].to(block.slope.dtype)
-    *hidden, last = block.inputs  # the last layer has an input but no slope; Dynamo of torch 2.7 zips equal lengths only
+    *hidden, last = block.inputs  # the last has no slope; torch 2.7 compiles zip for equal lengths only
     for x, slope in zip(hidden, block.slopes, strict=True):
         scaled = slope * row
         grads += [(scaled.t() @ x).float(), scaled.sum(0, dtype=torch.float32)]
