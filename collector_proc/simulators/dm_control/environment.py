@@ -15,7 +15,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from collector_proc.simulators.dm_control import egl
 from shared.errors import SimulatorError
+from shared.lifetime import SIM_GPU_INDEX
 from shared.stream import ObsSpec
 
 if TYPE_CHECKING:
@@ -31,6 +33,7 @@ GL_FIX = (
     "install libegl1 libegl-mesa0 libgl1-mesa-dri for MUJOCO_GL=egl, or libosmesa6 for MUJOCO_GL=osmesa "
     "(glfw needs a display), or observe state vectors with env.from_pixels=false"
 )
+EGL_DEVICE = "MUJOCO_EGL_DEVICE_ID"
 NO_RENDERER = ("off", "disable", "disabled", "false", "0")
 
 
@@ -48,8 +51,18 @@ class SuitePlan:
 
 
 def renderer_variables(from_pixels: bool, environ: Mapping[str, str] = os.environ) -> dict[str, str]:
-    """Return the environment variables that dm_control needs at its import: the user's MUJOCO_GL, or a fitting one."""
-    return {"MUJOCO_GL": environ.get("MUJOCO_GL") or ("egl" if from_pixels else "disabled")}
+    """Return the environment variables that dm_control needs at its import: the user's MUJOCO_GL, or a fitting one.
+
+    Launch sets MUJOCO_EGL_DEVICE_ID to the simulator's GPU as nvidia-smi counts it. If EGL shows fewer devices than
+    that, its first device is used instead.
+    """
+    variables = {"MUJOCO_GL": environ.get("MUJOCO_GL") or ("egl" if from_pixels else "disabled")}
+    index = environ.get(EGL_DEVICE, "")
+    if variables["MUJOCO_GL"] == "egl" and index.isdecimal() and index == environ.get(SIM_GPU_INDEX):
+        count = egl.count_devices()
+        if count is not None and int(index) >= count:
+            variables[EGL_DEVICE] = "0"
+    return variables
 
 
 @contextlib.contextmanager

@@ -9,11 +9,13 @@ from typing import Any
 import numpy as np
 import pytest
 
+from collector_proc.simulators.dm_control import egl
 from collector_proc.simulators.dm_control.environment import (
     SuiteEnvironment,
     SuitePlan,
     environment_seed,
     load_suite,
+    renderer_variables,
     run_tick,
 )
 from collector_proc.simulators.dm_control.tick_buffer import TickBuffer, tick_bytes
@@ -42,6 +44,27 @@ def raw_environment(plan: SuitePlan, index: int = 0) -> Any:
 
 def flags(tick: TickBuffer, row: int = 0) -> tuple[bool, bool, bool]:
     return bool(tick.is_first[row]), bool(tick.is_last[row]), bool(tick.is_terminal[row])
+
+
+@pytest.mark.parametrize(
+    ("count", "environ", "replaced"),
+    [
+        (1, {"MUJOCO_EGL_DEVICE_ID": "1", "TANDEM_SIM_GPU_INDEX": "1"}, True),
+        (2, {"MUJOCO_EGL_DEVICE_ID": "1", "TANDEM_SIM_GPU_INDEX": "1"}, False),
+        (None, {"MUJOCO_EGL_DEVICE_ID": "1", "TANDEM_SIM_GPU_INDEX": "1"}, False),
+        (1, {"MUJOCO_EGL_DEVICE_ID": "3", "TANDEM_SIM_GPU_INDEX": "1"}, False),
+        (1, {"MUJOCO_EGL_DEVICE_ID": "1", "TANDEM_SIM_GPU_INDEX": "1", "MUJOCO_GL": "osmesa"}, False),
+        (1, {}, False),
+    ],
+)
+def test_a_device_that_launch_chose_and_egl_does_not_have_is_not_used(
+    monkeypatch: pytest.MonkeyPatch, count: int | None, environ: dict[str, str], replaced: bool
+) -> None:
+    """A device that the user chose is used, and if EGL does not have it, dm_control reports it."""
+    monkeypatch.setattr(egl, "count_devices", lambda: count)
+    variables = renderer_variables(True, environ)
+    assert variables["MUJOCO_GL"] == environ.get("MUJOCO_GL", "egl")
+    assert variables.get("MUJOCO_EGL_DEVICE_ID") == ("0" if replaced else None)
 
 
 @pytest.mark.parametrize(("domain", "task", "repeat"), [("cheetah", "run", 2), ("walker", "walk", 3)])

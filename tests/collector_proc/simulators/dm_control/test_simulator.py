@@ -57,6 +57,13 @@ def egl() -> dict[str, str]:
     return environ
 
 
+def test_rendering_starts_although_egl_has_fewer_devices_than_nvidia_smi(egl) -> None:
+    chosen = {"MUJOCO_EGL_DEVICE_ID": "99", "TANDEM_SIM_GPU_INDEX": "99"}
+    code = "from collector_proc.simulators.dm_control.environment import load_suite; load_suite(from_pixels=True)"
+    done = subprocess.run([sys.executable, "-c", code], env={**egl, **chosen}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
 def rollout(settings: Settings, num_ticks: int) -> list[np.ndarray]:
     """Return one array per tick with all fields of the arrival. The actions do not depend on the number of workers."""
     simulator = build_simulator(settings, seed=7, device="cpu")
