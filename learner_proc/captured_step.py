@@ -55,12 +55,12 @@ class CapturedStep:
     def __call__(self) -> Numbers:
         """Launch the graph and return the metrics, which the next call overwrites."""
         if self._batch is not None:
-            _copy(self._replay.sample(*self._sizes), self._batch)
+            copy_batch(self._replay.sample(*self._sizes), self._batch)
         self._launch()
         return self._numbers
 
 
-def _copy(source: TensorDict, target: TensorDict) -> None:
+def copy_batch(source: TensorDict, target: TensorDict) -> None:
     """Copy every leaf into its fixed address, on the current stream."""
     for key in target.keys(include_nested=True, leaves_only=True):
         target.get(key).copy_(source.get(key), non_blocking=True)

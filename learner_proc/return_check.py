@@ -51,7 +51,8 @@ class ReturnCheck:
         obs = self._normaliser(batch.get("obs").to_dict())
         noise = torch.zeros(length, num_windows, self._world_model.rssm.stoch_dim, device=reward.device)
         features = feat(self._world_model.observe(obs, batch["action"], first, noise).belief)  # (B, L, F)
-        value = self._critic(features[:, [start, length - 1]])  # (B, 2); a value includes its own state's reward
+        states = torch.stack([features[:, start], features[:, -1]], 1)  # a list as index would copy it from the host
+        value = self._critic(states)  # (B, 2); a value includes its own state's reward
         steps = length - 1 - start
         discount = torch.pow(self._gamma, torch.arange(steps, device=reward.device))
         recorded = (reward[:, start:-1] * self._reward_scale * discount).sum(1) + self._gamma**steps * value[:, 1]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -11,6 +12,7 @@ from tensordict import TensorDict
 from learner_proc import checkpoint
 from learner_proc.captured_step import CapturedStep, SampledStep, Update
 from learner_proc.gradient_step import GradientStep
+from learner_proc.measurements import CapturedMeasurements, Measurements
 from learner_proc.replay import Replay
 from shared.compose import load_settings
 from shared.config import Settings
@@ -60,7 +62,7 @@ def build_step(
     if not (captured or options.enabled):
         return SampledStep(step, replay, **shape)
     snapshot, random_state = step.state_dict(), checkpoint.random_state(replay, device)
-    blank = blank_batch(step.spec, geometry, device=device)
+    blank = blank_batch(step.spec, geometry.num_sequences, geometry.sequence_length, device=device)
     if captured:
         update: Update = CapturedStep(step, replay, **shape, blank=blank)
     else:
@@ -101,9 +103,17 @@ def keep_freed_memory() -> None:
         mallopt(_M_TOP_PAD, 256 << 20)
 
 
-def blank_batch(spec: StreamSpec, geometry: Geometry, *, device: torch.device) -> TensorDict:
+def build_measurements(step: GradientStep, replay: Replay, settings: Settings, *, device: torch.device) -> Measurements:
+    """Return what measures the numbers of a row of metrics.jsonl, captured if gradient steps are captured too."""
+    if not (device.type == "cuda" and settings.optimization.compile.cudagraphs):
+        return Measurements(step, replay, settings.optimization)
+    blank = partial(blank_batch, step.spec, device=device)
+    return CapturedMeasurements(step, replay, settings.optimization, blank=blank)
+
+
+def blank_batch(spec: StreamSpec, num_sequences: int, length: int, *, device: torch.device) -> TensorDict:
     """Return a batch of zeros that has the shapes of real batches."""
-    lead = (geometry.num_sequences, geometry.sequence_length)
+    lead = (num_sequences, length)
     batch = TensorDict({"obs": TensorDict({}, lead)}, lead, device=device)
     for entry in spec.fields():
         batch[entry.key] = torch.zeros(*lead, *entry.shape, dtype=getattr(torch, entry.dtype), device=device)

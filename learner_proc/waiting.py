@@ -19,7 +19,7 @@ from learner_proc.pacing import Pacing
 from learner_proc.publisher import Publisher
 from learner_proc.replay import Replay
 from learner_proc.saver import Saver, restore
-from learner_proc.startup import allocate_replay, build_gradient_step, build_step
+from learner_proc.startup import allocate_replay, build_gradient_step, build_measurements, build_step
 from learner_proc.streaming import Chunk
 from learner_proc.totals import Counters
 from shared import metrics
@@ -120,7 +120,7 @@ class WaitingLearner:
         update = build_step(step, shared.replay, process.settings, self._geometry, device=self._device)
         if self._saved:
             restore(self._saved, self._folder, step, shared.replay, device=self._device)
-        measurements = Measurements(step, shared.replay, process.settings.optimization)
+        measurements = build_measurements(step, shared.replay, process.settings, device=self._device)
         startup_s = time.monotonic() - began
         process.log.info("networks ready", seconds=round(startup_s, 2), parameters=step.parameter_counts())
         writer = self._open_writer(shared, measurements, streaming_since=began, startup_s=startup_s)
