@@ -1,5 +1,8 @@
 """The RSSM against TorchRL's modules, and what happens where an episode begins."""
 
+import inspect
+from types import ModuleType
+
 import pytest
 import torch
 
@@ -23,14 +26,23 @@ def random_belief(num: int) -> Belief:
     return Belief(torch.randn(num, D), torch.randn(num, S))
 
 
+@pytest.fixture
+def torchrl_rssm() -> ModuleType:
+    """TorchRL's RSSM modules. Before 0.11 their layers have no sizes, so weights cannot be copied into them."""
+    modules = pytest.importorskip("torchrl.modules.models.model_based")
+    if "action_dim" not in inspect.signature(modules.RSSMPrior).parameters:
+        pytest.skip("the RSSM takes the sizes of its layers from TorchRL 0.11 on")
+    return modules
+
+
 def test_a_feature_is_stoch_then_deter():
     belief = Belief(torch.full((1, D), 1.0), torch.full((1, S), 2.0))
     assert feat(belief).tolist() == [[2.0] * S + [1.0] * D]
 
 
-def test_the_prior_agrees_with_torchrl_where_both_follow_the_paper(rssm: RSSM):
-    modules = pytest.importorskip("torchrl.modules.models.model_based")
-    oracle = modules.RSSMPrior(torch.zeros(A), hidden_dim=D, rnn_hidden_dim=D, state_dim=S, action_dim=A, scale_lb=1e-6)
+def test_the_prior_agrees_with_torchrl_where_both_follow_the_paper(rssm: RSSM, torchrl_rssm: ModuleType):
+    sizes = {"hidden_dim": D, "rnn_hidden_dim": D, "state_dim": S, "action_dim": A}
+    oracle = torchrl_rssm.RSSMPrior(torch.zeros(A), **sizes, scale_lb=1e-6)
     pairs = [
         (oracle.action_state_projector[0], rssm.input),
         (oracle.rnn_to_prior_projector[0], rssm.prior_hidden),
@@ -48,9 +60,9 @@ def test_the_prior_agrees_with_torchrl_where_both_follow_the_paper(rssm: RSSM):
     torch.testing.assert_close(ours.stoch, mean + (std + 0.1) * noise, rtol=1e-5, atol=1e-5)
 
 
-def test_the_posterior_agrees_with_torchrl_on_joined_belief_and_embedding(rssm: RSSM):
-    modules = pytest.importorskip("torchrl.modules.models.model_based")
-    oracle = modules.RSSMPosterior(hidden_dim=D, state_dim=S, rnn_hidden_dim=D, obs_embed_dim=E_DIM, scale_lb=1e-6)
+def test_the_posterior_agrees_with_torchrl_on_joined_belief_and_embedding(rssm: RSSM, torchrl_rssm: ModuleType):
+    sizes = {"hidden_dim": D, "rnn_hidden_dim": D, "state_dim": S, "obs_embed_dim": E_DIM}
+    oracle = torchrl_rssm.RSSMPosterior(**sizes, scale_lb=1e-6)
     with torch.no_grad():
         oracle.obs_rnn_to_post_projector[0].weight.copy_(
             torch.cat([rssm.posterior_deter.weight, rssm.posterior_embed.weight], 1)
