@@ -32,6 +32,12 @@ assert not heavy, heavy
 """
 
 
+@pytest.fixture(autouse=True)
+def _no_renderer_is_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Unset MUJOCO_GL, which simulators that other tests build in this process leave behind."""
+    monkeypatch.delenv("MUJOCO_GL", raising=False)
+
+
 def settings_with(**env: object) -> Settings:
     settings = Settings()
     for name, value in env.items():
@@ -59,8 +65,7 @@ def batched_with(backend: str, **env: object) -> Settings:
         pendulum_with(),
     ],
 )
-def test_settings_that_work_are_accepted(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("MUJOCO_GL", raising=False)
+def test_settings_that_work_are_accepted(settings: Settings) -> None:
     check_env(settings)
 
 
