@@ -8,7 +8,6 @@ Nothing here waits for the device: on it, bad steps are skipped, loss scales cha
 
 from __future__ import annotations
 
-from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -17,12 +16,12 @@ from torch import Tensor, nn
 from learner_proc import snapshot
 from learner_proc.behavior import ActorLoss, Behavior, CriticLoss
 from learner_proc.behavior_gradients import BehaviorGradients
+from learner_proc.cells import ImagineScan, ObserveScan
 from learner_proc.compiling import compiler
 from learner_proc.heads import CRITIC_LAYERS, ScalarHead
 from learner_proc.imagination import Imagination, Imagined, frozen_view, random_subset
 from learner_proc.numbers import Numbers
 from learner_proc.optimiser import Optimiser
-from learner_proc.scan import Scan
 from learner_proc.snapshot import Groups
 from learner_proc.world_model import ModelLoss, WorldModel
 from shared import metrics
@@ -69,12 +68,8 @@ class GradientStep:
         self._embed, self._model_loss = compiled(self.world_model.embed), compiled(self.world_model.loss)
         frozen_rssm = frozen_view(self.policy.rssm)
         self._imagination = Imagination(frozen_rssm, self.policy.actor, entropy_gradient=optimization.entropy_scale > 0)
-        scan = partial(Scan, dtype=dtype, compiled=compiled)
-        row, rssm = partial(torch.zeros, 1, device=device), self.policy.rssm
-        blank, action, stoch = rssm.initial(1), row(spec.action_dim), row(rssm.stoch_dim)
-        first = row(1, dtype=torch.bool)
-        self._observe_scan = scan(rssm.posterior_step, blank, (action, row(rssm.deter_dim), first, stoch))
-        self._imagine_scan = scan(self._imagination.step, blank, (action, stoch))
+        self._observe_scan = ObserveScan(self.policy.rssm, dtype=dtype, compiled=compiled)
+        self._imagine_scan = ImagineScan(self._imagination, dtype=dtype, compiled=compiled)
         self._behavior = Behavior(self.world_model.reward, self.world_model.cont, self.critic, optimization)
         self._behavior_gradients = BehaviorGradients(self._behavior, self._optimisers, dtype=dtype, compiled=compiled)
 

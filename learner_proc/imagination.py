@@ -74,8 +74,11 @@ class Imagination(nn.Module):
         """
         mean, std = self.actor(feat(belief).detach(), linear)
         action = torch.tanh(mean + std * action_noise)
-        stats = (mean, std) if self.entropy_gradient else (mean.detach(), std.detach())
-        return ImaginedStep(self.rssm.prior_step(belief, action, noise, linear=linear), *stats)
+        return ImaginedStep(self.rssm.prior_step(belief, action, noise, linear=linear), *self.kept(mean, std))
+
+    def kept(self, mean: Tensor, std: Tensor) -> tuple[Tensor, Tensor]:
+        """Return an action's mean and std, with their gradient if the entropy has one."""
+        return (mean, std) if self.entropy_gradient else (mean.detach(), std.detach())
 
     def imagine(
         self,

@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from learner_proc.heads import scalar_output
-from learner_proc.scan import CACHED_ROWS
+from learner_proc.products import CACHED_ROWS
 
 # The gradient at an activation's input, from the gradient at its output, its input x and its output y.
 ACTIVATION_BACKWARD: dict[type[nn.Module], Callable[[Tensor, Tensor, Tensor], Tensor]] = {

@@ -41,7 +41,11 @@ class Actor(nn.Module):
         x = feat
         for layer in self.layers:
             x = linear(layer, x) if isinstance(layer, nn.Linear) else layer(x)
-        mean, raw_std = x.float().chunk(2, -1)
+        return self.stats(*x.chunk(2, -1))
+
+    def stats(self, mean: Tensor, raw_std: Tensor) -> tuple[Tensor, Tensor]:
+        """Return mean and std before the tanh, in float32, from the two halves (..., A) of the last layer's output."""
+        mean, raw_std = mean.float(), raw_std.float()
         return MEAN_SCALE * torch.tanh(mean / MEAN_SCALE), F.softplus(raw_std + self.raw_init_std) + MIN_ACTION_STD
 
 

@@ -38,8 +38,12 @@ def feat(belief: Belief) -> Tensor:
 
 def split_stats(raw: Tensor) -> tuple[Tensor, Tensor]:
     """Return mean and std (..., S) of a stochastic state, in float32, from the output (..., 2S) of a layer."""
-    mean, raw_std = raw.float().chunk(2, -1)
-    return mean, F.softplus(raw_std) + MIN_STOCH_STD
+    return stats(*raw.chunk(2, -1))
+
+
+def stats(mean: Tensor, raw_std: Tensor) -> tuple[Tensor, Tensor]:
+    """Return mean and std (..., S) of a stochastic state, in float32, from the two halves of a layer's output."""
+    return mean.float(), F.softplus(raw_std.float()) + MIN_STOCH_STD
 
 
 class RSSM(nn.Module):

@@ -6,7 +6,7 @@ import pytest
 import torch
 from tensordict import TensorDict
 
-from learner_proc import scan, slopes
+from learner_proc import products, scan, slopes
 from learner_proc.gradient_step import GradientStep
 from learner_proc.plain_step import PlainStep
 from shared import metrics
@@ -137,10 +137,10 @@ def test_the_fast_step_computes_what_the_plain_step_computes_from_pixels(obs, op
 @pytest.mark.parametrize("bias_in_product", [False, True], ids=["as on a CPU", "as on a GPU"])
 def test_every_form_of_the_fast_step_computes_what_the_plain_step_computes(options, bias_in_product, monkeypatch):
     """Large batches are computed in groups of steps and in blocks of rows, and a GPU adds biases differently."""
-    for module, name, value in ((scan, "MANY_ROWS", 1), (scan, "CACHED_ROWS", 3), (slopes, "CACHED_ROWS", 3)):
+    for module, name, value in ((products, "CACHED_ROWS", 3), (slopes, "CACHED_ROWS", 3)):
         monkeypatch.setattr(module, name, value)
     monkeypatch.setattr(scan, "STEPS_PER_CALL", 2)
-    monkeypatch.setattr(scan, "bias_in_product", lambda x: bias_in_product)
+    monkeypatch.setattr(products, "bias_in_product", lambda x: bias_in_product)
     compare(VECTOR, settings_of(options))
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from learner_proc import scan as scan_module
+from learner_proc import products
 from learner_proc.scan import FEW_ROWS, STEPS_PER_CALL, Scan, layers_in_order, unroll
 from shared.model.layers import GRU, Linear, plain
 from shared.model.rssm import Belief
@@ -49,10 +49,9 @@ class Cell:
 def form(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each form of a scan: weight gradients over all steps or for each call in blocks, products of a CPU or a GPU."""
     if "many" in request.param:
-        monkeypatch.setattr(scan_module, "MANY_ROWS", 1)
-        monkeypatch.setattr(scan_module, "CACHED_ROWS", 3)
+        monkeypatch.setattr(products, "CACHED_ROWS", 3)
     if "bias" in request.param:
-        monkeypatch.setattr(scan_module, "bias_in_product", lambda x: True)
+        monkeypatch.setattr(products, "bias_in_product", lambda x: True)
 
 
 def start(rows: int) -> Belief:
