@@ -113,9 +113,13 @@ class Recorder:
         return product
 
 
-def bias_in_product(x: Tensor) -> bool:
-    """Return whether a product on the device of `x` adds a bias of one row at no cost, but copies a matrix of rows."""
-    return x.is_cuda
+def splits_products(x: Tensor) -> bool:
+    """Return whether to split a product before anything is added to it: in code that is compiled for a GPU.
+
+    The compiler then puts everything between two products into kernels of one size. Elsewhere one call that multiplies
+    and adds is faster.
+    """
+    return x.is_cuda and torch.compiler.is_compiling()
 
 
 class Weights(NamedTuple):
@@ -164,8 +168,7 @@ class StepProducts:
         if addend is None:
             return torch.addmm(bias, x, weight.t()).chunk(num, -1)
         self.inputs[index].append(x.detach())
-        if bias_in_product(x):
-            # Split first: then the compiler can do everything between two products in kernels of one size.
+        if splits_products(x):
             return _sums((x @ weight.t()).chunk(num, -1), addend)
         return torch.addmm(addend, x, weight.t()).chunk(num, -1)
 

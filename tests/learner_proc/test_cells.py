@@ -23,7 +23,7 @@ FORMS = ["as on a CPU", "as on a GPU", "each step apart"]
 def form(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """The forms of the products; in the last one, no weight gradient joins steps and a call has two steps."""
     if request.param == "as on a GPU":
-        monkeypatch.setattr(products, "bias_in_product", lambda x: True)
+        monkeypatch.setattr(products, "splits_products", lambda x: True)
     if request.param == "each step apart":
         monkeypatch.setattr(products, "CACHED_ROWS", 1)
         monkeypatch.setattr(scan, "STEPS_PER_CALL", 2)

@@ -140,7 +140,7 @@ def test_every_form_of_the_fast_step_computes_what_the_plain_step_computes(optio
     for module, name, value in ((products, "CACHED_ROWS", 3), (slopes, "CACHED_ROWS", 3)):
         monkeypatch.setattr(module, name, value)
     monkeypatch.setattr(scan, "STEPS_PER_CALL", 2)
-    monkeypatch.setattr(products, "bias_in_product", lambda x: bias_in_product)
+    monkeypatch.setattr(products, "splits_products", lambda x: bias_in_product)
     compare(VECTOR, settings_of(options))
 
 

@@ -51,7 +51,7 @@ def form(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Non
     if "many" in request.param:
         monkeypatch.setattr(products, "CACHED_ROWS", 3)
     if "bias" in request.param:
-        monkeypatch.setattr(products, "bias_in_product", lambda x: True)
+        monkeypatch.setattr(products, "splits_products", lambda x: True)
 
 
 def start(rows: int) -> Belief:
