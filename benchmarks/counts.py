@@ -19,7 +19,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -63,7 +63,7 @@ def _cases(
             yield f"torchrl, {size} frames, {word}", partial(count_torchrl, size, compiled=form)
 
 
-def risen(new: dict[str, Figures], old: dict[str, Figures]) -> list[str]:
+def risen(new: Mapping[str, Mapping[str, float]], old: Mapping[str, Mapping[str, float]]) -> list[str]:
     """Return one line for each figure that is in both and has risen. The figures of the peer may rise."""
     lines = []
     for case in new.keys() & old.keys():
