@@ -60,7 +60,7 @@ def count_step(frames: int, *, compiled: bool) -> dict[str, float]:
 def count_preset(name: str, *, compiled: bool) -> dict[str, float]:
     """Return the figures of the captured step of a file in configs/, with a replay of its full size.
 
-    compiled: whether to compile if the preset says so; otherwise nothing is compiled.
+    compiled: whether to compile if the preset compiles; otherwise nothing is compiled.
     """
     settings, (obs, action_dim) = compose(name), PRESETS[name]
     settings.optimization.compile.enabled &= compiled

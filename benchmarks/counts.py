@@ -5,8 +5,8 @@
     python -m benchmarks.counts --compare benchmarks/results/counts.json          # an error if a figure has risen
     python -m benchmarks.counts --only presets --preset isaaclab mjlab
 
-They are measured on a CUDA device. A stand-in for CUDA's runtime that computes nothing and counts is enough, and is
-what the kept file comes from: `python -m tests.fake_gpu python -m benchmarks.counts`. The output then says "fake GPU".
+They are measured on a CUDA device. A fake one, which computes nothing and counts, is enough, and gave the figures of
+the kept file: `python -m tests.fake_gpu python -m benchmarks.counts`. The output then names the device "fake GPU".
 
 Parts:
     step      our captured gradient step with the sizes of TorchRL's recipe, in bfloat16
