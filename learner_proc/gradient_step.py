@@ -19,7 +19,7 @@ from learner_proc.behavior_gradients import BehaviorGradients
 from learner_proc.cells import ImagineScan, ObserveScan
 from learner_proc.compiling import compiler
 from learner_proc.heads import CRITIC_LAYERS, ScalarHead
-from learner_proc.imagination import Imagination, Imagined, frozen_view, random_subset
+from learner_proc.imagination import Imagination, Imagined, entropy_and_std, frozen_view, random_subset
 from learner_proc.numbers import Numbers
 from learner_proc.optimiser import Optimiser
 from learner_proc.snapshot import Groups
@@ -56,15 +56,15 @@ class GradientStep:
         self.critic = ScalarHead(self.policy.rssm.feat_dim, CRITIC_LAYERS, networks).to(device)
         rates = {"model": optimization.world_model_lr, "actor": optimization.actor_lr, "value": optimization.value_lr}
         modules = {"model": self.world_model, "actor": self.policy.actor, "value": self.critic}
-        adam = {"eps": optimization.adam_eps, "clip": optimization.grad_clip}
-        self._optimisers = {
-            name: Optimiser(
-                list(module.parameters()), lr=rates[name], **adam, scaled=optimization.autocast == "float16"
-            )
-            for name, module in modules.items()
-        }
         self._dtype = AUTOCAST_DTYPES[optimization.autocast]
         compiled, dtype = compiler(optimization.compile, device), self._dtype or torch.float32
+        adam = {"eps": optimization.adam_eps, "clip": optimization.grad_clip, "compiled": compiled}
+        scaled = optimization.autocast == "float16"
+        self._optimisers = {
+            name: Optimiser(list(module.parameters()), lr=rates[name], scaled=scaled, **adam)
+            for name, module in modules.items()
+        }
+        self._normalise, self._summarise = compiled(self.policy.normaliser), compiled(entropy_and_std)
         self._embed, self._model_loss = compiled(self.world_model.embed), compiled(self.world_model.loss)
         frozen_rssm = frozen_view(self.policy.rssm)
         self._imagination = Imagination(frozen_rssm, self.policy.actor, entropy_gradient=optimization.entropy_scale > 0)
@@ -97,7 +97,7 @@ class GradientStep:
     def _learn_model(self, batch: TensorDict) -> tuple[ModelLoss, Belief]:
         """Return the world model's loss and its posterior beliefs (B * L, ...), detached, as starts of imagination."""
         num_sequences, length = batch["reward"].shape
-        obs = self.policy.normaliser({name: batch["obs", name] for name in sorted(self.spec.obs)})
+        obs = self._normalise({name: batch["obs", name] for name in sorted(self.spec.obs)})
         noise = torch.randn(length, num_sequences, self.policy.rssm.stoch_dim, device=self._device)
         posterior = self.world_model.observe(
             obs, batch["action"], batch["is_first"], noise, scan=self._observe_scan, embed=self._embed
@@ -117,7 +117,7 @@ class GradientStep:
         lead = (self._options.imagination_horizon, start.deter.shape[0])
         action_noise = torch.randn(*lead, self.spec.action_dim, device=self._device)
         noise = torch.randn(*lead, self.policy.rssm.stoch_dim, device=self._device)
-        return self._imagination.imagine(start, action_noise, noise, scan=self._imagine_scan)
+        return self._imagination.imagine(start, action_noise, noise, scan=self._imagine_scan, summarise=self._summarise)
 
     def observe_statistics(self, obs: dict[str, Tensor]) -> None:
         """Update the normaliser with new rows (K, E, *shape). Each row must be given once; images are ignored."""

@@ -87,14 +87,21 @@ class Imagination(nn.Module):
         noise: Tensor,
         *,
         scan: Callable[[Belief, Sequence[Tensor]], ImaginedStep],
+        summarise: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]] | None = None,
     ) -> Imagined:
         """Imagine H steps from detached starts. `scan` unrolls `step` along time.
+
+        summarise: by default `entropy_and_std`. A gradient step passes a faster form.
 
         Shapes: start (N, ...), action_noise (H, N, A), noise (H, N, S).
         """
         num_starts = start.deter.shape[0]
         assert action_noise.shape[:2] == noise.shape[:2] == (noise.shape[0], num_starts), action_noise.shape
         imagined = scan(Belief(*(part.detach() for part in start)), (action_noise, noise))
-        mean, std = imagined.action_mean, imagined.action_std
-        entropy = tanh_normal_entropy(mean, std, action_noise.transpose(0, 1))  # (N, H)
-        return Imagined(feat(imagined.belief), entropy, std.detach().mean())
+        entropy, std = (summarise or entropy_and_std)(*imagined[1:], action_noise.transpose(0, 1))
+        return Imagined(feat(imagined.belief), entropy, std)
+
+
+def entropy_and_std(mean: Tensor, std: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the entropy of every action (...), and the mean of all `std`, detached. Shapes: (..., A) each."""
+    return tanh_normal_entropy(mean, std, noise), std.detach().mean()

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 INITIAL_LOSS_SCALE = 2.0**16
 LOSS_SCALE_INTERVAL = 2000  # finite steps between two doublings
+NORM_EPS = 1e-6  # as in torch.nn.utils.clip_grad_norm_
 
 
 class LossScale:
@@ -29,14 +31,33 @@ class LossScale:
         self.num_finite.copy_(num_finite.masked_fill(grow, 0.0))
 
 
+def limit(norm: Tensor, clip: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Return whether the norm is not finite, the same as a number, and what to divide the gradients by to clip them.
+
+    Shapes: all ().
+    """
+    bad = ~torch.isfinite(norm)
+    return bad, bad.float(), ((norm + NORM_EPS) / clip).clamp_min(1.0)
+
+
 class Optimiser:
     """Adam over a fixed list of parameters. It clips the global norm of the gradients.
 
     If a gradient is not finite, the step is skipped by a flag on the device, without a wait.
     """
 
-    def __init__(self, params: Sequence[nn.Parameter], *, lr: float, eps: float, clip: float, scaled: bool) -> None:
-        self.params, self.clip = list(params), clip
+    def __init__(
+        self,
+        params: Sequence[nn.Parameter],
+        *,
+        lr: float,
+        eps: float,
+        clip: float,
+        scaled: bool,
+        compiled: Callable[[Callable[..., Any]], Callable[..., Any]] = lambda function: function,
+    ) -> None:
+        """scaled: whether the loss has a scale, as float16 needs; compiled: compiles a function."""
+        self.params, self.clip, self._limit = list(params), clip, compiled(limit)
         device = self.params[0].device
         self.optimizer = torch.optim.Adam(self.params, lr=lr, eps=eps, fused=True, capturable=device.type == "cuda")
         self.loss_scale = LossScale(device) if scaled else None
@@ -60,14 +81,15 @@ class Optimiser:
         if self.loss_scale is not None:
             torch._foreach_div_(grads, self.loss_scale.scale)  # pyright: ignore[reportPrivateImportUsage]
         norm = torch.nn.utils.get_total_norm(grads)
-        bad = ~torch.isfinite(norm)
+        bad, found_inf, divisor = self._limit(norm, self.clip)
         for param, grad in zip(self.params, grads, strict=True):
             # The gradient of a convolution has the memory layout of its input, but the fused kernels read parameters,
             # moments and gradients in the order of memory. So copy it into the parameter's layout.
             param.grad = grad if grad.stride() == param.stride() else torch.empty_like(param).copy_(grad)
-        torch.nn.utils.clip_grads_with_norm_(self.params, self.clip, norm)
-        # The fused kernels read this flag. If it is set, parameters, moments and step count stay as they are.
-        self.optimizer.found_inf = bad.float()  # type: ignore[attr-defined]
+        # The fused kernels divide the gradients by this number, so clipping needs no pass of its own.
+        self.optimizer.grad_scale = divisor  # type: ignore[attr-defined]
+        # They also read this flag. If it is set, parameters, moments and step count stay as they are.
+        self.optimizer.found_inf = found_inf  # type: ignore[attr-defined]
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         if self.loss_scale is not None:
