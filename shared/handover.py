@@ -277,7 +277,7 @@ def import_cuda_slab(uuid: str, handle: list, num_bytes: int, *, writer: torch.d
     except RuntimeError as error:
         # Otherwise torch would wait for this process before it frees the learner's memory.
         with contextlib.suppress(RuntimeError):
-            torch.UntypedStorage._release_ipc_counter(*counter)
+            torch.UntypedStorage._release_ipc_counter_cuda(*counter)
         raise HandoverError(
             f"the collector cannot map the replay on GPU {uuid}: {str(error).splitlines()[0]}; expected CUDA IPC to "
             f"work between the two processes; {HOST_REPLAY}"

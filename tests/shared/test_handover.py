@@ -150,7 +150,7 @@ class FakeGpus:
         monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: SimpleNamespace(uuid=f"GPU-{index}"))
         monkeypatch.setattr(torch.cuda, "can_device_access_peer", lambda device, other: peer)
         monkeypatch.setattr(reductions, "rebuild_cuda_tensor", self._rebuild)
-        monkeypatch.setattr(torch.UntypedStorage, "_release_ipc_counter", lambda *args: self.released.append(args))
+        monkeypatch.setattr(torch.UntypedStorage, "_release_ipc_counter_cuda", lambda *args: self.released.append(args))
 
     def _rebuild(self, *arguments) -> torch.Tensor:
         self.opened.append((arguments[6], arguments[-1]))
