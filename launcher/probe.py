@@ -3,12 +3,13 @@
 The probe starts the simulator as the collector would, takes random actions, checks the arrivals and closes the
 simulator. There is no learner and no network. The output can be pasted into an issue.
 
-Exit codes: 0 if every check passed, 1 otherwise.
+Exit codes: 0 if every check passed, 1 if a check failed or a setting is wrong, 2 if an option is wrong.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib.metadata
 import os
 import platform
@@ -29,6 +30,8 @@ from shared.errors import SettingError, SimulatorError
 from shared.geometry import count_envs
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from torch import Tensor
 
     from collector_proc.simulators.base import Arrival, Simulator
@@ -74,7 +77,7 @@ def main() -> int:
     try:
         log_versions(log)
         settings = _read_settings(options, log)
-        _probe(log, settings, device=options.device or _default_device(), num_ticks=options.ticks)
+        _probe(log, settings, device=options.device, num_ticks=options.ticks)
     except SettingError as error:
         log.check(False, str(error))
         return 1  # the message contains the fix, so the user needs no issue
@@ -126,7 +129,8 @@ class StreamCheck:
         else:
             self.num_same += _num_equal(arrival.obs, arrival.acting_obs, ended)
         self.num_stale += _num_equal(self._obs, arrival.obs, ended)
-        self.num_ends += int(arrival.is_last.sum())
+        complete = arrival.is_last if arrival.diverged is None else arrival.is_last & ~arrival.diverged
+        self.num_ends += int(complete.sum())
         self.num_terminal += int(arrival.is_terminal.sum())
         self._take(arrival)
 
@@ -142,12 +146,26 @@ class StreamCheck:
 
 
 def _parse_options() -> argparse.Namespace:
+    """Return the options. If one is wrong, print why and raise SystemExit with code 2."""
     parser = argparse.ArgumentParser(prog="python -m launcher.probe", description=__doc__)
     parser.add_argument("--config", required=True, help="a file of configs/, as for launch.py")
     parser.add_argument("--device", help="cpu or cuda:0; default: cuda:0 if there is a GPU, as launch.py chooses")
     parser.add_argument("--ticks", type=int, default=100, help="number of steps of all environments")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings that replace those of the config")
-    return parser.parse_args()
+    options = parser.parse_intermixed_args()
+    if options.ticks < 1:
+        parser.error(f"--ticks {options.ticks} takes no step; expected at least 1; leave it out to take 100 steps")
+    try:
+        devices = _find_devices()
+    except SettingError as error:  # about CUDA_VISIBLE_DEVICES
+        parser.error(str(error))
+    options.device = options.device or devices[0]
+    if options.device not in devices:
+        parser.error(
+            f"--device {options.device} is not a device of this machine; expected one of {', '.join(devices)}; leave "
+            f"it out to use {devices[0]}, or look at the GPUs that 'nvidia-smi -L' lists"
+        )
+    return options
 
 
 def _read_settings(options: argparse.Namespace, log: ProbeLog) -> Settings:
@@ -155,13 +173,18 @@ def _read_settings(options: argparse.Namespace, log: ProbeLog) -> Settings:
     settings = compose(options.config, options.overrides)
     check_env(settings, log.line)
     env = settings.env
-    if env.horizon is None and not find_backend(env.backend).horizon_needs_time_out:
+    if env.horizon is None and not find_backend(env.backend).horizon_may_be_refused:
         env.horizon = max(2, options.ticks // 3)  # so that episodes end while the probe runs
     return settings
 
 
-def _default_device() -> str:
-    return "cuda:0" if visible_gpus(list_gpus()[0], os.environ.get("CUDA_VISIBLE_DEVICES")) else "cpu"
+def _find_devices() -> list[str]:
+    """Return the devices of this machine as --device names them; the first is the default.
+
+    Raises: SettingError if CUDA_VISIBLE_DEVICES names a GPU that does not exist.
+    """
+    gpus = visible_gpus(list_gpus()[0], os.environ.get("CUDA_VISIBLE_DEVICES"))
+    return [*(f"cuda:{index}" for index in range(len(gpus))), "cpu"]
 
 
 def _probe(log: ProbeLog, settings: Settings, *, device: str, num_ticks: int) -> None:
@@ -169,21 +192,31 @@ def _probe(log: ProbeLog, settings: Settings, *, device: str, num_ticks: int) ->
     env = settings.env
     task = f"{env.name} {env.task}".strip()
     log.line(f"{env.backend} {task}, {count_envs(settings)} environments, {device}, horizon {env.horizon}")
-    crash_dir = Path(tempfile.mkdtemp(prefix="tandem-probe-"))
-    log.line(f"states that are not finite are written to {crash_dir}")
-    began = time.monotonic()
-    simulator = build_simulator(settings, seed=env.seed, device=device, crash_dir=crash_dir)
-    log.check(True, f"started in {time.monotonic() - began:.1f} s, on {simulator.device}")
-    try:
-        log.line(f"streams {simulator.spec.to_dict()}")
-        _log_stream(log, _step(log, simulator, num_ticks), num_ticks)
-        diverged = getattr(simulator, "num_diverged", 0)
-        log.check(diverged == 0, f"{diverged} rows diverged")
-    finally:
+    with _crash_dir() as crash_dir:
+        log.line(f"states that are not finite are written to {crash_dir}")
         began = time.monotonic()
-        with ending.closing_deadline(CLOSE_S, 1):
-            simulator.close()
-        log.check(True, f"closed in {time.monotonic() - began:.1f} s")
+        simulator = build_simulator(settings, seed=env.seed, device=device, crash_dir=crash_dir)
+        log.check(True, f"started in {time.monotonic() - began:.1f} s, on {simulator.device}")
+        try:
+            log.line(f"streams {simulator.spec.to_dict()}")
+            _log_stream(log, _step(log, simulator, num_ticks), num_ticks)
+            log.check(simulator.num_diverged == 0, f"{simulator.num_diverged} rows diverged")
+        finally:
+            began = time.monotonic()
+            with ending.closing_deadline(CLOSE_S, 1):
+                simulator.close()
+            log.check(True, f"closed in {time.monotonic() - began:.1f} s")
+
+
+@contextlib.contextmanager
+def _crash_dir() -> Iterator[Path]:
+    """Make a folder for the states that are not finite, and remove it at the end if there were none."""
+    folder = Path(tempfile.mkdtemp(prefix="tandem-probe-"))
+    try:
+        yield folder
+    finally:
+        with contextlib.suppress(OSError):  # it is not empty
+            folder.rmdir()
 
 
 def _step(log: ProbeLog, simulator: Simulator, num_ticks: int) -> StreamCheck:

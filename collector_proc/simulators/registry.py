@@ -2,10 +2,11 @@
 
 A backend's folder holds two modules:
 
-    checks.py      check(settings, report): refuses settings that cannot work; imports neither torch nor the simulator
+    checks.py      check(settings, report): refuses settings that cannot work; imports neither torch nor a simulator's
+                   library
     simulator.py   a class that follows `base.Simulator`
 
-Nothing of a backend is imported until the settings choose it.
+No backend is imported until the settings choose it, or choose one that uses it.
 """
 
 from __future__ import annotations
@@ -42,13 +43,13 @@ class Backend:
     package: the folder with `checks` and `simulator`, as a module path. simulator: the class in `simulator`.
     ignores: the keys of settings that it does not read; any value but the default is then refused. They include
     ENV_COUNTS if env.num_envs is the number of environments, and TASK_CHOICES if its tasks leave nothing to choose.
-    horizon_needs_time_out: env.horizon moves the task's own time-out, so it is refused for a task without one.
+    horizon_may_be_refused: some tasks of this backend cannot end at env.horizon, so the probe does not set one.
     """
 
     package: str
     simulator: str
     ignores: tuple[str, ...] = ()
-    horizon_needs_time_out: bool = False
+    horizon_may_be_refused: bool = False
 
     @property
     def one_batch(self) -> bool:
@@ -59,10 +60,15 @@ class Backend:
 BACKENDS = {
     "dm_control": Backend("collector_proc.simulators.dm_control", "DmControlSimulator", TASK_CHOICES),
     "pendulum": Backend("collector_proc.simulators.pendulum", "PendulumSimulator", (*TASK_CHOICES, *ENV_COUNTS)),
-    "torchrl": Backend("collector_proc.simulators.torchrl", "TorchrlSimulator", ("env.randomize_start", *ENV_COUNTS)),
-    "mjlab": Backend("collector_proc.simulators.mjlab", "MjlabSimulator", ENV_COUNTS, horizon_needs_time_out=True),
+    "torchrl": Backend(
+        "collector_proc.simulators.torchrl",
+        "TorchrlSimulator",
+        ("env.randomize_start", *ENV_COUNTS),
+        horizon_may_be_refused=True,
+    ),
+    "mjlab": Backend("collector_proc.simulators.mjlab", "MjlabSimulator", ENV_COUNTS, horizon_may_be_refused=True),
     "isaaclab": Backend(
-        "collector_proc.simulators.isaaclab", "IsaacLabSimulator", ENV_COUNTS, horizon_needs_time_out=True
+        "collector_proc.simulators.isaaclab", "IsaacLabSimulator", ENV_COUNTS, horizon_may_be_refused=True
     ),
 }
 
@@ -83,8 +89,8 @@ def check_env(settings: Settings, report: Callable[[str], None] = lambda line: N
     env, backend = settings.env, find_backend(settings.env.backend)
     if env.grayscale and not env.from_pixels:
         raise SettingError(
-            "env.grayscale=true has no effect with env.from_pixels=false; expected both or neither; "
-            "set env.from_pixels=true"
+            "env.grayscale=true has no effect with env.from_pixels=false; expected env.from_pixels=true; "
+            "set env.from_pixels=true or env.grayscale=false"
         )
     refuse_ignored(settings, backend.ignores)
     refuse_image_range(env)

@@ -11,12 +11,8 @@ import time
 from pathlib import Path
 
 import pytest
-import torch
 
-from collector_proc.simulators.base import Arrival
-from launcher.probe import StreamCheck
 from shared.progress import read
-from shared.stream import ObsSpec, StreamSpec
 from tests.fakes.isaac_tiers import environment
 
 REPO = Path(__file__).parents[2]
@@ -132,27 +128,23 @@ def test_an_unknown_task_ends_the_run_and_a_similar_name_is_proposed(tmp_path: P
             ["no episode ended in 2 ticks"],
         ),
         (["--config", "quickstart"], 0, ["all checks passed", "pendulum swingup, 8 environments"]),
+        (["env.num_envs=4", "--config", "quickstart", "env.horizon=7"], 0, ["4 environments, cpu, horizon 7"]),
+        (
+            ["--config", "gym", "env.name=tests.fakes.counting_env:make_same_step", "env.num_envs=2"],
+            0,
+            ["all checks passed", "horizon None"],
+        ),
         (["--config", "isaaclab", "env.name=Fake-Discrete-v0", "env.num_envs=4"], 1, ["FAILED", "Discrete(3)"]),
     ],
 )
 def test_the_probe_reports_the_problems_that_a_collector_would_have(
-    arguments: list[str], code: int, words: list[str]
+    arguments: list[str], code: int, words: list[str], tmp_path: Path
 ) -> None:
-    command = [sys.executable, "-m", "launcher.probe", *arguments]
-    done = subprocess.run(command, cwd=REPO, env=environment("A"), capture_output=True, text=True, timeout=DEADLINE_S)
+    command, env = [sys.executable, "-m", "launcher.probe", *arguments], environment("A", TMPDIR=str(tmp_path))
+    done = subprocess.run(command, cwd=REPO, env=env, capture_output=True, text=True, timeout=DEADLINE_S)
     assert done.returncode == code, done.stdout + done.stderr
     assert all(word in done.stdout for word in words), done.stdout
-
-
-def test_the_probe_counts_last_observations_that_equal_the_row_before() -> None:
-    obs = [{"policy": torch.tensor([[value], [10.0 + value]])} for value in (0.0, 1.0)]
-    obs[1]["policy"][1] = 10.0  # the last observation of environment 1 equals the one before
-    flags = torch.tensor([[True, True], [False, False], [True, True]])
-    spec = StreamSpec(2, {"policy": ObsSpec((1,), "float32")}, 1)
-    seen = StreamCheck(Arrival(obs[0], torch.zeros(2), flags[0], flags[1], flags[1], acting_obs=obs[0]), spec)
-    fresh = {"policy": torch.full((2, 1), 7.0)}
-    seen.add(Arrival(obs[1], torch.ones(2), flags[1], flags[2], flags[1], acting_obs=fresh))
-    assert (seen.num_ends, seen.num_stale, seen.num_same) == (2, 1, 0)
+    assert not list(tmp_path.glob("tandem-probe-*")), "an empty folder is left"
 
 
 def test_the_probe_finds_divergence(tmp_path: Path) -> None:
