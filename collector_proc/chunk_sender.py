@@ -83,12 +83,14 @@ class ChunkSender:
         while self._uncommitted is not None and not self.commit_if_done():
             self._process.progress.advance()
             self._learner.read_grants()  # raises Disconnected if the learner has ended
-            limit = min(deadlines.step_s, deadlines.stop_s / 2) if self._process.stop.requested else deadlines.step_s
+            limit, setting = deadlines.step_s, "deadlines.step_s"
+            if self._process.stop.requested:
+                limit, setting = min((limit, setting), (deadlines.stop_s / 2, "deadlines.stop_s"))
             if time.monotonic() - began > limit:
                 raise TransportError(
                     f"the copy of a chunk to row {self._uncommitted.grant.row} of the replay is not done after "
-                    f"{limit:.0f} s; expected it to take milliseconds; check whether another process uses the GPU, or "
-                    "raise deadlines.step_s"
+                    f"{limit:g} s; expected it to take milliseconds; check whether another process uses the GPU, or "
+                    f"raise {setting}"
                 )
             time.sleep(POLL_S)
 
@@ -105,7 +107,7 @@ class ChunkSender:
             lengths=struct.pack(f"<{count}i", *episodes.lengths),
             kinds=bytes(episodes.kinds),
             num_episodes=episodes.num_episodes,
-            num_diverged=getattr(self._simulator, "num_diverged", 0),
+            num_diverged=self._simulator.num_diverged,
             rss_bytes=memory.rss_bytes,
             gpu_bytes=memory.gpu_bytes,
             device_bytes=memory.device_bytes,

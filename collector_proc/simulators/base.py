@@ -53,6 +53,11 @@ class Simulator(Protocol):
     device: str  # where arrivals are, and where actions must be
     frames_per_step: int  # env frames in one agent step (the action repeat)
 
+    @property
+    def num_diverged(self) -> int:
+        """The number of rows that were not finite so far, as of the last check. Never waits."""
+        ...
+
     def reset(self) -> Arrival:
         """Begin a new episode in every environment, and return an arrival in which every row is `is_first`."""
         ...
@@ -73,7 +78,10 @@ class Simulator(Protocol):
 
 
 class SimulatorClass(Protocol):
-    """How the class of a backend is called. The settings have passed the backend's checks; see `build_simulator`."""
+    """The constructor that the class of every backend has.
+
+    The settings have passed the backend's checks; see `build_simulator`.
+    """
 
     def __call__(self, settings: Settings, *, seed: int, device: str, crash_dir: Path | None) -> Simulator:
         """Build the simulator. Raises: SettingError or SimulatorError if that is not possible."""

@@ -28,13 +28,21 @@ from tests.fakes.late_copier import LateCopier
 E, K, CAPACITY = 2, 3, 12
 SPEC = StreamSpec(E, {"policy": ObsSpec((1,), "float32")}, 1)
 LAYOUT = plan_layout(SPEC, CAPACITY)
+SIMULATOR = SimpleNamespace(frames_per_step=4, num_diverged=3)
 GRANT = Grant(seq=8, row=6, version=0)
 
 
 class Scene:
     """A sender whose copies are done only when the test finishes them."""
 
-    def __init__(self, *, with_checksum: bool = False, step_s: float = 60.0, stop_s: float = 60.0) -> None:
+    def __init__(
+        self,
+        *,
+        with_checksum: bool = False,
+        step_s: float = 60.0,
+        stop_s: float = 60.0,
+        simulator: Any = SIMULATOR,
+    ) -> None:
         settings = Settings()
         settings.replay_buffer.checksum = with_checksum
         settings.deadlines.step_s, settings.deadlines.stop_s = step_s, stop_s
@@ -46,7 +54,6 @@ class Scene:
         evaluation = torch.tensor([False, True])
         self.tracker = EpisodeTracker(SPEC, ticks=K, evaluation=evaluation, copier=self.copier)
         self.reported: list[int] = []
-        simulator: Any = SimpleNamespace(frames_per_step=4, num_diverged=3)
         learner: Any = SimpleNamespace(read_grants=lambda: None)
         meter: Any = SimpleNamespace(read=lambda: Memory(10, 20, 30))
         status: Any = SimpleNamespace(report=self.reported.append)
@@ -125,13 +132,22 @@ def test_waiting_for_a_commit_returns_when_the_copy_is_done_and_at_once_without_
     assert scene.commit() is not None
 
 
+def test_a_simulator_must_count_the_rows_that_diverged():
+    scene = Scene(simulator=SimpleNamespace(frames_per_step=4, num_diverge=3))
+    scene.gather()
+    scene.sender.send(GRANT, policy_version=5)
+    scene.copier.finish()
+    with pytest.raises(AttributeError, match="num_diverged"):
+        scene.sender.commit_if_done()
+
+
 @pytest.mark.parametrize("stopped", [False, True])
 def test_a_copy_that_is_never_done_is_an_error_that_names_its_row(stopped):
     scene = Scene(step_s=100.0, stop_s=0.1) if stopped else Scene(step_s=0.05)
     scene.stop.requested = stopped
     scene.gather()
     scene.sender.send(GRANT, policy_version=5)
-    with pytest.raises(
-        TransportError, match=r"row 6 of the replay is not done after .* s; expected .*deadlines.step_s"
-    ):
+    setting = "deadlines.stop_s" if stopped else "deadlines.step_s"
+    message = rf"row 6 of the replay is not done after 0\.05 s; expected .*raise {setting}$"
+    with pytest.raises(TransportError, match=message):
         scene.sender.wait_until_committed()

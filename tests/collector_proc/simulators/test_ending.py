@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from pathlib import Path
 
+REPO = Path(__file__).resolve().parents[3]
 SCRIPT = """
 import atexit, os, sys
 from collector_proc.simulators import ending
@@ -23,6 +25,7 @@ def code_of(body: str) -> int:
     reader, writer = os.pipe()
     os.close(reader)
     env = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    env["PYTHONPATH"] = str(REPO)
     try:
         command = [sys.executable, "-c", SCRIPT.format(body=body)]
         return subprocess.run(command, env=env, stdout=writer, stderr=writer, timeout=300, check=False).returncode

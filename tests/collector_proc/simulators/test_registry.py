@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -95,7 +94,7 @@ def test_settings_that_work_are_accepted(settings: Settings) -> None:
         (settings_with(num_envs=64), r"env.num_envs=64 .*env.n_parallel_envs.*; expected null; set env.num_envs=null"),
         (
             settings_with(grayscale=True, from_pixels=False),
-            r"env.grayscale=true .*env.from_pixels=false; expected both or neither; set env.from_pixels=true",
+            r"env.grayscale=true .*; expected env.from_pixels=true; set env.from_pixels=true or env.grayscale=false$",
         ),
         (
             pendulum_with(name="cheetah"),
@@ -200,10 +199,7 @@ def test_a_dm_control_that_does_not_import_is_refused(monkeypatch: pytest.Monkey
 def test_checks_import_no_simulator_and_leave_the_process_as_it_was() -> None:
     variables = {**os.environ, "PYTHONPATH": str(ROOT)}
     variables.pop("MUJOCO_GL", None)
-    start = time.monotonic()
     subprocess.run([sys.executable, "-c", LIGHT], env=variables, check=True, timeout=300)
-    if time.monotonic() - start > 10:  # about one second on a quiet machine
-        pytest.skip("this machine is too busy to tell whether the checks are fast")
 
 
 def test_the_settings_choose_the_simulator() -> None:

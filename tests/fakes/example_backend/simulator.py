@@ -17,7 +17,7 @@ class PointSimulator:
 
     def __init__(self, settings: Settings, *, seed: int, device: str, crash_dir: Path | None = None) -> None:
         self.spec = StreamSpec(settings.env.num_envs or 1, {"policy": ObsSpec((2,), "float32")}, action_dim=1)
-        self.device, self.frames_per_step = device, settings.env.frame_skip
+        self.device, self.frames_per_step, self.num_diverged = device, settings.env.frame_skip, 0
         self.max_age = settings.env.horizon or EPISODE_STEPS
         self.generator = torch.Generator(device).manual_seed(seed)
         self.position, self.speed, self.age = torch.zeros(3, self.spec.num_envs, device=device)
