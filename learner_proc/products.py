@@ -263,14 +263,19 @@ class _Call:
         rows = JOINED_ROWS if grads[0].is_cuda else CACHED_ROWS
         size = max(1, rows // self.shape[1])  # steps whose rows are joined into one product
         weights, biases = [], []
+        steps = self._inputs_of_steps(len(grads))
         for start in range(0, len(grads), size):
-            grad, x = _joined(grads[start : start + size]), _joined(self.inputs[start : start + size])
+            grad, x = _joined(grads[start : start + size]), _joined(steps[start : start + size])
             if self.known is not None:
                 x = torch.cat([x, self.known[start : start + size].flatten(0, 1).to(x.dtype)], -1)
             weights.append((grad.t() @ x).float())
             if with_bias:
                 biases.append(grad.sum(0, dtype=torch.float32))
         return _total(weights), _total(biases) if with_bias else None
+
+    def _inputs_of_steps(self, num_steps: int) -> Sequence[Tensor]:
+        """Return the inputs (N, in) of each step, also if those of several steps came joined."""
+        return self.inputs if len(self.inputs) == num_steps else torch.cat(self.inputs).split(self.shape[1])
 
 
 def addends_of(
