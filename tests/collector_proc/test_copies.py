@@ -137,10 +137,8 @@ def gpu_arrival(tick: int, device: torch.device) -> Arrival:
 
 def keep_busy(device: torch.device) -> None:
     """Queue some tenths of a second of work on the current stream."""
-    matrix = torch.randn(8192, 8192, device=device)
-    for _ in range(16):
-        matrix = matrix @ matrix
-        matrix /= matrix.norm()
+    with torch.cuda.device(device):
+        torch.cuda._sleep(500_000_000)  # cycles of the GPU's clock; torch's own tests hold a stream in this way
 
 
 def gpu_writer(slab_device: str, capacity: int = 3 * K):

@@ -1,0 +1,23 @@
+"""Run a command that sees fake GPUs: `python -m tests.fake_gpu [--operators] COMMAND...`. See README.md."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+from tests.fake_gpu.environment import fake_gpu_environment
+
+USAGE = "usage: python -m tests.fake_gpu [--operators] COMMAND..."
+
+
+def main(arguments: list[str]) -> None:
+    """Replace this process by the command."""
+    operators = arguments[:1] == ["--operators"]
+    command = arguments[operators:]
+    if not command:
+        raise SystemExit(USAGE)
+    os.execvpe(command[0], command, {**os.environ, **fake_gpu_environment(operators=operators)})
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
