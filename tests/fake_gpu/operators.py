@@ -40,6 +40,7 @@ _WAITS = {"aten::nonzero", "aten::masked_select", "aten::_unique2", "aten::uniqu
 _MIXES = {"aten::copy_", "aten::_to_copy", "aten::index", "aten::index_put_", "aten::_index_put_impl_"}
 _POISON = 0xFF
 _CACHE_LIMIT = 50_000
+_DRAW = 4  # CUDA's generators count in multiples of 4
 _NOT_PERMITTED = "CUDA error: operation not permitted when stream is capturing (fake GPU: {})"
 
 
@@ -59,13 +60,29 @@ class _Plan:
 
 
 @dataclass
+class _Registered:
+    """A generator that draws in a graph. Two objects of Python may stand for one generator; its address is the same."""
+
+    generator: torch.Generator
+    drawn: int = 0  # by how much one replay moves the offset
+    seed: int = 0  # of the replay that runs
+    offset: int = 0
+
+
+@dataclass
 class _Recording:
-    """The operators of a captured graph, and the random numbers that one replay draws from each generator."""
+    """The operators of a captured graph, and the generators that it draws from."""
 
     work: list[Work] = field(default_factory=list)
-    generators: list[torch.Generator] = field(default_factory=list)
-    drawn: dict[int, int] = field(default_factory=dict)  # generator's id -> offset used so far
-    base: dict[int, tuple[int, int]] = field(default_factory=dict)  # generator's id -> seed and offset of this replay
+    registered: dict[int, _Registered] = field(default_factory=dict)
+
+    def draw(self, generator: torch.Generator) -> Callable[[], torch.Generator]:
+        """Record that the graph draws; return a function that gives the CPU generator of this draw in each replay."""
+        entry = self.registered.get(generator._cdata)
+        if entry is None:
+            raise RuntimeError("fake GPU: a generator draws in a capture that it is not registered with")
+        used, entry.drawn = entry.drawn, entry.drawn + _DRAW
+        return lambda: _cpu_generator(entry.seed, entry.offset + used)
 
 
 _plans: dict[Any, _Plan] = {}
@@ -190,24 +207,11 @@ def _default_generator(device: torch.device) -> torch.Generator:
 
 def _draws(generator: torch.Generator) -> Callable[[], torch.Generator]:
     """Return a function that gives the CPU generator of this draw: it depends on the CUDA generator's seed and offset alone."""
-    step = 4  # as CUDA's generator counts: the offset is a multiple of 4
     if _capturing():
-        recording = _recording
-        assert recording is not None
-        if generator not in recording.generators and generator is not _default_generator(torch.device(generator.device)):
-            raise RuntimeError("fake GPU: a generator draws in a capture that it is not registered with")
-        used = recording.drawn.get(id(generator), 0)
-        recording.drawn[id(generator)] = used + step
-        if generator not in recording.generators:
-            recording.generators.append(generator)
-
-        def replayed() -> torch.Generator:
-            seed, offset = recording.base[id(generator)]
-            return _cpu_generator(seed, offset + used)
-
-        return replayed
+        assert _recording is not None
+        return _recording.draw(generator)
     seed, offset = generator.initial_seed(), generator.get_offset()
-    generator.set_offset(offset + step)
+    generator.set_offset(offset + _DRAW)
     return lambda: _cpu_generator(seed, offset)
 
 
@@ -405,30 +409,34 @@ def _on_device(value: Any, device: torch.device, *, copy: bool) -> Any:
 def _capture_begin(self: Any, *args: Any, **kwargs: Any) -> None:
     global _recording
     _original_begin(self, *args, **kwargs)
-    registered = getattr(self, "fake_generators", [])
-    _recording = self.fake_recording = _Recording(generators=list(registered))
+    generators = [*torch.cuda.default_generators, *getattr(self, "fake_generators", [])]
+    registered = {generator._cdata: _Registered(generator) for generator in generators}
+    _recording = self.fake_recording = _Recording(registered=registered)
 
 
 def _capture_end(self: Any) -> None:
     global _recording
     _recording = None
     _original_end(self)
+    _poison_free_memory()
 
 
 def _register(self: Any, generator: torch.Generator) -> None:
-    _original_register(self, generator)
+    """Register a generator. torch 2.14 does it by itself; older versions, which are supported, need the call."""
     self.fake_generators = [*getattr(self, "fake_generators", []), generator]
 
 
 def _replay(self: Any) -> None:
     recording: _Recording = self.fake_recording
-    bases = {id(generator): (generator.initial_seed(), generator.get_offset()) for generator in recording.generators}
-    for generator in recording.generators:
-        generator.set_offset(generator.get_offset() + recording.drawn.get(id(generator), 0))
+    drawing = [entry for entry in recording.registered.values() if entry.drawn]
+    states = [(entry.generator.initial_seed(), entry.generator.get_offset()) for entry in drawing]
+    for entry in drawing:
+        entry.generator.set_offset(entry.generator.get_offset() + entry.drawn)
     _original_replay(self)
 
     def work() -> None:
-        recording.base = bases
+        for entry, (entry.seed, entry.offset) in zip(drawing, states, strict=True):
+            pass
         for step in recording.work:
             step()
 
@@ -436,9 +444,18 @@ def _replay(self: Any) -> None:
     streams.submit(torch._C._cuda_getCurrentRawStream(device), device, work)
 
 
+def _poison_free_memory() -> None:
+    """Fill all memory that torch's allocator holds and nobody uses: whoever still reads it reads values that must not be read."""
+    for segment in torch.cuda.memory_snapshot():
+        address = segment["address"]
+        for block in segment["blocks"]:
+            if block["state"] == "inactive":
+                ctypes.memset(address, _POISON, block["size"])
+            address += block["size"]
+
+
 _original_begin = torch.cuda.CUDAGraph.capture_begin
 _original_end = torch.cuda.CUDAGraph.capture_end
-_original_register = torch.cuda.CUDAGraph.register_generator_state
 _original_replay = torch.cuda.CUDAGraph.replay
 _original_run = threading.Thread.run
 _original_text = torch._tensor_str._str
@@ -458,6 +475,11 @@ def _text(self: torch.Tensor, *, tensor_contents: Any = None) -> str:
     return _original_text(self, tensor_contents=tensor_contents)
 
 
+def _compile(model: Any = None, **_: Any) -> Any:
+    """Replace torch.compile, which does not work below a dispatch mode. The function is computed operator by operator."""
+    return model if model is not None else lambda function: function
+
+
 def _sleep(cycles: int) -> None:
     device = torch.cuda.current_device()
     streams.sleep(torch._C._cuda_getCurrentRawStream(device), device)
@@ -468,6 +490,7 @@ def install() -> None:
     graph: Any = torch.cuda.CUDAGraph
     graph.capture_begin, graph.capture_end = _capture_begin, _capture_end
     graph.register_generator_state, graph.replay = _register, _replay
+    torch.compile = _compile
     texts: Any = torch._tensor_str
     texts._str = _text
     cuda: Any = torch.cuda
