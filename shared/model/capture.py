@@ -51,4 +51,9 @@ def capture(
     finally:
         gc.enable()
     torch.cuda.current_stream(device).wait_stream(stream)
-    return graph.replay, result
+
+    def launch(_: Callable[[], Result] = function) -> None:
+        """Replay the graph. The default argument keeps the function, and with it the memory that the graph uses."""
+        graph.replay()
+
+    return launch, result
