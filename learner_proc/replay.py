@@ -148,20 +148,27 @@ class Replay:
 class _HostStaging:
     """Copies host samples to the GPU through pinned memory.
 
-    A pinned buffer must not be overwritten before its copy has finished. The host is at most two steps ahead of the
-    GPU, and with each step it may sample once more for a row of metrics. So five buffers are enough.
+    A pinned buffer is overwritten only after its last copy has finished. The training loop is at most two steps ahead of
+    the GPU, and with each step it may sample once more for a row of metrics, so with five buffers it never waits here.
     """
 
     def __init__(self) -> None:
         self._slots: list[dict] = [{} for _ in range(5)]
+        self._copied: list[torch.cuda.Event | None] = [None] * len(self._slots)
         self._turn = 0
 
     def move(self, batch: dict, device: torch.device) -> dict:
         """Return the batch on the device. Does not wait for the copy."""
         self._turn = (self._turn + 1) % len(self._slots)
-        slot = self._slots[self._turn]
+        slot, copied = self._slots[self._turn], self._copied[self._turn]
+        if copied is not None and not copied.query():
+            copied.synchronize()
         for key, value in batch.items():
             if key not in slot or slot[key].shape != value.shape:
                 slot[key] = torch.empty_like(value, pin_memory=True)
             slot[key].copy_(value)
-        return {key: pinned.to(device, non_blocking=True) for key, pinned in slot.items()}
+        moved = {key: pinned.to(device, non_blocking=True) for key, pinned in slot.items()}
+        if device.type == "cuda":
+            copied = self._copied[self._turn] = torch.cuda.Event()
+            copied.record(torch.cuda.current_stream(device))
+        return moved
