@@ -148,8 +148,8 @@ class Replay:
 class _HostStaging:
     """Copies host samples to the GPU through pinned memory.
 
-    A pinned buffer is overwritten only after its last copy has finished. The training loop is at most two steps ahead of
-    the GPU, and with each step it may sample once more for a row of metrics, so with five buffers it never waits here.
+    A pinned buffer is overwritten only after its last copy has finished. The training loop is at most two steps ahead
+    of the GPU, and with each step it may sample once more for a row of metrics, so with five buffers it never waits.
     """
 
     def __init__(self) -> None:

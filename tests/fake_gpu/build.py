@@ -29,7 +29,9 @@ class BuildError(Exception):
 def _package_folder(name: str) -> Path:
     spec = importlib.util.find_spec(name)
     if spec is None or spec.origin is None:
-        raise BuildError(f"the package {name} is not installed; expected a CUDA build of torch: pip install torch==2.14.1")
+        raise BuildError(
+            f"the package {name} is not installed; expected a CUDA build of torch: pip install torch==2.14.1"
+        )
     return Path(spec.origin).parent
 
 
@@ -84,7 +86,9 @@ def build() -> Path:
     Raises: BuildError if torch is not a CUDA 13 build or if the compiler refuses.
     """
     torch_folder = _package_folder("torch")
-    content = b"".join(file.read_bytes() for file in [*sorted(SOURCES.iterdir()), Path(__file__), torch_folder / "version.py"])
+    content = b"".join(
+        file.read_bytes() for file in [*sorted(SOURCES.iterdir()), Path(__file__), torch_folder / "version.py"]
+    )
     folder = Path(tempfile.gettempdir()) / f"tandem-fake-gpu-{hashlib.sha256(content).hexdigest()[:16]}"
     if folder.exists():
         return folder

@@ -1,9 +1,10 @@
 """The order in which the fake GPU does the work of its streams.
 
-By default work is done at once, when it is put on a stream. With FAKE_GPU_STREAM_SEED every stream is a queue, and its work is done
-late and in an order that is drawn from the seed: any order that the streams' events allow. A host that waits (synchronize, a blocking
-copy) gets exactly what it waited for, and a host that asks (query) lets a little work be done. Code that forgot to wait for an event
-then reads memory before it is written, or writes it before it is read, and its test fails.
+By default work is done at once, when it is put on a stream. With FAKE_GPU_STREAM_SEED every stream is a queue, and its
+work is done late and in an order that is drawn from the seed: any order that the streams' events allow. A host that
+waits (synchronize, a blocking copy) gets exactly what it waited for, and a host that asks (query) lets a little work be
+done. Code that forgot to wait for an event then reads memory before it is written, or writes it before it is read, and
+its test fails.
 """
 
 from __future__ import annotations
@@ -80,6 +81,23 @@ def finish(handle: int, device: int) -> None:
     if _seed is not None:
         with _lock:
             _run_all(_queue((device, handle)))
+
+
+def finish_all() -> None:
+    """Do everything that is on any stream."""
+    with _lock:
+        for queue in list(_queues.values()):
+            _run_all(queue)
+
+
+def reseed(seed: int) -> None:
+    """Finish all work, then draw the order of later work from another seed. It has no effect if work is done at once."""
+    if _seed is None:
+        return
+    with _lock:
+        finish_all()
+        _random.seed(seed)
+        _queues.clear()
 
 
 def sleep(handle: int, device: int) -> None:
@@ -274,8 +292,7 @@ def _work_while_idle() -> None:
 def _stop() -> None:
     with _lock:
         _runtime().fake_gpu_set_hooks(None)
-        for queue in list(_queues.values()):
-            _run_all(queue)
+        finish_all()
 
 
 def install() -> None:
