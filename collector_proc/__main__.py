@@ -16,7 +16,7 @@ from collector_proc.simulators import ending
 from collector_proc.simulators.registry import build_simulator
 from shared.errors import HandoverError, SettingError, SimulatorError, TransportError
 from shared.geometry import Geometry
-from shared.gpu import check_gpu
+from shared.gpu import check_gpu, describe_gpu
 from shared.handover import Disconnected, connect
 from shared.lifetime import ExitCode, StopRequested, die_first_when_memory_ends
 from shared.process import Process, start_process
@@ -99,7 +99,9 @@ def _collect(process: Process, simulator: Simulator, *, device: str, incarnation
     collector = Collector(
         process, simulator, connection, ticks=ticks, incarnation=incarnation, seed=seed + 7919, device=acting_device
     )
-    process.log.info("collecting", incarnation=incarnation, spec=simulator.spec.to_dict())
+    process.log.info(
+        "collecting", incarnation=incarnation, acts_on=describe_gpu(str(acting_device)), spec=simulator.spec.to_dict()
+    )
     collector.run()
     process.log.info(
         "ended", agent_steps=collector.agent_steps, asked=process.stop.requested, outgrown=collector.outgrown

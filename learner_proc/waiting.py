@@ -25,6 +25,7 @@ from learner_proc.totals import Counters
 from shared import metrics
 from shared.errors import TransportError
 from shared.geometry import Geometry
+from shared.gpu import describe_gpu
 from shared.process import Process
 from shared.run_folder import RunFolder
 from shared.stream import StreamSpec
@@ -188,7 +189,10 @@ def allocate_and_restore(
         rows = checkpoint.load_replay(folder, replay, spec_digest=spec.digest())
         pacing.prefill = max(0, geometry.prefill_frames - rows * spec.num_envs)
         process.log.info("replay restored", rows=rows, checkpoint=str(folder))
-    process.log.info("replay allocated", num_bytes=replay.slab.numel(), device=str(replay.slab.device))
+    memory = describe_gpu(str(replay.slab.device))
+    process.log.info(
+        "replay allocated", num_bytes=replay.slab.numel(), memory=memory, trains_on=describe_gpu(str(device))
+    )
     return replay, fd
 
 

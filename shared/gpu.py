@@ -34,3 +34,13 @@ def check_gpu(device: str, *, autocast: str = "false") -> None:
             f"{capability[0]}.{capability[1]}; expected 8.0 or more, because older GPUs only emulate bfloat16; set "
             "optimization.autocast=float16 or optimization.autocast=false"
         )
+
+
+def describe_gpu(device: str) -> str:
+    """Return the GPU's name and its unique identifier, as nvidia-smi lists them, or "cpu"."""
+    if not device.startswith("cuda"):
+        return "cpu"
+    import torch
+
+    properties = torch.cuda.get_device_properties(device)
+    return f"{properties.name} (GPU-{properties.uuid})"

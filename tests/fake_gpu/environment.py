@@ -7,13 +7,15 @@ from pathlib import Path
 
 from tests.fake_gpu.build import LIBRARIES, build
 
-HERE = Path(__file__).parent
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parent.parent
 
 
-def fake_gpu_environment(*, operators: bool) -> dict[str, str]:
+def fake_gpu_environment(*, operators: bool, root: Path = ROOT) -> dict[str, str]:
     """Return what to add to a process's environment.
 
-    operators: compute torch's operators on the CPU. Without it kernels do nothing and are counted.
+    operators: compute torch's operators on the CPU. Without it kernels do nothing and are counted. root: the checkout
+    whose modules the process imports.
     """
     libraries = build()
     path = [str(HERE / "bin"), os.environ.get("PATH", "")]
@@ -24,7 +26,7 @@ def fake_gpu_environment(*, operators: bool) -> dict[str, str]:
         "FAKE_GPU": "1",
     }
     if operators:
-        paths = [str(HERE / "site"), str(HERE.parent.parent), os.environ.get("PYTHONPATH", "")]
+        paths = [str(HERE / "site"), str(root), os.environ.get("PYTHONPATH", "")]
         environment["PYTHONPATH"] = os.pathsep.join(path for path in paths if path)
         environment["FAKE_GPU_OPERATORS"] = "1"
     return environment

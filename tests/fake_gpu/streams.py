@@ -91,7 +91,7 @@ def finish_all() -> None:
 
 
 def reseed(seed: int) -> None:
-    """Finish all work, then draw the order of later work from another seed. It has no effect if work is done at once."""
+    """Finish all work, and draw the order of later work from another seed. If work is done at once, do nothing."""
     if _seed is None:
         return
     with _lock:

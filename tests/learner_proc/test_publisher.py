@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
+import torch
 from torch import nn
 
 from learner_proc import publisher
@@ -65,3 +68,35 @@ def test_a_resumed_run_continues_the_numbers_of_its_versions(tmp_path):
     resumed.publish(step=30)
     assert (resumed.version, resumed.published_step) == (8, 30)
     resumed.close()
+
+
+class RecordingPublisher(Publisher):
+    """Records what it would send."""
+
+    sent: ClassVar[dict[int, bytes]] = {}
+
+    def _send(self, version: int, buffer: torch.Tensor) -> None:
+        self.sent[version] = buffer.numpy().tobytes()
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_a_version_has_the_weights_of_its_step_although_later_steps_overwrite_them(tmp_path):
+    policy = nn.Linear(64, 64, device="cuda:0")
+    publisher = RecordingPublisher(policy, socket_dir=tmp_path, run_id="run")
+    values = {}
+    for step in range(8):
+        with torch.no_grad():
+            policy.weight.fill_(float(step))
+        if step % 3 == 0:
+            torch.cuda._sleep(20_000_000)
+        publisher.publish(step=step)
+        values[publisher.version] = float(step)
+        publisher.flush()
+    end = time.monotonic() + 60
+    while len(publisher.sent) < publisher.version:
+        assert time.monotonic() < end
+        publisher.flush()
+    publisher.close()
+    for version, content in publisher.sent.items():
+        floats = set(torch.frombuffer(bytearray(content), dtype=torch.float32)[:64].tolist())
+        assert floats == {values[version]}, f"version {version} holds {floats}"
