@@ -182,6 +182,19 @@ def test_on_a_gpu_a_chunk_is_copied_after_its_rows_are_computed_and_before_they_
 
 
 @pytest.mark.gpu
+def test_on_a_gpu_a_buffer_is_filled_again_only_after_it_has_been_copied():
+    device, turns = torch.device("cuda:0"), 8
+    ring = torch.zeros(turns, 64, device=device)
+    buffers = DoubleBuffer(StreamCopier(device), lambda: torch.zeros(64, device=device))
+    torch.cuda._sleep(5_000_000)
+    for turn in range(turns):
+        buffers.current.fill_(float(turn))
+        copy = buffers.send([(ring[turn], buffers.current)])
+    copy.wait()
+    assert ring[:, 0].tolist() == [float(turn) for turn in range(turns)]
+
+
+@pytest.mark.gpu
 def test_on_a_gpu_no_tick_waits_for_the_device():
     device = torch.device("cuda:0")
     writer, _, copier = gpu_writer("cpu")

@@ -10,6 +10,7 @@ from torch import nn
 
 from collector_proc.weights_receiver import WeightsReceiver
 from learner_proc.publisher import Publisher
+from shared.model.capture import capture
 from shared.weights import acting_tensors
 
 
@@ -91,5 +92,24 @@ def test_work_that_is_queued_after_an_adoption_uses_the_new_weights(tmp_path):
             publisher.republish()
             time.sleep(0.005)
         assert (target.first.weight == float(version)).all() and target.count == 1.0
+    publisher.close()
+    receiver.close()
+
+
+@pytest.mark.gpu
+def test_a_graph_that_was_captured_before_an_adoption_uses_the_new_weights(tmp_path):
+    source, target = Network(1), Network(2).to("cuda:0")
+    publisher, receiver = connect_pair(tmp_path, source, target)
+    launch, doubled = capture(lambda: target.first.weight * 2, torch.device("cuda", 0), shared_process=True)
+    with torch.no_grad():
+        source.first.weight.fill_(3.0)
+    publisher.publish(step=0)
+    end = time.monotonic() + 300
+    while not receiver.adopt():
+        assert time.monotonic() < end
+        publisher.republish()
+        time.sleep(0.005)
+    launch()
+    assert (doubled == 6.0).all()
     publisher.close()
     receiver.close()

@@ -35,7 +35,7 @@ _records: dict[tuple[int, int], Key] = {}  # event and number of the record -> t
 _last_use = 0.0
 
 
-@dataclass
+@dataclass(eq=False)
 class _Item:
     """One entry of a queue: work to do, after an event if there is one."""
 
@@ -46,7 +46,7 @@ class _Item:
     done: bool = False
 
 
-@dataclass
+@dataclass(eq=False)
 class _Queue:
     key: Key
     eagerness: float  # how likely its work is done before somebody waits for it
@@ -155,8 +155,7 @@ def _run_first(queue: _Queue) -> None:
     if item.event is not None:
         _complete(*item.event)
     if item.after is not None:
-        other = next((q for q in _queues.values() if item.after in q.items), None)
-        while other is not None and not item.after.done:
+        while (other := _queue_of(item.after)) is not None:
             _run_first(other)
     if queue.items and queue.items[0] is item:  # what it waited for may have run it
         queue.items.popleft()
@@ -171,6 +170,7 @@ def _run_all(queue: _Queue) -> None:
     last = queue.items[-1] if queue.items else None
     while last is not None and not last.done:
         _run_first(queue)
+        _do_some()
 
 
 def _completed(event: int) -> int:
@@ -184,6 +184,7 @@ def _complete(event: int, number: int) -> None:
         key = _records.get((event, number))
         if key is not None:
             _run_first(_queues[key])
+            _do_some()
         elif time.monotonic() > end:
             raise RuntimeError("fake GPU: an event of another process did not complete in time")
         else:
@@ -234,13 +235,26 @@ def _on_run_event(event: int, number: int, to_the_end: int) -> None:
 
 
 def _ask(queue: _Queue) -> None:
-    """Let a query have its effect: a little work is done, so that asking often enough gets there."""
+    """Let a query have its effect: one piece of work is done, so that asking often enough gets there.
+
+    If the stream waits for another one, the piece is done there.
+    """
     if not queue.items:
         return
-    if queue.items[0].sleeps > 0:
-        queue.items[0].sleeps -= 1
-    else:
+    item = queue.items[0]
+    key = _records.get(item.event) if item.event is not None and not _ready(item) else None
+    other = _queues[key] if key is not None else _queue_of(item.after)
+    if item.sleeps > 0:
+        item.sleeps -= 1
+    elif other is not None:
+        _ask(other)
+    elif _ready(item):
         _run_first(queue)
+
+
+def _queue_of(item: _Item | None) -> _Queue | None:
+    """Return the queue that holds an entry, or None if the entry is done."""
+    return None if item is None or item.done else next(queue for queue in _queues.values() if item in queue.items)
 
 
 def _on_run_stream(handle: int, device: int, to_the_end: int) -> int:

@@ -6,6 +6,8 @@ Arrivals are views of the tick's memory on the CPU, and valid until the next cal
 
 from __future__ import annotations
 
+import contextlib
+import importlib
 import mmap
 from typing import TYPE_CHECKING
 
@@ -27,6 +29,8 @@ class LocalPool:
     """The environments of a WorkerPool without workers: they are stepped one after the other in this process."""
 
     def __init__(self, plan: SuitePlan, *, num_envs: int) -> None:
+        if plan.from_pixels:
+            _load_triton()
         self._environments = [SuiteEnvironment(plan, index) for index in range(num_envs)]
         self.spec = StreamSpec(num_envs, self._environments[0].obs, self._environments[0].action_dim)
         self.tick = TickBuffer(self.spec, mmap.mmap(-1, tick_bytes(self.spec)))
@@ -40,6 +44,16 @@ class LocalPool:
         for environment in self._environments:
             environment.close()
         self._environments.clear()
+
+
+def _load_triton() -> None:
+    """Load Triton, which torch loads later, before the renderer.
+
+    Mesa's software renderer and Triton each bring a version of LLVM. If Mesa's is loaded first, Triton crashes the
+    process. The workers of a WorkerPool do not use torch, so only this process is affected.
+    """
+    with contextlib.suppress(ImportError):  # builds of torch for the CPU have no Triton
+        importlib.import_module("triton._C.libtriton")
 
 
 class DmControlSimulator:
