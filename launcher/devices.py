@@ -85,18 +85,18 @@ def find_devices(
 
 
 def _refuse_cpu(gpus: list[Gpu], mask: str | None, notes: tuple[str, ...], device_files: Sequence[str]) -> None:
-    """Raise SettingError if the user named a GPU, this machine has one, and the run would still use the CPU."""
+    """Raise SettingError if the user named a GPU, the machine seems to have one, and the run would use the CPU."""
     if gpus:
         raise SettingError(
             f"--sim-gpu or --train-gpu names a GPU, but CUDA_VISIBLE_DEVICES={mask!r} hides every GPU; expected at "
             "least one visible GPU; unset CUDA_VISIBLE_DEVICES, or leave out both options to train on the CPU"
         )
-    found = [path for path in device_files if Path(path).exists()]
-    if found:
-        reason = notes[0] if notes else "there is no nvidia-smi"
+    found = [f"{path} exists" for path in device_files if Path(path).exists()]
+    if found or notes:  # a nvidia-smi that fails is a machine whose driver does not work
+        reason = notes[0] if notes else f"there is no nvidia-smi, but {found[0]}"
         raise SettingError(
-            f"--sim-gpu or --train-gpu names a GPU and {found[0]} exists, but the GPUs cannot be listed: {reason}; "
-            "expected nvidia-smi to list them; install the driver's tools (in a container: the driver capabilities "
+            f"--sim-gpu or --train-gpu names a GPU, but the GPUs cannot be listed: {reason}; expected nvidia-smi to "
+            "list them; repair the driver or install its tools (in a container: the driver capabilities "
             "'compute,utility'), or leave out both options to train on the CPU"
         )
 

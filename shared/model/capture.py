@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import gc
 from collections.abc import Callable, Sequence
 from typing import TypeVar
@@ -51,9 +52,9 @@ def capture(
     finally:
         gc.enable()
     torch.cuda.current_stream(device).wait_stream(stream)
+    return functools.partial(_replay, graph, function), result
 
-    def launch(_: Callable[[], Result] = function) -> None:
-        """Replay the graph. The default argument keeps the function, and with it the memory that the graph uses."""
-        graph.replay()
 
-    return launch, result
+def _replay(graph: torch.cuda.CUDAGraph, _function: Callable[[], object]) -> None:
+    """Replay the graph. The caller keeps the function, and with it the memory that the graph reads and writes."""
+    graph.replay()

@@ -23,7 +23,7 @@ MULTIPLIES = re.compile(r"cublas\w*(gemm|gemv|dot)\w*$", re.IGNORECASE)
 
 
 class BuildError(Exception):
-    """The fake libraries cannot be built here; the message says what is missing."""
+    """The fake libraries cannot be built here; the message names what is missing."""
 
 
 def _package_folder(name: str) -> Path:

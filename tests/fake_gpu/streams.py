@@ -133,7 +133,7 @@ def _put(key: Key, item: _Item) -> None:
 
 
 def _do_some() -> None:
-    """Do some of the work that nobody waits for."""
+    """Do some work although the host does not wait for it."""
     global _last_use
     _last_use = time.monotonic()
     for queue in _random.sample(list(_queues.values()), len(_queues)):

@@ -92,7 +92,7 @@ def test_a_run_from_pixels_finishes(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("broken", ["FAKE_GPU_IPC_EXPORT", "FAKE_GPU_IPC_IMPORT"])
-def test_without_cuda_ipc_a_run_falls_back_to_pinned_memory_and_says_so_once(tmp_path: Path, broken: str) -> None:
+def test_without_cuda_ipc_a_run_falls_back_to_pinned_memory_with_one_warning(tmp_path: Path, broken: str) -> None:
     code, output = launch(tmp_path / "run", *TWO_GPUS, *SMALL, "optimization.total_optim_steps=10", **{broken: "0"})
     assert code == 0, output
     assert summary(tmp_path / "run")["transport"] == "memfd"

@@ -180,9 +180,19 @@ def test_a_named_gpu_that_cannot_be_listed_is_an_error_if_the_machine_has_one(
     device = tmp_path / "nvidia0"
     assert _find(device_files=(str(device),)).kind == "cpu", "there is no GPU, so the CPU is used"
     device.touch()
-    with pytest.raises(SettingError, match=r"nvidia0 exists, but .*there is no nvidia-smi; expected .*leave out both"):
+    with pytest.raises(SettingError, match=r"there is no nvidia-smi, but .*nvidia0 exists; expected .*leave out both"):
         _find(device_files=(str(device),))
     assert _find(sim=None, train=None, device_files=(str(device),)).kind == "cpu"
+
+
+def test_a_named_gpu_is_an_error_if_nvidia_smi_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    program = tmp_path / "nvidia-smi"
+    program.write_text("#!/bin/sh\necho 'cannot communicate with the NVIDIA driver'\nexit 9\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(SettingError, match=r"exit code 9.*cannot communicate .* driver; expected .*repair"):
+        _find()
+    assert _find(sim=None, train=None).kind == "cpu"
 
 
 def test_a_named_gpu_that_the_mask_hides_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
