@@ -19,6 +19,7 @@ from shared.geometry import Geometry
 from shared.gpu import check_gpu, describe_gpu
 from shared.handover import Disconnected, connect
 from shared.lifetime import ExitCode, StopRequested, die_first_when_memory_ends
+from shared.output import write_error
 from shared.process import Process, start_process
 
 if TYPE_CHECKING:
@@ -36,7 +37,16 @@ def main() -> int:
     """
     arguments = _parse_arguments()
     assert "torch" not in sys.modules, "torch was imported before the simulator started"
-    process = start_process(arguments.run_dir, "collector")
+    try:
+        process = start_process(arguments.run_dir, "collector")
+    except SettingError as error:
+        write_error(f"error: {error}\n")
+        return ExitCode.REFUSED
+    return run_collector(process, arguments)
+
+
+def run_collector(process: Process, arguments: argparse.Namespace) -> int:
+    """Start the simulator, collect until the end, close the simulator, and return the exit code of `main`."""
     die_first_when_memory_ends()  # so that the learner survives, which owns the networks and the replay
     seed = process.settings.env.seed + 1000 * arguments.incarnation + 1_000_000 * process.run.num_resumes
     simulator, code = None, ExitCode.FAILED

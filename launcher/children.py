@@ -11,10 +11,10 @@ from pathlib import Path
 
 from launcher.child_process import ChildProcess
 from launcher.devices import Devices, child_environment
+from launcher.main import ROOT
 from shared.progress import Progress
 from shared.run_folder import RunFolder
 
-ROOT = Path(__file__).resolve().parents[1]  # where our packages are: the source tree, or site-packages
 COMMANDS: Mapping[str, Sequence[str]] = {
     "learner": (sys.executable, "-m", "learner_proc"),
     "collector": (sys.executable, "-m", "collector_proc"),

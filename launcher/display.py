@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 from rich.console import Console, Group
@@ -19,6 +20,7 @@ from shared.metrics import (
     LearnerStatus,
     read_status,
 )
+from shared.output import lost_output_ignored
 from shared.progress import Snapshot
 
 PLAIN_EVERY_S = 10.0
@@ -30,7 +32,10 @@ CAUGHT_UP = 0.9
 
 
 class Display:
-    """Shows the two lines: redrawn in place on a terminal, printed now and then elsewhere."""
+    """Shows the two lines: redrawn in place on a terminal, printed now and then elsewhere.
+
+    If the terminal or the program that reads the lines is gone, nothing more is shown. No method raises an error.
+    """
 
     def __init__(self, console: Console) -> None:
         self._console = console
@@ -41,11 +46,10 @@ class Display:
     def start(self) -> None:
         """Begin to draw in place, if this is a terminal."""
         if self._live:
-            self._live.start()
+            with self._lost_output_ignored():
+                self._live.start()
 
-    def show(
-        self, learner: Snapshot | None, collector: Snapshot | None, row: Mapping[str, Any], *, restarts: int
-    ) -> None:
+    def show(self, learner: Snapshot, collector: Snapshot, row: Mapping[str, Any], *, restarts: int) -> None:
         """Show the progress of both processes, unless it was shown a moment ago.
 
         row: the newest row of metrics.jsonl.
@@ -54,31 +58,41 @@ class Display:
         if now - self._shown_at < (1 / LIVE_PER_S if self._live else PLAIN_EVERY_S):
             return
         self._shown_at = now
-        trained = read_status(LearnerStatus, learner.status) if learner else None
+        trained = read_status(LearnerStatus, learner.status)
         lines = (learner_line(learner, row, now=now), collector_line(collector, trained, now=now, restarts=restarts))
         if self._live:
-            self._live.update(Group(*(Text(line) for line in lines)), refresh=True)
+            with self._lost_output_ignored():
+                self._live.update(Group(*(Text(line) for line in lines)), refresh=True)
         else:
             plain = " | ".join(" ".join(line.split()) for line in lines)
             self.print_line(f"[{duration(now - self._started_at)}] {plain}")
 
     def print_line(self, line: str) -> None:
         """Print a line that stays, above the live lines."""
-        self._console.print(Text(line), soft_wrap=True)
+        encoding = self._console.encoding
+        encodable = line.encode(encoding, errors="replace").decode(encoding)  # the output of a child may be anything
+        with self._lost_output_ignored():
+            self._console.print(Text(encodable), soft_wrap=True)
 
     def stop(self) -> None:
         """Stop drawing in place; the last lines stay."""
         if self._live:
-            self._live.stop()
+            with self._lost_output_ignored():
+                self._live.stop()
+
+    @contextmanager
+    def _lost_output_ignored(self) -> Iterator[None]:
+        with lost_output_ignored(self._console.file):
+            yield
 
 
-def learner_line(snapshot: Snapshot | None, row: Mapping[str, Any], *, now: float) -> str:
+def learner_line(snapshot: Snapshot, row: Mapping[str, Any], *, now: float) -> str:
     """Return the learner's gradient steps, their pace and the losses; its phase if it has no status yet.
 
     row: the newest row of metrics.jsonl, which has the losses, and the pace over a longer time than the status.
     """
-    status = read_status(LearnerStatus, snapshot.status) if snapshot else None
-    if snapshot is None or status is None:
+    status = read_status(LearnerStatus, snapshot.status)
+    if status is None:
         return f"learner    {_phase(snapshot, now)}"
     row_pace = UPDATES_PER_S.of(row)
     pace = status.updates_per_s if row_pace is None else row_pace
@@ -98,18 +112,18 @@ def learner_line(snapshot: Snapshot | None, row: Mapping[str, Any], *, now: floa
     return "learner    " + "  ".join(parts)
 
 
-def collector_line(snapshot: Snapshot | None, learner: LearnerStatus | None, *, now: float, restarts: int) -> str:
+def collector_line(snapshot: Snapshot, learner: LearnerStatus | None, *, now: float, restarts: int) -> str:
     """Return the collector's agent steps, their pace and the returns; its phase if it has no status yet.
 
     learner: the learner's status, which has the policy lag and the returns.
     """
-    status = read_status(CollectorStatus, snapshot.status) if snapshot else None
+    status = read_status(CollectorStatus, snapshot.status)
     parts = []
     if status is not None:
         parts += [f"{status.agent_steps:,} agent steps", f"{status.fps:.0f} steps/s"]
         parts += _results(learner) if learner is not None else []
-    if snapshot is None or status is None or snapshot.phase != "collecting":
-        waits_for_replay = snapshot is not None and snapshot.phase == "waiting" and _catching_up(learner)
+    if status is None or snapshot.phase != "collecting":
+        waits_for_replay = snapshot.phase == "waiting" and _catching_up(learner)
         parts.append("while the learner catches up to the replay ratio" if waits_for_replay else _phase(snapshot, now))
     if status is not None and status.weights_refused > 0:
         parts.append(f"unusable weights {status.weights_refused}")
@@ -144,8 +158,6 @@ def _catching_up(learner: LearnerStatus | None) -> bool:
     return learner.replay_ratio < CAUGHT_UP * learner.replay_ratio_target
 
 
-def _phase(snapshot: Snapshot | None, now: float) -> str:
+def _phase(snapshot: Snapshot, now: float) -> str:
     """Return the phase of a process and how long it has been in it."""
-    if snapshot is None:
-        return "starting"
     return f"{PHASE_TEXTS.get(snapshot.phase, snapshot.phase)} {duration(now - snapshot.phase_since)}"

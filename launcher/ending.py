@@ -15,7 +15,7 @@ from shared.lifetime import ExitCode
 if TYPE_CHECKING:
     from structlog.typing import FilteringBoundLogger
 
-PHASES_BEFORE_TRAINING = ("starting", "hello", "compiling")  # of the learner
+PHASES_BEFORE_TRAINING = ("starting", "resuming", "hello", "compiling")  # of the learner
 UNTRAINED_S = 5.0  # how long a learner that has not trained may take to end: it has nothing to save
 
 

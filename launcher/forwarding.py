@@ -1,4 +1,4 @@
-"""The way out of the learner's metrics.jsonl: new rows go to TensorBoard or wandb, the last one to summary.json."""
+"""Send new rows of the learner's metrics.jsonl to TensorBoard or wandb, and write the last row to summary.json."""
 
 from __future__ import annotations
 
@@ -165,6 +165,38 @@ class NoForwarder:
 
     def close(self) -> None:
         """Do nothing."""
+
+
+class FallibleForwarder:
+    """Passes rows to another forwarder until that one fails; then it sends nothing more. No method raises an error.
+
+    TensorBoard and wandb are not needed for training, and metrics.jsonl has every row.
+    """
+
+    def __init__(self, forwarder: Forwarder, backend: str, log: FilteringBoundLogger) -> None:
+        """backend: the name of `forwarder`, for the error."""
+        self._forwarder, self._backend, self._log = forwarder, backend, log
+
+    def add(self, row: Mapping[str, Any]) -> None:
+        """Send one row."""
+        try:
+            self._forwarder.add(row)
+        except Exception as error:
+            self._fail(error)
+
+    def close(self) -> None:
+        """Send what is left and end. Ctrl-C ends the sending, and the exit code of the run stays as it is."""
+        try:
+            self._forwarder.close()
+        except Exception as error:
+            self._fail(error)
+        except KeyboardInterrupt:
+            self._log.warning(f"interrupted: {self._backend} did not get the last rows; metrics.jsonl has them")
+
+    def _fail(self, error: Exception) -> None:
+        """Report the error once, and go on without the forwarder."""
+        self._forwarder = NoForwarder()
+        self._log.error(f"rows can no longer be sent to {self._backend}; they stay in metrics.jsonl", error=repr(error))
 
 
 class TensorBoardForwarder:

@@ -33,14 +33,15 @@ def main(argv: Sequence[str] | None = None, *, commands: Mapping[str, Sequence[s
     from launcher.run import run
     from shared.errors import SettingError
     from shared.lifetime import ExitCode
+    from shared.output import write_error
 
     try:
         return run(parse_options(argv), argv, COMMANDS if commands is None else commands)
     except SettingError as error:
-        sys.stderr.write(f"error: {error}\n")
+        write_error(f"error: {error}\n")
         return ExitCode.REFUSED
     except KeyboardInterrupt:  # before the run installed its own handling of signals
-        sys.stderr.write("interrupted before anything was started\n")
+        write_error("interrupted before anything was started\n")
         return 130
 
 

@@ -10,6 +10,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import NoReturn
 
+from launcher.main import ROOT
 from shared.compose import config_names
 from shared.errors import SettingError
 from shared.words import nearest
@@ -82,7 +83,7 @@ def version_text() -> str:
     try:
         return f"{DISTRIBUTION} {metadata.version(DISTRIBUTION)}"
     except metadata.PackageNotFoundError:
-        return f"{DISTRIBUTION} is not installed: this is the source tree {Path(__file__).resolve().parents[1]}"
+        return f"{DISTRIBUTION} is not installed: this is the source tree {ROOT}"
 
 
 class _Parser(argparse.ArgumentParser):

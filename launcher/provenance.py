@@ -34,7 +34,14 @@ _PACKAGES = (
 
 
 def describe_run(
-    settings: Settings, *, argv: list[str], devices: Mapping[str, str], socket_dir: Path, before: Run | None, repo: Path
+    settings: Settings,
+    *,
+    argv: list[str],
+    devices: Mapping[str, str],
+    run_dir: Path,
+    socket_dir: Path,
+    before: Run | None,
+    repo: Path,
 ) -> dict[str, Any]:
     """Return the content of run.json: what runs, from which sources and on which devices.
 
@@ -46,6 +53,7 @@ def describe_run(
         "launches": [*(before.launches if before else ()), {"argv": argv, "started": started, "git": git}],
         "num_resumes": before.num_resumes + 1 if before else 0,
         "launch_pid": os.getpid(),
+        "run_dir": str(run_dir),
         "socket_dir": str(socket_dir),
         "seed": settings.env.seed,
         "devices": dict(devices),

@@ -7,16 +7,18 @@ import shutil
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rich.console import Console
 
-from launcher.children import ROOT, Starter
+from launcher.children import Starter
 from launcher.devices import find_devices
 from launcher.display import Display, duration
 from launcher.ending import Outcome
-from launcher.forwarding import RowRelay, last_row, open_forwarder, summarize
+from launcher.forwarding import FallibleForwarder, RowRelay, last_row, open_forwarder, summarize
+from launcher.main import ROOT
 from launcher.options import command_name
 from launcher.provenance import describe_run
 from launcher.run_folder import ResumeUndo, create_run_folder, default_run_dir, open_run_folder
@@ -28,10 +30,19 @@ from shared.files import write_json
 from shared.geometry import geometry_notes
 from shared.lifetime import ExitCode, install_stop_flag
 from shared.logs import configure
-from shared.run_folder import checkpoint_step, make_socket_dir, newest_checkpoint, read_run, remove_socket_dir
+from shared.run_folder import (
+    Run,
+    checkpoint_step,
+    damaged_checkpoints,
+    make_socket_dir,
+    newest_checkpoint,
+    read_run,
+    remove_socket_dir,
+)
 
 if TYPE_CHECKING:
-    from launcher.forwarding import Forwarder
+    from structlog.typing import FilteringBoundLogger
+
     from launcher.options import Options
     from shared.config import Settings
     from shared.run_folder import RunFolder
@@ -67,68 +78,127 @@ def _train(starter: Starter, settings: Settings, argv: list[str]) -> int:
     folder = starter.folder
     with ExitStack() as stack:
         try:
-            socket_dir = make_socket_dir()
-            stack.callback(remove_socket_dir, socket_dir)
-            forwarder = open_forwarder(settings, folder)
-            stack.callback(forwarder.close)
-        except SettingError:
+            prepared = _prepare(starter, settings, argv, stack)
+        except (SettingError, OSError) as error:
             if not starter.resume:
                 shutil.rmtree(folder.path, ignore_errors=True)
-            raise
-        undo = ResumeUndo(folder) if starter.resume else None
-        _describe(starter, settings, argv, socket_dir)
-        outcome, num_rows = _watch(starter, settings, forwarder)
-        if undo is not None and outcome.exit_code != ExitCode.FINISHED and num_rows == 0:
-            undo.unless_saved()
+            if isinstance(error, SettingError):
+                raise
+            raise SettingError(
+                f"cannot prepare the run folder {folder.path}: {error}; expected files that this user may write, on a "
+                "disk with free space; correct this, or give another --run-dir"
+            ) from error
+        outcome = _watch(starter, settings, prepared)
+        if prepared.undo is not None and outcome.exit_code != ExitCode.FINISHED and prepared.relay.num_rows == 0:
+            prepared.undo.unless_saved()
         return outcome.exit_code
 
 
-def _describe(starter: Starter, settings: Settings, argv: list[str], socket_dir: Path) -> None:
+@dataclass(frozen=True)
+class _Prepared:
+    """What a run needs beside its two processes. undo: only for a resumed run."""
+
+    log: FilteringBoundLogger
+    relay: RowRelay
+    undo: ResumeUndo | None
+
+
+def _prepare(starter: Starter, settings: Settings, argv: list[str], stack: ExitStack) -> _Prepared:
+    """Open the log and the logging backend, and write config.yaml and run.json. `stack` closes what was opened."""
+    folder = starter.folder
+    log = configure(folder.path, "launch")
+    socket_dir = make_socket_dir()
+    stack.callback(remove_socket_dir, socket_dir)
+    forwarder = FallibleForwarder(open_forwarder(settings, folder), settings.logger.backend, log)
+    stack.callback(forwarder.close)
+    relay = RowRelay(folder.metrics, forwarder, log)
+    undo = ResumeUndo(folder) if starter.resume else None
+    _describe(starter, settings, argv, socket_dir, log)
+    return _Prepared(log, relay, undo)
+
+
+def _describe(
+    starter: Starter, settings: Settings, argv: list[str], socket_dir: Path, log: FilteringBoundLogger
+) -> None:
     """Write config.yaml and run.json, which both processes read when they start."""
     folder, before = starter.folder, None
     if starter.resume:
-        before = read_run(folder.path)
+        before = _previous_launch(folder, log)
         # If the previous launch was killed, its socket folder is still there. It has ended, because we have the lock.
-        remove_socket_dir(Path(before.socket_dir))
+        # But if this folder is a copy of a run, the launch that uses the original may still be active.
+        if before.run_dir == str(folder.path):
+            remove_socket_dir(Path(before.socket_dir))
     save_settings(settings, folder.config)
     folder.summary.unlink(missing_ok=True)
     description = describe_run(
-        settings, argv=argv, devices=starter.devices.names(), socket_dir=socket_dir, before=before, repo=ROOT
+        settings,
+        argv=argv,
+        devices=starter.devices.names(),
+        run_dir=folder.path,
+        socket_dir=socket_dir,
+        before=before,
+        repo=ROOT,
     )
     write_json(folder.run_json, description)
 
 
-def _watch(starter: Starter, settings: Settings, forwarder: Forwarder) -> tuple[Outcome, int]:
-    """Run both processes to the end of the run and write summary.json, even if launch itself fails.
+def _previous_launch(folder: RunFolder, log: FilteringBoundLogger) -> Run:
+    """Return what run.json states about the previous launch, or an empty description if it cannot be read."""
+    try:
+        return read_run(folder.path)
+    except SettingError as error:
+        log.warning("run.json is damaged, so the earlier launches of this run are forgotten", reason=str(error))
+        return Run(run_id="", socket_dir="")
 
-    Returns: the outcome, and the number of metrics rows that the learner wrote meanwhile.
-    """
-    folder, began = starter.folder, time.monotonic()
-    log, stop, display = configure(folder.path, "launch"), install_stop_flag(), Display(Console())
-    relay = RowRelay(folder.metrics, forwarder, log)
+
+def _watch(starter: Starter, settings: Settings, prepared: _Prepared) -> Outcome:
+    """Run both processes to the end of the run and write summary.json, even if launch itself fails."""
+    folder, log, began = starter.folder, prepared.log, time.monotonic()
+    stop, display = install_stop_flag(), Display(Console())
     outcome = Outcome(ExitCode.FAILED, "launch failed")
     for line in _opening_lines(starter, settings):
         display.print_line(line)
     display.start()
     try:
-        outcome = run_processes(starter, settings, stop=stop, log=log, display=display, relay=relay)
+        outcome = run_processes(starter, settings, stop=stop, log=log, display=display, relay=prepared.relay)
     except Exception as error:
-        outcome = Outcome(ExitCode.FAILED, f"launch failed: {error!r}")
-        raise
+        outcome = _failure(error, folder)
+        log.info("launch failed", exc_info=True)  # a warning would show the traceback to the user
+        if not isinstance(error, OSError):
+            raise
     finally:
         display.stop()
-        own = {
-            "exit_reason": outcome.reason,
-            "launch_s": round(time.monotonic() - began, 3),
-            "collector_restarts": starter.restarts,
-            "devices": starter.devices.names(),
-        }
-        write_json(folder.summary, summarize(last_row(folder.metrics), own))
+        seconds = time.monotonic() - began
+        problem = _write_summary(starter, outcome, seconds)
         log.info("ended", exit_code=outcome.exit_code, reason=outcome.reason)
-        for line in _closing_lines(outcome, folder, time.monotonic() - began):
+        trained = prepared.relay.num_rows > 0
+        for line in [*problem, *_closing_lines(outcome, starter, settings, seconds=seconds, trained=trained)]:
             display.print_line(line)
         stop.restore()
-    return outcome, relay.num_rows
+    return outcome
+
+
+def _failure(error: Exception, folder: RunFolder) -> Outcome:
+    """Return the outcome of a run in which launch itself failed."""
+    if not folder.path.is_dir():
+        return Outcome(ExitCode.FAILED, f"the run folder {folder.path} was deleted while it was in use")
+    return Outcome(ExitCode.FAILED, f"launch failed: {error if isinstance(error, OSError) else repr(error)}")
+
+
+def _write_summary(starter: Starter, outcome: Outcome, seconds: float) -> list[str]:
+    """Write summary.json. Return a line for the user if that was not possible."""
+    folder = starter.folder
+    own = {
+        "exit_reason": outcome.reason,
+        "launch_s": round(seconds, 3),
+        "collector_restarts": starter.restarts,
+        "devices": starter.devices.names(),
+    }
+    try:
+        write_json(folder.summary, summarize(last_row(folder.metrics), own))
+    except OSError as error:  # it must not hide how the run ended
+        return [f"{folder.summary} could not be written: {error}"]
+    return []
 
 
 def _opening_lines(starter: Starter, settings: Settings) -> list[str]:
@@ -141,19 +211,29 @@ def _opening_lines(starter: Starter, settings: Settings) -> list[str]:
     lines += geometry_notes(settings)
     saved = newest_checkpoint(starter.folder.checkpoints)
     if starter.resume and saved is not None:
+        damaged = damaged_checkpoints(starter.folder.checkpoints)
+        lines += [f"skipping the damaged checkpoint {path}: {damage}" for path, damage in damaged]
         lines.append(f"continuing from step {checkpoint_step(saved):,}")
     return [*lines, "Ctrl-C saves a checkpoint and ends the run"]
 
 
-def _closing_lines(outcome: Outcome, folder: RunFolder, seconds: float) -> list[str]:
-    """Return how the run ended and how it can be continued. An error comes last, where it is seen."""
-    refused = outcome.exit_code == ExitCode.REFUSED
+def _closing_lines(
+    outcome: Outcome, starter: Starter, settings: Settings, *, seconds: float, trained: bool
+) -> list[str]:
+    """Return how the run ended and how it can be continued. An error comes last, where it is seen.
+
+    trained: whether this launch wrote a row of metrics.
+    """
+    folder, refused = starter.folder, outcome.exit_code == ExitCode.REFUSED
     ended = f"ended after {duration(seconds)}"
     lines = [ended] if refused else [f"{ended}: {outcome.reason}", f"summary: {folder.summary}"]
     saved = newest_checkpoint(folder.checkpoints)
-    if outcome.exit_code != ExitCode.FINISHED and saved is not None:
-        step, path = checkpoint_step(saved), _as_typed(folder.path)
-        lines.append(f"a checkpoint of step {step:,} is saved; continue with: {command_name()} --resume {path}")
+    step = checkpoint_step(saved) if saved is not None else 0
+    # A resume that failed before it trained would fail in the same way again.
+    in_vain = starter.resume and not trained and outcome.exit_code in (ExitCode.FAILED, ExitCode.REFUSED)
+    if 0 < step < settings.optimization.total_optim_steps and not in_vain:
+        command = f"{command_name()} --resume {_as_typed(folder.path)}"
+        lines.append(f"a checkpoint of step {step:,} is saved; continue with: {command}")
     return [*lines, f"error: {outcome.reason}"] if refused else lines
 
 

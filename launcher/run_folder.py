@@ -12,7 +12,7 @@ from typing import IO
 from shared.config import Settings
 from shared.errors import SettingError
 from shared.files import write_atomic
-from shared.run_folder import RunFolder, checkpoint_step, newest_checkpoint
+from shared.run_folder import RunFolder, checkpoint_step, damaged_checkpoints, newest_checkpoint
 
 
 @dataclass
@@ -43,7 +43,7 @@ class ResumeUndo:
     def __init__(self, folder: RunFolder) -> None:
         self._folder = folder
         files = (folder.config, folder.run_json, folder.summary)
-        self._contents = {path: path.read_text() for path in files if path.exists()}
+        self._contents = {path: path.read_bytes() for path in files if path.is_file()}
         self._saved_at = self._newest_save()
 
     def unless_saved(self) -> None:
@@ -109,15 +109,16 @@ def open_run_folder(path: Path) -> RunLock:
 
 
 def check_resumable(folder: RunFolder) -> None:
-    """Raise SettingError if the folder is not a run folder or has no complete checkpoint."""
+    """Raise SettingError if the folder is not a run folder or has no whole checkpoint."""
     if not folder.config.is_file():
         raise SettingError(
             f"{folder.path} is not a run folder: it has no config.yaml; expected a folder such as runs/NAME; "
             "correct the folder after --resume"
         )
     if newest_checkpoint(folder.checkpoints) is None:
+        damaged = "".join(f"; {path} is damaged: {damage}" for path, damage in damaged_checkpoints(folder.checkpoints))
         raise SettingError(
-            f"{folder.path} has no complete checkpoint; expected a run that saved at least one; "
+            f"{folder.path} has no whole checkpoint{damaged}; expected a run that saved at least one; "
             "start a new run without --resume"
         )
 

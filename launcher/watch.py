@@ -1,14 +1,16 @@
 """The watch over both processes, from their start to the end of the run. Torch-free.
 
 event                                  reaction
-the learner ends with 0                the collector is stopped; exit code 0
+the learner ends with 0                the collector is stopped; exit code 0, or 1 if gradient steps are missing
 the learner ends otherwise or hangs    the collector is stopped; exit code 1, or 2 if the learner refused to work
 the collector dies or hangs            it is restarted within its budget (launcher/restart_budget.py)
 the collector used too much memory     it is restarted; this may count as a death (launcher/restart_budget.py)
 the collector died too often           the learner saves and ends; exit code 1
 the collector refuses to work          the learner saves and ends; exit code 2
-the first Ctrl-C or SIGTERM            the learner saves and ends, then the collector is stopped; exit code 130 or 143
+the first Ctrl-C, SIGTERM or SIGHUP    the learner saves and ends, then the collector is stopped; exit code 130, 143,
+                                       or 129 (SIGHUP: the terminal was closed)
 the second one                         both are killed at once
+an error of launch itself              the learner saves and ends, then the collector is killed; exit code 1
 """
 
 from __future__ import annotations
@@ -33,7 +35,7 @@ if TYPE_CHECKING:
     from shared.config import Settings
 
 TICK_S = 0.2
-SUSPENDED_S = 5.0  # a pass that is later than this was delayed by a suspended process or machine
+SUSPENDED_S = 5.0  # a pass that is later than this was delayed, for example by a suspended machine
 
 
 def run_processes(
@@ -47,11 +49,23 @@ def run_processes(
 ) -> Outcome:
     """Start the learner and the collector, watch them until the run is over, and leave neither of them behind."""
     try:
-        learner = WatchedProcess("learner", starter, log=log, display=display)
-        collector = CollectorWatch(starter, settings, log=log, display=display)
+        try:
+            learner = WatchedProcess("learner", starter, log=log, display=display)
+            collector = CollectorWatch(starter, settings, log=log, display=display)
+        except OSError as error:
+            return Outcome(
+                ExitCode.REFUSED,
+                f"the two processes cannot be started: {error}; expected a run folder in which this user may write, on "
+                "a disk with free space; correct this, or give another --run-dir",
+            )
         watch = Watch(learner, collector, settings, stop=stop, log=log, display=display, relay=relay)
-        outcome = watch.run()
-        watch.stop_collector()
+        try:
+            outcome = watch.run()
+            watch.stop_collector()
+        except Exception as error:  # of launch itself: the learner can still save what it has learned
+            if starter.folder.path.is_dir():
+                watch.end_after_error(error)
+            raise
         return outcome
     finally:
         starter.kill_all()
@@ -94,6 +108,14 @@ class Watch:
         if child.poll() is None:
             returncode = child.stop(self._settings.deadlines.stop_s, give_up=self._second_signal)
             self._log.info("collector stopped", how=describe_exit(returncode))
+
+    def end_after_error(self, error: Exception) -> None:
+        """Let the learner save and end after an error of launch. A second signal of the user kills it."""
+        end = self._end or OrderlyEnd(
+            Outcome(ExitCode.FAILED, f"launch failed: {error!r}"), self._learner, self._settings.deadlines, self._log
+        )
+        while end.check() is None and not self._second_signal():
+            time.sleep(TICK_S)
 
     def _observe(self) -> None:
         """Read the progress of both processes and the new metrics rows, and show them."""
@@ -162,8 +184,9 @@ class Watch:
         steps, total = GRADIENT_STEPS.of(self._relay.newest), self._settings.optimization.total_optim_steps
         if steps is not None and steps < total:
             return Outcome(
-                ExitCode.FINISHED,
-                f"the learner got a signal from outside and ended after {steps} of {total} gradient steps",
+                ExitCode.FAILED,
+                f"the learner ended by itself after {steps:g} of {total} gradient steps, probably because of a signal; "
+                "see logs/learner.jsonl",
             )
         return Outcome(ExitCode.FINISHED, "finished")
 

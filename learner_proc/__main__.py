@@ -11,6 +11,7 @@ from shared.config import Settings
 from shared.errors import HandoverError, SettingError, TransportError
 from shared.gpu import check_gpu
 from shared.lifetime import ExitCode
+from shared.output import write_error
 from shared.process import Process, start_process
 from shared.run_folder import remove_socket_dir
 
@@ -22,7 +23,11 @@ def main() -> int:
     parser.add_argument("--device", default="cpu", help="device of networks and replay")
     parser.add_argument("--resume", action="store_true", help="continue from the newest checkpoint of the run folder")
     arguments = parser.parse_args()
-    process = start_process(arguments.run_dir, "learner")
+    try:
+        process = start_process(arguments.run_dir, "learner")
+    except SettingError as error:
+        write_error(f"error: {error}\n")
+        return ExitCode.REFUSED
     socket_dir = Path(process.run.socket_dir)
     # launch makes this folder and removes it. If the learner runs alone, the learner does both.
     runs_alone = not socket_dir.exists()
@@ -41,6 +46,7 @@ def train(process: Process, device: str, *, resume: bool) -> ExitCode:
     """
     import torch  # only now: it takes seconds, and a signal that arrives meanwhile must find its handler installed
 
+    from learner_proc.checkpoint import CheckpointError
     from learner_proc.waiting import WaitingLearner
 
     prepare_torch(process.settings, device)
@@ -62,7 +68,7 @@ def train(process: Process, device: str, *, resume: bool) -> ExitCode:
             return ExitCode.FAILED
         process.progress.refuse(reason)  # the networks or the replay do not fit, so another start would fail too
         return ExitCode.REFUSED
-    except (TransportError, FloatingPointError) as error:
+    except (TransportError, FloatingPointError, CheckpointError) as error:
         process.log.error("failed", error=str(error))
         return ExitCode.FAILED
 

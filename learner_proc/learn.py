@@ -74,12 +74,13 @@ class Learner:
     ) -> None:
         self.link, self.pacing, self.counters, self.publisher = link, pacing, counters, publisher
         self.replay, self._device = replay, device
-        self._process, self._progress, self._settings = process, process.progress, process.settings
+        self._process, self._progress = process, process.progress
+        self._options = process.settings.optimization
         self._step, self._update, self.measurements, self._writer = step, update, measurements, writer
         self._saver, self._queue, self._status_at = saver, StepQueue(device), time.monotonic()
 
     def run(self) -> None:
-        """Train. Raises: TransportError if a chunk is corrupt; FloatingPointError if training diverged."""
+        """Train. Raises: TransportError if a chunk is corrupt; FloatingPointError; CheckpointError."""
         self._progress.phase("prefill")
         while not self._is_finished() and not self.may_step():
             self.serve()
@@ -134,10 +135,10 @@ class Learner:
         self.counters.gradient_steps += 1
         self.pacing.replayed += self.pacing.step_frames
         self._progress.advance()
-        steps, options = self.counters.gradient_steps, self._settings.optimization
-        if steps % options.publish_every == 0 and not self.pacing.lockstep:
+        steps = self.counters.gradient_steps
+        if steps % self._options.publish_every == 0 and not self.pacing.lockstep:
             self.publish()
-        if steps % options.log_every == 0:
+        if steps % self._options.log_every == 0:
             self.request_row()
         self._writer.poll()
         check_gradients(self._writer.skipped_in_a_row, steps)
@@ -164,11 +165,10 @@ class Learner:
         """Update the live status if STATUS_S have passed."""
         if time.monotonic() - self._status_at > STATUS_S:
             self._status_at = time.monotonic()
-            options = self._settings.optimization
             status = self._writer.status(
-                total_optim_steps=options.total_optim_steps,
+                total_optim_steps=self._options.total_optim_steps,
                 replay_ratio=self._replay_ratio(),
-                replay_ratio_target=options.replay_ratio,
+                replay_ratio_target=self._options.replay_ratio,
             )
             self._progress.status(status)
 
@@ -186,18 +186,18 @@ class Learner:
 
     def _is_finished(self) -> bool:
         """Return whether all gradient steps are made or the process was asked to stop."""
-        stop = self._process.stop.requested
-        return stop or self.counters.gradient_steps >= self._settings.optimization.total_optim_steps
+        return self._process.stop.requested or self.counters.gradient_steps >= self._options.total_optim_steps
 
     def _end(self) -> None:
-        """Write the last row and the last checkpoint, then close everything."""
+        """Write the last row and the last checkpoint, then close everything. Raises: CheckpointError."""
         self.request_row()
         self._writer.poll(wait=True)
-        self._saver.save()
-        self._progress.phase("stopping")
-        self._writer.close()
-        self.publisher.close()
-        self.link.close()
+        try:
+            self._saver.save()
+        finally:
+            self._progress.phase("stopping")
+            for part in (self._writer, self.publisher, self.link):
+                part.close()
         self._process.log.info("ended", gradient_steps=self.counters.gradient_steps, asked=self._process.stop.requested)
 
 

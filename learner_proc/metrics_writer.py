@@ -8,15 +8,15 @@ import time
 from collections import deque
 from collections.abc import Mapping
 from pathlib import Path
-from typing import IO
 
+import structlog
 import torch
 
 from learner_proc.device_sums import DeviceSums
 from learner_proc.numbers import Numbers
 from learner_proc.totals import TRAIN_WINDOW, Counters, Episodes, Pace, mean
 from shared import metrics
-from shared.files import write_atomic
+from shared.files import LineFile, write_atomic
 from shared.memory import Memory, MemoryMeter, gigabytes
 from shared.messages import Commit
 from shared.metrics import METRICS, LearnerStatus, Metric, Value, find, to_row
@@ -45,7 +45,7 @@ class MetricsWriter:
         the device. streaming_since: when the collector began to stream, time.monotonic() seconds.
         """
         cut_after(path, counters.gradient_steps)
-        self._file: IO[str] = path.open("a", buffering=1)
+        self._file = LineFile(path)
         self._num_rows = int(path.stat().st_size > 0)
         self._counters, self._constants = counters, constants
         self._sums = DeviceSums(device, once_per_window=once_per_row)
@@ -102,7 +102,10 @@ class MetricsWriter:
         if window.num_steps == 0:  # the run was stopped before its first step, so no step has named its metrics
             row = dict.fromkeys(METRICS.values()) | row
         check_complete(row)
-        self._file.write(json.dumps(to_row(in_order(row))) + "\n")
+        try:
+            self._file.append(json.dumps(to_row(in_order(row))))
+        except OSError as error:  # for example a full disk: the numbers of one row are no reason to end the training
+            structlog.get_logger().warning("a row of metrics.jsonl could not be written", error=str(error))
 
     def status(
         self, *, total_optim_steps: int, replay_ratio: float, replay_ratio_target: float | None
@@ -170,13 +173,13 @@ def cut_after(path: Path, gradient_steps: int) -> None:
     """Delete the rows that a resume has undone: those with more gradient steps than the checkpoint it starts from."""
     if not path.exists():
         return
-    lines = path.read_text().splitlines(keepends=True)
-    kept = [line for line in lines if line.endswith("\n") and _steps_of(line) <= gradient_steps]
+    lines = path.read_bytes().splitlines(keepends=True)
+    kept = [line for line in lines if line.endswith(b"\n") and _steps_of(line) <= gradient_steps]
     if len(kept) != len(lines):
-        write_atomic(path, "".join(kept))
+        write_atomic(path, b"".join(kept))
 
 
-def _steps_of(line: str) -> float:
+def _steps_of(line: bytes) -> float:
     """Return the gradient steps of a row; infinity for a line that is not a row."""
     try:
         return json.loads(line)[metrics.GRADIENT_STEPS.name]

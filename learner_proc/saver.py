@@ -41,9 +41,15 @@ class Saver:
         self._saved_at = time.monotonic()
 
     def save_if_due(self) -> None:
-        """Write a checkpoint if the last one is old enough."""
-        if time.monotonic() - self._saved_at > self._process.settings.checkpoint.every_s:
+        """Write a checkpoint if the last attempt is old enough. If it fails, log a warning: training must go on."""
+        if time.monotonic() - self._saved_at <= self._process.settings.checkpoint.every_s:
+            return
+        try:
             self.save()
+        except checkpoint.CheckpointError as error:
+            self._process.log.warning("a checkpoint failed; it is tried again later", reason=str(error))
+            self._saved_at = time.monotonic()
+            self._process.progress.phase("training")
 
     def save(self) -> None:
         """Write a checkpoint. Afterwards the process is in phase "training" again.
@@ -51,6 +57,7 @@ class Saver:
         Every block that leaves the GPU counts as progress. No message is served meanwhile: a grant would let the
         collector overwrite rows that are not saved yet, and a commit would move the ring's bounds. The collector goes
         on with the chunks that are granted already.
+        Raises: CheckpointError if it cannot be written.
         """
         process, options, replay = self._process, self._process.settings.checkpoint, self._shared.replay
         process.progress.phase("saving")

@@ -80,13 +80,13 @@ def open_run(run_dir: Path) -> tuple[Settings, GradientStep, Replay]:
     """
     settings = load_settings(run_dir / "config.yaml")
     settings.optimization.compile.enabled = False
-    folder, device = checkpoint.newest(run_dir / "checkpoints"), torch.device("cpu")
+    (folder, state), device = checkpoint.load_newest(run_dir / "checkpoints"), torch.device("cpu")
     spec = checkpoint.stream_spec(folder)
     geometry = Geometry.of(settings, spec.num_envs)
     replay, _ = allocate_replay(spec, settings, geometry, device=device)
     checkpoint.load_replay(folder, replay, spec_digest=spec.digest())
     step = build_gradient_step(spec, settings, device=device)
-    step.load_state_dict(checkpoint.load_state(folder)["gradient_step"])
+    step.load_state_dict(state["gradient_step"])
     return settings, step, replay
 
 

@@ -42,8 +42,11 @@ class WaitingLearner:
         """resume: continue from the newest checkpoint. Raises: SettingError if there is none."""
         settings = process.settings
         self._process, self._device, self._geometry = process, device, Geometry.of(settings)
-        self._folder = checkpoint.newest(RunFolder(process.run_dir).checkpoints) if resume else None
-        self._saved: dict[str, Any] = checkpoint.load_state(self._folder) if self._folder else {}
+        self._folder: Path | None = None
+        self._saved: dict[str, Any] = {}
+        if resume:
+            process.progress.phase("resuming")
+            self._folder, self._saved = checkpoint.load_newest(RunFolder(process.run_dir).checkpoints)
         self.counters = Counters(**self._saved.get("counters", {}))
         self.pacing = Pacing(
             self._geometry.frames_per_chunk,
@@ -186,7 +189,10 @@ def allocate_and_restore(
     """
     replay, fd = allocate_replay(spec, process.settings, geometry, device=device, on_gpu=on_gpu)
     if folder is not None:
-        rows = checkpoint.load_replay(folder, replay, spec_digest=spec.digest())
+        process.progress.phase("resuming")
+        advance = process.progress.advance
+        rows = checkpoint.load_replay(folder, replay, spec_digest=spec.digest(), on_block=advance)
+        process.progress.phase("hello")
         pacing.prefill = max(0, geometry.prefill_frames - rows * spec.num_envs)
         process.log.info("replay restored", rows=rows, checkpoint=str(folder))
     memory = describe_gpu(str(replay.slab.device))

@@ -1,7 +1,8 @@
-"""Write files as a whole or not at all."""
+"""Write files, and lines of files, as a whole or not at all."""
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 from collections.abc import Mapping
@@ -36,3 +37,22 @@ def write_atomic(path: Path, content: str | bytes) -> None:
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
     """Write a JSON object with `write_atomic`."""
     write_atomic(path, json.dumps(content, indent=2) + "\n")
+
+
+class LineFile:
+    """A file to which one process appends lines. Each line goes to the kernel at once."""
+
+    def __init__(self, path: Path) -> None:
+        self._file = path.open("ab", buffering=0)
+
+    def append(self, line: str) -> None:
+        """Append one line. Raises: OSError, for example if the disk is full; no part of the line is then written."""
+        raw, end = line.encode() + b"\n", os.fstat(self._file.fileno()).st_size
+        written = self._file.write(raw)
+        if written != len(raw):
+            self._file.truncate(end)
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), self._file.name)
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()

@@ -1,6 +1,6 @@
 """The Unix socket between collector and learner, and the slab of replay memory that the learner shares through it.
 
-The learner listens and owns the slab. Each collector process connects, sends Hello and gets the slab once:
+The learner listens and owns the slab. Each collector process connects, sends Hello and gets the slab with a Welcome:
 
     slab in host memory   the descriptor of a memfd travels with the message (SCM_RIGHTS), and both processes map it;
                           it has no name in /dev/shm, so a killed process leaves nothing behind
@@ -21,6 +21,8 @@ import socket
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import structlog
 
 from shared.errors import HandoverError, TransportError
 from shared.messages import MAX_MESSAGE_BYTES, MalformedMessage, Message, decode, encode
@@ -56,6 +58,7 @@ def connect(socket_dir: str | Path, *, deadline_s: float, alive: Callable[[], No
     path, end = str(Path(socket_dir) / SOCKET_NAME), time.monotonic() + deadline_s
     while True:
         sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        sock.setblocking(False)  # otherwise connect() waits without a deadline while the learner's queue is full
         try:
             sock.connect(path)
             return Channel(sock)
@@ -165,8 +168,8 @@ class Channel:
             alive()
             self.wait(0.05)
         raise TransportError(
-            f"waited {deadline_s:.0f} s for {waiting_for} and got no message; expected it earlier; look at the log of "
-            "the other process in logs/, or raise the deadline in deadlines.*"
+            f"waited {deadline_s:.0f} s for {waiting_for} and got no message; expected an answer in time; look at the "
+            "log of the other process in logs/, or raise deadlines.start_s or deadlines.compile_s"
         )
 
     def close(self, *, wait_s: float = 0.0) -> None:
@@ -270,8 +273,13 @@ def import_cuda_slab(uuid: str, handle: list, num_bytes: int, *, writer: torch.d
     own, counter = uuids.index(uuid), tuple(handle[3:5])
     peer = own if writer is None or writer.type != "cuda" else writer.index or 0
     if peer != own and torch.cuda.can_device_access_peer(peer, own):
-        with contextlib.suppress(RuntimeError):  # then map it for its own GPU
+        try:
             return _open_cuda_slab(handle, num_bytes, peer, waits=False)
+        except RuntimeError as error:
+            structlog.get_logger().warning(
+                "the replay cannot be mapped for the simulator's GPU, so copies into it wait for the learner's GPU too",
+                error=str(error).splitlines()[0],
+            )
     try:
         return _open_cuda_slab(handle, num_bytes, own, waits=handle[-1])
     except RuntimeError as error:

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import MutableMapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import structlog
+
+from shared.files import LineFile
+from shared.output import write_error
 
 _SHOWN_LEVELS = ("warning", "error", "critical")
 
 
 def configure(run_dir: Path, process: str) -> structlog.typing.FilteringBoundLogger:
     """Return the logger of this process. From then on, `structlog.get_logger()` writes to the same file."""
-    file = (run_dir / "logs" / f"{process}.jsonl").open("a", buffering=1)
+    file = _LogFile(LineFile(run_dir / "logs" / f"{process}.jsonl"))
     structlog.configure(
         processors=[
             structlog.contextvars.merge_contextvars,
@@ -24,7 +27,7 @@ def configure(run_dir: Path, process: str) -> structlog.typing.FilteringBoundLog
             _show_on_stderr,
             structlog.processors.JSONRenderer(default=repr),
         ],
-        logger_factory=structlog.WriteLoggerFactory(file=file),
+        logger_factory=lambda *_: file,
         cache_logger_on_first_use=False,
     )
     structlog.contextvars.clear_contextvars()
@@ -32,11 +35,25 @@ def configure(run_dir: Path, process: str) -> structlog.typing.FilteringBoundLog
     return structlog.get_logger()
 
 
+class _LogFile:
+    """Appends the lines of a log to its file. A line is lost if the disk is full: training must go on without it."""
+
+    def __init__(self, file: LineFile) -> None:
+        self._file = file
+
+    def msg(self, line: str) -> None:
+        """Append a line."""
+        with suppress(OSError):
+            self._file.append(line)
+
+    # structlog calls the method that has the name of the level.
+    debug = info = warning = error = critical = exception = msg
+
+
 def _show_on_stderr(logger: Any, method: str, event: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
     """Write warnings and errors to stderr, and pass every event on unchanged."""
     if event["level"] in _SHOWN_LEVELS:
-        sys.stderr.write(human_line(event) + "\n")
-        sys.stderr.flush()
+        write_error(human_line(event) + "\n")
     return event
 
 

@@ -9,6 +9,7 @@ import structlog
 
 from shared.compose import load_settings
 from shared.config import Settings
+from shared.errors import SettingError
 from shared.lifetime import StopFlag, die_with_parent, enable_stack_dumps, install_stop_flag
 from shared.logs import configure
 from shared.progress import Progress
@@ -36,12 +37,18 @@ def start_process(run_dir: Path, name: str) -> Process:
     """Read the run folder, open the log, the progress file and the file for stack dumps, and handle signals.
 
     From here on the process ends with launch. name: "collector" or "learner".
-    Raises: SettingError if the run folder cannot be read; SystemExit if launch has ended already.
+    Raises: SettingError if the run folder cannot be used; SystemExit if launch has ended already.
     """
     settings, run = load_settings(run_dir / "config.yaml"), read_run(run_dir)
-    log = configure(run_dir, name)
-    progress = Progress.create(run_dir / f"{name}.progress")
-    enable_stack_dumps(run_dir / "crash", name)
+    try:
+        log = configure(run_dir, name)
+        progress = Progress.create(run_dir / f"{name}.progress")
+        enable_stack_dumps(run_dir / "crash", name)
+    except OSError as error:
+        raise SettingError(
+            f"the run folder {run_dir} cannot be used: {error}; expected a folder that launch.py made, in which this "
+            "user may write; correct --run-dir"
+        ) from error
     stop = install_stop_flag()
     die_with_parent()
     return Process(run_dir, settings, run, log, progress, stop)

@@ -36,23 +36,18 @@ MAX_REFUSAL_BYTES = 3072
 PHASE_DEADLINES = {
     "starting": "start_s",
     "simulator": "start_s",
-    "networks": "start_s",
     "hello": "start_s",
-    "attaching": "start_s",
     "self-test": "start_s",
     "waiting": "step_s",
     "prefill": "step_s",
     "collecting": "step_s",
     "training": "step_s",
-    "evaluating": "step_s",
-    "publishing": "step_s",
     "compiling": "compile_s",
     "resuming": "save_s",
     "saving": "save_s",
-    "finishing": "save_s",
     "stopping": "save_s",
 }
-LAST_PHASES = ("finishing", "stopping")  # a process in one of these phases is about to end without being asked again
+LAST_PHASES = ("stopping",)  # a process in one of these phases is about to end without being asked again
 _SLOT_BYTES = 8192
 _MAGIC = b"TNDM"
 _HEAD = struct.Struct("<4sII")

@@ -90,6 +90,7 @@ class Run:
 
     run_id: str  # new for each launch, so that a process refuses messages of an earlier launch
     socket_dir: str
+    run_dir: str = ""  # the run folder that launch wrote this into; a copy of the folder still names the original
     num_resumes: int = 0  # part of the collector's seed, so that a resumed run does not repeat its first episodes
     launches: tuple[dict[str, Any], ...] = ()  # the command line, start and sources of every launch so far
 
@@ -102,6 +103,7 @@ def read_run(run_dir: Path) -> Run:
         return Run(
             str(content["run_id"]),
             str(content["socket_dir"]),
+            str(content.get("run_dir", "")),
             int(content.get("num_resumes", 0)),
             tuple(dict(launch) for launch in content.get("launches") or [_first_launch(content)]),
         )
@@ -118,24 +120,61 @@ def _first_launch(content: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def newest_checkpoint(checkpoints: Path) -> Path | None:
-    """Return the folder of the newest complete checkpoint, or None if there is none.
+    """Return the folder of the newest whole checkpoint, or None if there is none."""
+    return next(iter(whole_checkpoints(checkpoints)), None)
 
-    Normally it is the folder that the file `latest` names. A learner that was killed while it saved may leave `latest`
-    pointing at a folder that is missing or incomplete. Then it is the complete folder of the highest step. A folder is
-    complete if it has a manifest.json, which is written last.
+
+def whole_checkpoints(checkpoints: Path) -> list[Path]:
+    """Return the folders of all whole checkpoints, the newest first.
+
+    Normally the newest is the folder that the file `latest` names. A learner that was killed while it saved may leave
+    `latest` pointing at a folder that is missing. Then, and if `latest` cannot be read, it is the folder of the highest
+    step.
     """
-    latest = checkpoints / "latest"
-    if latest.exists():
-        named = checkpoints / latest.read_text().strip()
-        if (named / "manifest.json").exists():
-            return named
-    complete = [manifest.parent for manifest in checkpoints.glob("*/manifest.json")]
-    return max(complete, key=checkpoint_step, default=None)
+    found = [manifest.parent for manifest in checkpoints.glob("*/manifest.json")]
+    whole = sorted((folder for folder in found if checkpoint_damage(folder) is None), key=checkpoint_step, reverse=True)
+    try:
+        latest = (checkpoints / "latest").read_bytes().decode().strip()
+    except (OSError, UnicodeDecodeError):
+        latest = ""
+    return sorted(whole, key=lambda folder: folder.name != latest)  # this keeps the order of all others
+
+
+def damaged_checkpoints(checkpoints: Path) -> list[tuple[Path, str]]:
+    """Return the folders of checkpoints that are not whole, in the order of their steps, and what is wrong with each.
+
+    Folders that an interrupted save left behind do not count.
+    """
+    found = [folder for folder in sorted(checkpoints.glob("*")) if folder.name.isdigit()]
+    return [(folder, damage) for folder in found if (damage := checkpoint_damage(folder)) is not None]
+
+
+def checkpoint_damage(checkpoint: Path) -> str | None:
+    """Return what is wrong with a checkpoint, or None if it is whole: its manifest, and the sizes of its files.
+
+    manifest.json is written last, so a checkpoint that was not completed has none.
+    """
+    try:
+        manifest = json.loads((checkpoint / "manifest.json").read_bytes())
+    except FileNotFoundError:
+        return "manifest.json is missing"
+    except (OSError, ValueError) as error:
+        return f"manifest.json cannot be read: {error}"
+    if not isinstance(manifest, dict) or not isinstance(manifest.get("step"), int):
+        return "manifest.json does not name the step"
+    sizes = manifest.get("files", {"state.pt": None})  # older checkpoints do not list their files
+    for name, size in sizes.items():
+        file = checkpoint / name
+        found = file.stat().st_size if file.is_file() else 0
+        if found == 0 or size not in (None, found):
+            expected = "some" if size is None else size
+            return f"{name} has {found} bytes; expected {expected}" if file.is_file() else f"{name} is missing"
+    return None
 
 
 def checkpoint_step(checkpoint: Path) -> int:
-    """Return the number of gradient steps that were done when a complete checkpoint was written."""
-    return json.loads((checkpoint / "manifest.json").read_text())["step"]
+    """Return the number of gradient steps that were done when a whole checkpoint was written."""
+    return json.loads((checkpoint / "manifest.json").read_bytes())["step"]
 
 
 def make_socket_dir() -> Path:
@@ -155,6 +194,6 @@ def make_socket_dir() -> Path:
 
 
 def remove_socket_dir(path: Path) -> None:
-    """Remove a folder that `make_socket_dir` made. Any other folder stays."""
+    """Remove a folder if its name starts with SOCKET_PREFIX; otherwise do nothing."""
     if path.name.startswith(SOCKET_PREFIX):
         shutil.rmtree(path, ignore_errors=True)

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import pty
+import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -21,6 +25,7 @@ FAKES = Path(__file__).resolve().parent / "fakes"
 REPO = FAKES.parent.parent
 DEADLINE_S = 150.0
 QUICK = ["--config", "quickstart", "logger.backend=none", "deadlines.stop_s=20", "deadlines.save_s=40"]
+QUICK.append("optimization.total_optim_steps=40")  # the fake learner writes a row of step 40
 
 
 @pytest.fixture(autouse=True)
@@ -114,7 +119,7 @@ def test_a_finished_run_leaves_a_complete_summary_and_nothing_running(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = tmp_path / "run"
-    assert _launch(run, "finish", "serve", "optimization.total_optim_steps=40", "replay_buffer.buffer_size=99990") == 0
+    assert _launch(run, "finish", "serve", "replay_buffer.buffer_size=99990") == 0
     summary = _summary(run)
     assert set(SUMMARY_KEYS) <= set(summary)
     assert {key: summary[key] for key in ROW if key in SUMMARY_KEYS and key != "wall_s"} == {
@@ -127,6 +132,26 @@ def test_a_finished_run_leaves_a_complete_summary_and_nothing_running(
     assert "no GPU found: simulator and learner both run on the CPU" in output
     assert "buffer_size=99990 becomes 99920" in output and "Ctrl-C saves" in output
     _assert_nothing_is_left(run)
+
+
+def test_a_learner_that_ends_before_the_last_gradient_step_makes_launch_fail(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    assert _launch(run, "save:collector-serves", "serve", "optimization.total_optim_steps=100") == 1
+    assert (
+        "ended by itself after 60 of 100 gradient steps, probably because of a signal" in _summary(run)["exit_reason"]
+    )
+    assert "a checkpoint of step 60 is saved; continue with:" in capsys.readouterr().out
+
+
+def test_a_checkpoint_of_step_0_is_not_offered(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert _launch(tmp_path / "run", "save:collector-serves", "serve", "optimization.total_optim_steps=100") == 1
+    save_checkpoint(tmp_path / "run", 0)
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "00000060")
+    capsys.readouterr()
+    assert launch.main(["--resume", str(tmp_path / "run")], commands=_commands("die:3", "serve")) == 1
+    assert "a checkpoint of step" not in capsys.readouterr().out
 
 
 def test_float16_on_the_cpu_gives_a_warning_at_the_start(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -233,7 +258,7 @@ def test_a_refused_resume_keeps_its_overrides_only_if_it_trained_with_them(
 ) -> None:
     run = tmp_path / "run"
     assert _launch(run, "finish", "serve", "optimization.log_every=3") == 0
-    save_checkpoint(run, 40)
+    save_checkpoint(run, 20)
     (run / "learner-serves").unlink(missing_ok=True)
     resume, before = ["--resume", str(run), "optimization.log_every=5"], _summary(run)
     assert launch.main(resume, commands=_commands(learner, collector)) == 2
@@ -247,7 +272,7 @@ def test_a_refused_resume_of_a_crashed_run_restores_the_settings(tmp_path: Path)
     """The metrics rows that are newer than the checkpoint come from the crashed launch, not from the resume."""
     run = tmp_path / "run"
     assert _launch(run, "finish", "serve", "optimization.log_every=3") == 0
-    save_checkpoint(run, 20)  # the last row is of step 40
+    save_checkpoint(run, 10)  # the last row is of step 40
     (run / "learner-serves").unlink(missing_ok=True)
     before = _summary(run)
     resume = ["--resume", str(run), "optimization.log_every=5"]
@@ -310,6 +335,116 @@ def test_an_interrupt_ends_the_run_after_the_learner_has_saved(signum: signal.Si
     summary = _summary(run)
     assert (summary["exit_reason"], summary["gradient_steps"]) == (f"interrupted by {signum.name}", 40)
     _assert_nothing_is_left(run)
+
+
+def test_a_closed_terminal_ends_the_run_after_the_learner_has_saved(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    pid, terminal = pty.fork()
+    if pid == 0:
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)  # tests that run under nohup ignore it
+        command = [sys.executable, str(FAKES / "launch_with.py"), "save", "serve", *QUICK, "--run-dir", str(run)]
+        os.execvpe(command[0], command, os.environ | {"PYTHONPATH": str(REPO), "TMPDIR": str(tmp_path)})
+    end = time.monotonic() + DEADLINE_S
+    os.set_blocking(terminal, False)
+    while not all((run / f"{role}-serves").exists() for role in ("learner", "collector")):
+        assert time.monotonic() < end
+        with contextlib.suppress(BlockingIOError):
+            os.read(terminal, 65536)
+        time.sleep(0.02)
+    os.close(terminal)  # the kernel sends SIGHUP, and each write to the terminal fails
+    while (ended := os.waitpid(pid, os.WNOHANG)) == (0, 0):
+        assert time.monotonic() < end
+        time.sleep(0.02)
+    assert os.waitstatus_to_exitcode(ended[1]) == 129
+    assert _summary(run)["exit_reason"] == "interrupted by SIGHUP"
+    assert (run / "checkpoints" / "latest").read_text() == "00000060"
+    _assert_nothing_is_left(run)
+
+
+def test_a_run_goes_on_when_the_program_that_reads_its_output_has_ended(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    process = _start(run, "save")
+    assert process.stdout
+    process.stdout.close()
+    collector = next(event["pid"] for event in _events(run) if event.get("role") == "collector")
+    os.kill(collector, signal.SIGKILL)  # launch reports this death on the dead pipe
+    end = time.monotonic() + DEADLINE_S
+    while not any(event["event"] == "the collector was restarted" for event in _events(run)):
+        assert process.poll() is None and time.monotonic() < end
+        time.sleep(0.02)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=DEADLINE_S) == 143
+    assert (run / "checkpoints" / "latest").read_text() == "00000060"
+    _assert_nothing_is_left(run)
+
+
+@pytest.mark.parametrize("redirection", ["> /dev/full 2>&1", ">&- 2>&-"])
+def test_a_run_finishes_although_its_output_cannot_be_written(redirection: str, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    command = [sys.executable, str(FAKES / "launch_with.py"), "finish", "serve", *QUICK, "--run-dir", str(run)]
+    env = os.environ | {"PYTHONPATH": str(REPO), "TMPDIR": str(tmp_path)}
+    done = subprocess.run(["bash", "-c", f"{shlex.join(command)} {redirection}"], env=env, timeout=DEADLINE_S)
+    assert done.returncode == 0
+    assert _summary(run)["exit_reason"] == "finished"
+
+
+class _BrokenForwarder:
+    """A logging backend that fails at each row and is interrupted by Ctrl-C while it sends the last ones."""
+
+    def add(self, row: object) -> None:
+        raise RuntimeError("the service is gone")
+
+    def close(self) -> None:
+        raise KeyboardInterrupt
+
+
+def test_a_logging_backend_that_fails_does_not_end_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("launcher.run.open_forwarder", lambda settings, folder: _BrokenForwarder())
+    run = tmp_path / "run"
+    assert _launch(run, "finish", "serve") == 0
+    assert (_summary(run)["exit_reason"], _summary(run)["gradient_steps"]) == ("finished", 40)
+    assert "rows can no longer be sent to none" in capsys.readouterr().err
+
+
+def test_an_error_of_launch_itself_lets_the_learner_save(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = tmp_path / "run"
+
+    def fail(watch: object) -> None:
+        if (run / "learner-serves").exists():
+            raise RuntimeError("a defect")
+
+    monkeypatch.setattr("launcher.watch.Watch._check_collector", fail)
+    with pytest.raises(RuntimeError, match="a defect"):
+        _launch(run, "save", "serve")
+    assert _summary(run)["exit_reason"] == "launch failed: RuntimeError('a defect')"
+    assert (run / "checkpoints" / "latest").read_text() == "00000060"
+    _assert_nothing_is_left(run)
+
+
+def test_a_run_whose_folder_is_deleted_ends_with_that_reason(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    process = _start(run, "serve")
+    shutil.rmtree(run)
+    output = process.communicate(timeout=DEADLINE_S)[0]
+    assert process.returncode == 1
+    assert f"the run folder {run} was deleted" in output.replace("\n", "") and "Traceback" not in output
+    assert not run.exists()
+
+
+def test_the_resume_of_a_copy_leaves_the_sockets_of_the_original_alone(tmp_path: Path) -> None:
+    run, sockets = tmp_path / "run", tmp_path / "tandem-active"
+    assert _launch(run, "finish", "serve") == 0
+    save_checkpoint(run, 20)
+    for folder, kept in ((tmp_path / "copy", True), (run, False)):
+        sockets.mkdir(exist_ok=True)
+        described = json.loads((run / "run.json").read_text()) | {"socket_dir": str(sockets)}
+        (run / "run.json").write_text(json.dumps(described))
+        if folder != run:
+            shutil.copytree(run, folder)
+        assert launch.main(["--resume", str(folder)], commands=_commands("finish", "serve")) == 0
+        assert sockets.exists() == kept
 
 
 def test_an_interrupt_before_training_ends_the_run_within_seconds_even_if_the_learner_compiles(tmp_path: Path) -> None:
@@ -378,7 +513,7 @@ def test_a_resume_takes_the_lock_before_the_checks_that_take_long(
 ) -> None:
     run = tmp_path / "run"
     assert _launch(run, "finish", "serve") == 0
-    save_checkpoint(run, 40)
+    save_checkpoint(run, 20)
     checked: list[object] = []
     monkeypatch.setattr("launcher.settings.check_env", lambda *arguments: checked.append(arguments))
     lock = open_run_folder(run)
@@ -393,7 +528,7 @@ def test_a_resume_takes_the_lock_before_the_checks_that_take_long(
 def test_a_refused_resume_releases_the_lock(tmp_path: Path) -> None:
     run = tmp_path / "run"
     assert _launch(run, "finish", "serve") == 0
-    save_checkpoint(run, 40)
+    save_checkpoint(run, 20)
     assert launch.main(["--resume", str(run), "env.nmae=x"], commands=_commands("finish", "serve")) == 2
     open_run_folder(run).release()
 
@@ -401,7 +536,7 @@ def test_a_refused_resume_releases_the_lock(tmp_path: Path) -> None:
 def test_a_resumed_run_keeps_its_settings_and_starts_the_learner_with_resume(tmp_path: Path) -> None:
     run = tmp_path / "run"
     assert _launch(run, "finish", "serve", "env.seed=7") == 0
-    save_checkpoint(run, 40)
+    save_checkpoint(run, 20)
     commands = _commands("finish", "serve")
     assert launch.main(["--resume", str(run), "optimization.log_every=3"], commands=commands) == 0
     started = [event for event in _events(run) if event["event"] == "started" and event["role"] == "learner"]

@@ -3,7 +3,7 @@
     BEHAVIOUR          what the process does
     finish             (learner) writes two metrics rows and ends
     serve[:FILE]       makes progress until it is asked to stop, or until FILE appears in the run folder
-    save               (learner) serves, then saves a checkpoint
+    save[:FILE]        (learner) serves, then saves a checkpoint
     die[:CODE]         ends at once with this exit code
     refuse             (collector) waits until the learner serves, then ends with ExitCode.REFUSED
     stubborn           serves and ignores the signals that ask it to end
@@ -54,10 +54,11 @@ ROW = {
 
 
 def save_checkpoint(run_dir: Path, step: int) -> Path:
-    """Write a checkpoint without networks and replay; return its folder."""
+    """Write a checkpoint that looks whole, without networks and replay; return its folder."""
     folder = run_dir / "checkpoints" / f"{step:08d}"
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "manifest.json").write_text(json.dumps({"step": step}))
+    (folder / "state.pt").write_text("networks")
+    (folder / "manifest.json").write_text(json.dumps({"step": step, "files": {"state.pt": 8}}))
     (folder.parent / "latest").write_text(folder.name)
     return folder
 
@@ -85,7 +86,7 @@ class Child:
             if self.role == "learner":  # only the learner writes metrics.jsonl
                 self._write_row()
         elif behaviour == "save":
-            self._serve()
+            self._serve(until=argument or None)
             save_checkpoint(self.run_dir, 60)
             self._write_row(gradient_steps=60)
         elif behaviour == "stubborn":

@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from launcher.children import ROOT, Starter, python_path
+from launcher.children import Starter, python_path
 from launcher.devices import Devices
+from launcher.main import ROOT
 from launcher.run_folder import create_run_folder
 
 

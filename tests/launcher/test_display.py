@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 from dataclasses import asdict, replace
 
@@ -37,7 +38,7 @@ def test_a_process_without_a_status_shows_its_phase_and_how_long_it_lasts() -> N
     assert (
         collector_line(_snapshot("simulator", 100.0), None, now=165.4, restarts=0) == "collector  simulator 1 min 05 s"
     )
-    assert learner_line(None, {}, now=1.0) == "learner    starting"
+    assert learner_line(_snapshot("starting", 1.0), {}, now=1.0) == "learner    starting 0 s"
 
 
 def test_the_learners_line_has_steps_pace_ratio_losses_and_the_time_left() -> None:
@@ -104,9 +105,9 @@ def test_without_a_terminal_a_plain_line_is_printed_only_now_and_then() -> None:
     display = Display(Console(file=out, width=40))
     display.start()
     for _ in range(3):
-        display.show(_snapshot("compiling", 0.0), None, {}, restarts=0)
+        display.show(_snapshot("compiling", 0.0), _snapshot("starting", 0.0), {}, restarts=0)
     display.stop()
-    assert out.getvalue().count("\n") == 1 and out.getvalue().endswith(" | collector starting\n")
+    assert out.getvalue().count("\n") == 1 and " | collector starting " in out.getvalue()
     assert out.getvalue().startswith("[0 s] learner compiling ") and "\x1b" not in out.getvalue()
 
 
@@ -114,7 +115,12 @@ def test_a_narrow_terminal_shows_the_whole_line() -> None:
     out = io.StringIO()
     display = Display(Console(file=out, force_terminal=True, width=50))
     display.start()
-    display.show(_snapshot("training", 0.0, LEARNER), None, {"loss_model": 12.5, "loss_value": 0.25}, restarts=0)
+    display.show(
+        _snapshot("training", 0.0, LEARNER),
+        _snapshot("starting", 0.0),
+        {"loss_model": 12.5, "loss_value": 0.25},
+        restarts=0,
+    )
     display.stop()
     assert "0.25" in out.getvalue()
 
@@ -123,7 +129,37 @@ def test_on_a_terminal_both_lines_are_drawn_in_place() -> None:
     out = io.StringIO()
     display = Display(Console(file=out, force_terminal=True, width=60))
     display.start()
-    display.show(_snapshot("compiling", 0.0), None, {}, restarts=0)
+    display.show(_snapshot("compiling", 0.0), _snapshot("starting", 0.0), {}, restarts=0)
     display.stop()
     assert "learner    compiling" in out.getvalue() and "collector  starting" in out.getvalue()
     assert "\x1b[" in out.getvalue()
+
+
+class _DeadOutput(io.StringIO):
+    """Raises an error at each write, as a closed terminal, a dead pipe and a full disk do."""
+
+    def __init__(self, failure: BaseException) -> None:
+        super().__init__()
+        self._failure = failure
+
+    def write(self, text: str) -> int:
+        raise self._failure
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+@pytest.mark.parametrize("failure", [OSError(errno.EIO, "closed"), BrokenPipeError(), ValueError("closed file")])
+def test_a_display_that_cannot_be_written_to_raises_no_error(failure: Exception, terminal: bool) -> None:
+    display = Display(Console(file=_DeadOutput(failure), force_terminal=terminal))
+    display.print_line("run folder: runs/x")
+    display.start()
+    display.show(_snapshot("training", 0.0, LEARNER), _snapshot("starting", 0.0), {}, restarts=0)
+    display.print_line("stopping")
+    display.stop()
+
+
+def test_a_line_that_stdout_cannot_encode_does_not_end_the_display() -> None:
+    raw = io.BytesIO()
+    display = Display(Console(file=io.TextIOWrapper(raw, encoding="ascii", write_through=True)))
+    display.print_line("learner> caf\N{LATIN SMALL LETTER E WITH ACUTE}")
+    display.print_line("the next line")
+    assert b"the next line" in raw.getvalue()

@@ -9,11 +9,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from structlog.typing import FilteringBoundLogger
 from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
 
 from launcher.forwarding import (
     SUMMARY_KEYS,
+    FallibleForwarder,
     MetricsTail,
+    NoForwarder,
+    RowRelay,
     TensorBoardForwarder,
     check_logger,
     last_row,
@@ -151,3 +155,66 @@ def test_a_missing_wandb_is_a_setting_error(monkeypatch: pytest.MonkeyPatch) -> 
     with pytest.raises(SettingError, match=r"wandb is not installed.*pip install wandb"):
         check_logger(_wandb_settings())
     check_logger(Settings())
+
+
+class _Keeper(NoForwarder):
+    """Keeps the rows that it gets."""
+
+    def __init__(self) -> None:
+        self.rows: list[Any] = []
+
+    def add(self, row: Any) -> None:
+        self.rows.append(row)
+
+
+class _Broken(_Keeper):
+    """Raises an error after it has taken a row."""
+
+    def __init__(self, failure: BaseException) -> None:
+        super().__init__()
+        self._failure = failure
+
+    def add(self, row: Any) -> None:
+        super().add(row)
+        raise self._failure
+
+    def close(self) -> None:
+        raise self._failure
+
+
+@pytest.fixture
+def log(tmp_path: Path) -> FilteringBoundLogger:
+    (tmp_path / "logs").mkdir()
+    return configure(tmp_path, "launch")
+
+
+def test_a_relay_passes_on_each_new_row_once_and_keeps_the_newest(log: FilteringBoundLogger, tmp_path: Path) -> None:
+    _append(tmp_path, '{"n": 1}\n')
+    forwarder = _Keeper()
+    relay = RowRelay(tmp_path / "metrics.jsonl", forwarder, log)
+    assert (relay.newest, relay.forward(), relay.num_rows) == ({"n": 1}, [], 0)
+    _append(tmp_path, '{"n": 2}\n{"n": 3}\n')
+    assert relay.forward() == forwarder.rows == [{"n": 2}, {"n": 3}]
+    assert (relay.newest, relay.num_rows) == ({"n": 3}, 2)
+
+
+def test_a_backend_that_fails_is_reported_once_and_gets_no_more_rows(
+    log: FilteringBoundLogger, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    backend = _Broken(RuntimeError("the service is gone"))
+    forwarder = FallibleForwarder(backend, "wandb", log)
+    relay = RowRelay(tmp_path / "metrics.jsonl", forwarder, log)
+    _append(tmp_path, '{"n": 1}\n{"n": 2}\n')
+    assert len(relay.forward()) == relay.num_rows == 2
+    forwarder.close()
+    assert backend.rows == [{"n": 1}]
+    shown = capsys.readouterr().err
+    assert shown.count("rows can no longer be sent to wandb; they stay in metrics.jsonl") == 1
+    assert "the service is gone" in shown
+
+
+@pytest.mark.parametrize("failure", [RuntimeError("no network"), KeyboardInterrupt()])
+def test_an_error_or_ctrl_c_while_the_last_rows_are_sent_does_not_change_the_end_of_the_run(
+    failure: BaseException, log: FilteringBoundLogger
+) -> None:
+    FallibleForwarder(_Broken(failure), "wandb", log).close()

@@ -15,15 +15,29 @@ from shared.run_folder import RunFolder, read_run
 
 def test_run_json_lists_package_versions_and_every_launch(tmp_path: Path) -> None:
     content = describe_run(
-        Settings(), argv=["env.seed=0"], devices={"sim": "cpu"}, socket_dir=tmp_path, before=None, repo=tmp_path
+        Settings(),
+        argv=["env.seed=0"],
+        devices={"sim": "cpu"},
+        run_dir=tmp_path,
+        socket_dir=tmp_path,
+        before=None,
+        repo=tmp_path,
     )
     assert content["git"] is None  # not a repository
     assert set(content["versions"]) >= {"python", "torch", "tensordict", "pyzmq"}
     write_json(RunFolder(tmp_path).run_json, content)
     assert json.loads(RunFolder(tmp_path).run_json.read_text()) == content
     run = read_run(tmp_path)
-    assert (run.run_id, run.socket_dir) == (content["run_id"], str(tmp_path))
-    again = describe_run(Settings(), argv=["--resume"], devices={}, socket_dir=tmp_path, before=run, repo=tmp_path)
+    assert (run.run_id, run.run_dir, run.socket_dir) == (content["run_id"], str(tmp_path), str(tmp_path))
+    again = describe_run(
+        Settings(),
+        argv=["--resume"],
+        devices={},
+        run_dir=tmp_path,
+        socket_dir=tmp_path,
+        before=run,
+        repo=tmp_path,
+    )
     assert [launch["argv"] for launch in again["launches"]] == [["env.seed=0"], ["--resume"]]
     assert again["num_resumes"] == 1 and again["run_id"] != run.run_id
 
@@ -34,7 +48,9 @@ def test_the_git_state_is_dirty_once_a_file_has_changed(tmp_path: Path) -> None:
         subprocess.run(["git", *identity, *args], cwd=tmp_path, check=True, capture_output=True)
 
     def state() -> dict:
-        return describe_run(Settings(), argv=[], devices={}, socket_dir=tmp_path, before=None, repo=tmp_path)["git"]
+        return describe_run(
+            Settings(), argv=[], devices={}, run_dir=tmp_path, socket_dir=tmp_path, before=None, repo=tmp_path
+        )["git"]
 
     git("init")
     (tmp_path / "file").write_text("one")

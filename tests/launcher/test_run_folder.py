@@ -63,7 +63,7 @@ def test_only_a_run_with_a_checkpoint_can_be_resumed(tmp_path: Path) -> None:
     with pytest.raises(SettingError, match=r"no config\.yaml"):
         open_run_folder(tmp_path)
     (tmp_path / "config.yaml").write_text("")
-    with pytest.raises(SettingError, match="has no complete checkpoint"):
+    with pytest.raises(SettingError, match="has no whole checkpoint"):
         open_run_folder(tmp_path)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import struct
 from pathlib import Path
@@ -208,3 +209,24 @@ def test_the_live_status_has_the_counters_and_mean_returns(tmp_path):
     status = writer.status(total_optim_steps=100, replay_ratio=2.0, replay_ratio_target=None)
     assert (status.gradient_steps, status.agent_steps, status.total_optim_steps) == (7, 100, 100)
     assert (status.episode_return_mean, status.eval_return_mean, status.policy_lag_mean) == (1.0, 5.0, 2.0)
+
+
+def test_a_row_that_cannot_be_written_is_lost_and_training_goes_on(tmp_path, monkeypatch):
+    writer, _ = make(tmp_path)
+    writer.add_step(measured(1.0))
+    with monkeypatch.context() as patch:
+
+        def full(file, line):
+            raise OSError(errno.ENOSPC, "no space left")
+
+        patch.setattr("shared.files.LineFile.append", full)
+        request_row(writer)
+    writer.add_step(measured(2.0))
+    request_row(writer)
+    assert column(tmp_path, LOSS_MODEL) == [2.0]
+
+
+def test_lines_of_bytes_that_are_no_text_are_deleted_at_a_resume(tmp_path):
+    (tmp_path / "metrics.jsonl").write_bytes(b'{"gradient_steps": 5}\n\xff\xfe\n{"gradient_steps": 9}\n')
+    cut_after(tmp_path / "metrics.jsonl", 5)
+    assert (tmp_path / "metrics.jsonl").read_bytes() == b'{"gradient_steps": 5}\n'

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -12,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from shared.files import write_atomic, write_json
+from shared.files import LineFile, write_atomic, write_json
 from tests.processes import DEADLINE_S
 
 
@@ -72,3 +73,28 @@ def test_content_that_cannot_be_flushed_does_not_replace_the_old(
     assert os.listdir(tmp_path) == ["file"]
     write_atomic(tmp_path / "file", "new")
     assert (tmp_path / "file").read_text() == "new"
+
+
+def test_lines_are_appended_after_those_that_are_there(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("one\n")
+    file = LineFile(tmp_path / "file")
+    file.append("two \N{LATIN SMALL LETTER E WITH ACUTE}")
+    assert (tmp_path / "file").read_text() == "one\ntwo \N{LATIN SMALL LETTER E WITH ACUTE}\n"
+
+
+def test_a_line_that_does_not_fit_on_the_disk_leaves_no_part_of_itself(tmp_path: Path) -> None:
+    file = LineFile(tmp_path / "file")
+    file.append("whole")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10, limits[1]))
+    try:
+        for _ in range(2):
+            with pytest.raises(OSError, match=r"space|large"):
+                file.append("much too long")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert (tmp_path / "file").read_text() == "whole\n"
+    file.append("next")
+    assert (tmp_path / "file").read_text() == "whole\nnext\n"

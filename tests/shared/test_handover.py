@@ -8,6 +8,7 @@ import time
 from types import SimpleNamespace
 
 import pytest
+import structlog
 import torch
 from torch.multiprocessing import reductions
 
@@ -47,6 +48,16 @@ def test_a_slab_sent_as_a_descriptor_is_one_memory_in_both_processes(tmp_path):
     assert slab[12345] == 77
     with pytest.raises(TransportError, match="expected 4194304, as in the Welcome"):
         map_memfd_slab(fds[0], message.num_bytes * 2)
+
+
+def test_connecting_has_a_deadline_although_the_queue_of_the_learner_is_full(tmp_path):
+    listener = listen(tmp_path)
+    waiting = []
+    with pytest.raises(TransportError, match="no learner listens"):
+        for _ in range(50):  # the learner accepts none of them
+            waiting.append(connect(tmp_path, deadline_s=0.2, alive=nothing))
+    assert waiting
+    listener.close()
 
 
 def test_messages_sent_before_a_disconnect_are_received_first(tmp_path):
@@ -177,11 +188,16 @@ def test_a_slab_that_cannot_be_mapped_is_released_so_that_the_learner_can_free_i
         (True, (), "cpu", [(1, True)]),
     ],
 )
-def test_a_slab_is_mapped_for_the_gpu_that_writes_if_it_has_peer_access(monkeypatch, peer, fails, writer, opened):
+def test_a_slab_is_mapped_for_the_gpu_that_writes_if_it_has_peer_access(
+    monkeypatch, capsys, peer, fails, writer, opened
+):
     """Then a copy needs no stream on the learner's GPU. Otherwise the slab is mapped for the GPU that it is on."""
+    structlog.reset_defaults()
     gpus = FakeGpus(monkeypatch, peer=peer, fails=fails)
     import_cuda_slab("GPU-1", HANDLE, 8, writer=torch.device(writer))
     assert gpus.opened == opened and not gpus.released
+    warned = "cannot be mapped for the simulator's GPU" in capsys.readouterr().out
+    assert warned == bool(fails), "the slower way is not taken silently"
 
 
 @pytest.mark.gpu

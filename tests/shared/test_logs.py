@@ -39,3 +39,15 @@ def test_events_are_json_lines_and_only_warnings_and_errors_reach_stderr(
     shown = capsys.readouterr().err
     assert shown.startswith("learner warning: chunk dropped row=7\nlearner error: failed\nTraceback")
     assert "replay allocated" not in shown
+
+
+def test_a_log_that_cannot_be_written_raises_no_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "logs").mkdir()
+    (tmp_path / "logs" / "launch.jsonl").symlink_to("/dev/full")
+    log = configure(tmp_path, "launch")
+    with open("/dev/full", "w") as full:
+        monkeypatch.setattr("sys.stderr", full)
+        log.warning("the disk is full")
+        log.exception("it still is")
+    monkeypatch.setattr("sys.stderr", None)
+    log.error("closed")

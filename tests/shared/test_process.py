@@ -7,6 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from shared.compose import save_settings
 from shared.config import Settings
 from shared.progress import read
@@ -44,3 +46,19 @@ def test_a_process_reads_its_run_and_opens_its_log_progress_file_and_stack_dumps
     assert '"started"' in lines[0] and '"stopped"' in lines[1], "the second `alive` raised StopRequested"
     assert read(tmp_path / "collector.progress").phase == "starting"
     assert (tmp_path / "crash" / "collector.stacks").exists()
+
+
+@pytest.mark.parametrize("role", ["collector", "learner"])
+@pytest.mark.parametrize("folder", ["nowhere", "empty", "no-logs", "file"])
+def test_a_wrong_run_dir_is_explained_in_one_line(folder, role, tmp_path):
+    run = tmp_path / folder
+    if folder == "file":
+        run.write_text("")
+    elif folder != "nowhere":
+        run.mkdir()
+    if folder == "no-logs":
+        save_settings(Settings(), run / "config.yaml")
+        (run / "run.json").write_text('{"run_id": "r1", "socket_dir": "/tmp/none"}')
+    command = [sys.executable, "-m", f"{role}_proc", "--run-dir", str(run)]
+    done = subprocess.run(command, cwd=REPO, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 2 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1, done.stderr
