@@ -30,7 +30,7 @@ SIMULATORS = "collector_proc/simulators"
 MAX_FUNCTION, MAX_CLASS = 40, 150
 # The docstring of a longer class gives the reason why it is one class: it has "long because" or "one class because".
 REASON = re.compile(r"\b(long|one class) because\b", re.IGNORECASE)
-# Words and phrases that readers of English as a second language stumbled over; docs/contributing names plain ones.
+# Words and phrases that readers of English as a second language had to read twice.
 UNCLEAR = (
     r"mend(s|ed|ing)?|obituary|obituaries|anew|nobody|whoever|whatever|met|wanted|told|tells|said|says|nought|whence"
     r"|streets?|shipments?|flights?|travellers?|of (its|their) own accord|is to be had"

@@ -50,7 +50,9 @@ def _program(words: list[str]) -> str:
 
 def _launches() -> list[tuple[str, list[str]]]:
     commands = [(block.place, words) for block in blocks() for words in block.commands]
-    return [(place, _split(words)[1]) for place, words in commands if _program(words) == "launch.py"]
+    found = [(place, _split(words)[1]) for place, words in commands if _program(words) == "launch.py"]
+    texts = [(page.name, code) for page in PAGES for code in inline_code(page)]
+    return found + [(place, shlex.split(code)) for place, code in texts if code.startswith("python launch.py ")]
 
 
 def _to_run(mark: str) -> list[Block]:
