@@ -160,6 +160,6 @@ def test_a_display_that_cannot_be_written_to_raises_no_error(failure: Exception,
 def test_a_line_that_stdout_cannot_encode_does_not_end_the_display() -> None:
     raw = io.BytesIO()
     display = Display(Console(file=io.TextIOWrapper(raw, encoding="ascii", write_through=True)))
-    display.print_line("learner> caf\N{LATIN SMALL LETTER E WITH ACUTE}")
+    display.print_line("learner> \N{GREEK SMALL LETTER ALPHA}")
     display.print_line("the next line")
     assert b"the next line" in raw.getvalue()
