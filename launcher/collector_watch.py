@@ -1,4 +1,4 @@
-"""The watch over the collector: it notices its deaths and starts the next incarnation, within the restart budget."""
+"""The watch over the collector. It notices that a collector died and starts the next one, within the restart budget."""
 
 from __future__ import annotations
 
@@ -21,7 +21,8 @@ if TYPE_CHECKING:
     from launcher.display import Display
     from shared.config import Settings
 
-# A collector ends when its learner ends, and may be seen to do so first. For this long, that is not taken for a death.
+# A collector ends when its learner ends, and launch may notice the collector's end first. So an end counts as a death
+# only after this time.
 GRACE_S = 0.6
 
 
@@ -70,7 +71,9 @@ class CollectorWatch:
         if self.process.child.returncode == ExitCode.OUTGROWN and limit_gb is not None:
             return self._replace_outgrown(limit_gb)
         self.process.show_death(how)
-        return self._replace_dead(how)
+        if self.process.child.returncode == ExitCode.FINISHED:
+            how += ", although no process asked it to end: the simulator or its task may have called exit"
+        return self._replace_dead(how, last_line=self.process.last_line())
 
     def _start(self) -> WatchedProcess:
         self._budget.started(at=time.monotonic())
@@ -103,14 +106,19 @@ class CollectorWatch:
             "no limit"
         )
 
-    def _replace_dead(self, how: str) -> Outcome | None:
-        """Count a death and start the next collector. Return the outcome of the run if the budget is used up."""
+    def _replace_dead(self, how: str, *, last_line: str = "") -> Outcome | None:
+        """Count a death and start the next collector. Return the outcome of the run if the budget is used up.
+
+        last_line: the last line of the collector's output, which names the cause in most cases.
+        """
         settings = self._settings.collector
         if not self._budget.died():
+            cause = f", after the output: {last_line:.500}" if last_line else ""
             reason = (
-                f"collector died {self._budget.deaths} times (the last time: {how}) and never collected for "
+                f"collector died {self._budget.deaths} times (the last time: {how}{cause}) and never collected for "
                 f"collector.healthy_after_s={settings.healthy_after_s:g} s in between; expected at most "
-                f"collector.max_restarts={settings.max_restarts} such deaths; see logs/collector.out"
+                f"collector.max_restarts={settings.max_restarts} such deaths; fix the cause in logs/collector.out, or "
+                "raise collector.max_restarts"
             )
             self._log.error(reason)
             return Outcome(ExitCode.FAILED, reason)

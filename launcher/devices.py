@@ -6,7 +6,9 @@ import os
 import subprocess
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import Path
+from typing import NoReturn
 
 from shared.errors import SettingError
 from shared.lifetime import LAUNCH_PID, SIM_GPU_INDEX
@@ -51,6 +53,13 @@ class Devices:
         """The torch device that both processes use; on a GPU machine, each process sees its own GPU first."""
         return "cpu" if self.train is None else "cuda:0"
 
+    @property
+    def are_two_slices(self) -> bool:
+        """Return whether both processes have a slice of a GPU (MIG) of their own. A process can only use one slice."""
+        if self.sim is None or self.train is None:
+            return False
+        return self.sim != self.train and self.sim.is_slice and self.train.is_slice
+
     def names(self) -> dict[str, str]:
         """Return the device of "sim" and of "train", for people."""
         roles = (("sim", self.sim), ("train", self.train))
@@ -71,34 +80,42 @@ def find_devices(
     gpu_storage: whether the replay is to be in the memory of the train GPU. device_files: one of these exists if the
     kernel has a GPU, even if nvidia-smi cannot list it.
     Raises: SettingError if an option or CUDA_VISIBLE_DEVICES names a GPU that does not exist or that cannot be used
-    by both processes, or if an option names a GPU and nvidia-smi cannot list the GPUs of this machine.
+    by both processes, or if an option names a GPU and there is none.
     """
     gpus, notes = list_gpus()
     mask = environ.get("CUDA_VISIBLE_DEVICES")
     visible = visible_gpus(gpus, mask)
     if not visible and (sim, train) != (None, None):
-        _refuse_cpu(gpus, mask, notes, device_files)
+        given = (("--sim-gpu", sim), ("--train-gpu", train))
+        named = " ".join(f"{flag} {index}" for flag, index in given if index is not None)
+        _refuse_cpu(named, gpus, mask, notes, device_files)
     chosen = choose_devices(visible, sim=sim, train=train)
     check_shared_use(chosen, gpu_storage=gpu_storage)
     hints = (*precision_notes(chosen, autocast), *order_notes(chosen, gpus, environ), *mps_notes(chosen, environ))
     return Devices(chosen.sim, chosen.train, notes + chosen.notes + hints)
 
 
-def _refuse_cpu(gpus: list[Gpu], mask: str | None, notes: tuple[str, ...], device_files: Sequence[str]) -> None:
-    """Raise SettingError if the user named a GPU, the machine seems to have one, and the run would use the CPU."""
+def _refuse_cpu(
+    named: str, gpus: list[Gpu], mask: str | None, notes: tuple[str, ...], device_files: Sequence[str]
+) -> NoReturn:
+    """Raise SettingError, because an option (`named`, with its value) asks for a GPU and the run would use the CPU."""
     if gpus:
         raise SettingError(
-            f"--sim-gpu or --train-gpu names a GPU, but CUDA_VISIBLE_DEVICES={mask!r} hides every GPU; expected at "
+            f"{named} asks for a GPU, but CUDA_VISIBLE_DEVICES={mask!r} hides every GPU; expected at "
             "least one visible GPU; unset CUDA_VISIBLE_DEVICES, or leave out both options to train on the CPU"
         )
     found = [f"{path} exists" for path in device_files if Path(path).exists()]
     if found or notes:  # a nvidia-smi that fails is a machine whose driver does not work
         reason = notes[0] if notes else f"there is no nvidia-smi, but {found[0]}"
         raise SettingError(
-            f"--sim-gpu or --train-gpu names a GPU, but the GPUs cannot be listed: {reason}; expected nvidia-smi to "
+            f"{named} asks for a GPU, but the GPUs cannot be listed: {reason}; expected nvidia-smi to "
             "list them; repair the driver or install its tools (in a container: the driver capabilities "
             "'compute,utility'), or leave out both options to train on the CPU"
         )
+    raise SettingError(
+        f"{named} asks for a GPU, but this machine has none that nvidia-smi lists; expected at least one "
+        "GPU; leave out both options to train on the CPU"
+    )
 
 
 def list_gpus() -> tuple[list[Gpu], tuple[str, ...]]:
@@ -137,10 +154,8 @@ def visible_gpus(gpus: list[Gpu], mask: str | None) -> list[Gpu]:
     if mask is None or not gpus:
         return gpus
     entries = [entry.strip() for entry in mask.split(",") if entry.strip()]
-    if any(entry in ("-1", "NoDevFiles") for entry in entries):
-        # CUDA hides this entry and everything after it.
-        entries = entries[: min(entries.index(entry) for entry in ("-1", "NoDevFiles") if entry in entries)]
-    return [_find(gpus, entry) for entry in entries]
+    # CUDA hides the first of these entries and everything after it.
+    return [_find(gpus, entry) for entry in takewhile(lambda entry: entry not in ("-1", "NoDevFiles"), entries)]
 
 
 def _find(gpus: list[Gpu], entry: str) -> Gpu:
@@ -161,12 +176,14 @@ def choose_devices(gpus: list[Gpu], *, sim: int | None, train: int | None) -> De
     By default the simulator gets the first GPU and the learner another one. A single GPU serves both.
     Raises: SettingError if an index is negative or beyond the visible GPUs.
     """
-    for flag, index in (("--sim-gpu", sim), ("--train-gpu", train)):
-        if index is not None and (index < 0 or (gpus and index >= len(gpus))):
-            valid = f"from 0 to {len(gpus) - 1}" if gpus else "of 0 or more"
-            raise SettingError(f"{flag} {index} is not a visible GPU; expected an index {valid}; see 'nvidia-smi -L'")
     if not gpus:
         return Devices(None, None, (NO_GPU,))
+    for flag, index in (("--sim-gpu", sim), ("--train-gpu", train)):
+        if index is not None and not 0 <= index < len(gpus):
+            raise SettingError(
+                f"{flag} {index} is not a visible GPU; expected an index from 0 to {len(gpus) - 1}; correct it: it "
+                "counts the GPUs of CUDA_VISIBLE_DEVICES if that is set, otherwise those of 'nvidia-smi -L'"
+            )
     if sim is None:
         sim = 1 if train == 0 and len(gpus) > 1 else 0
     if train is None:
@@ -192,11 +209,11 @@ def check_shared_use(devices: Devices, *, gpu_storage: bool) -> None:
                 f"GPU {gpu.index} ({gpu.name}) has the compute mode {gpu.compute_mode}; expected Default, because "
                 f"{reason}; run: sudo nvidia-smi -i {gpu.index} -c DEFAULT{other}"
             )
-    if devices.sim != devices.train and devices.sim.is_slice and devices.train.is_slice:
+    if shared and devices.are_two_slices:
         raise SettingError(
             f"the simulator's and the learner's GPU are two slices (MIG): {devices.sim.uuid} and {devices.train.uuid}; "
-            "expected one slice, because CUDA shows a process only one; let both options name the same slice, or give "
-            "whole GPUs in CUDA_VISIBLE_DEVICES"
+            "expected one slice, because CUDA shows a process only one; let both options name the same slice, set "
+            "replay_buffer.gpu_storage=false, or give whole GPUs in CUDA_VISIBLE_DEVICES"
         )
 
 
@@ -246,6 +263,8 @@ def child_environment(role: str, devices: Devices, outer: Mapping[str, str]) -> 
     uuids = [devices.train.uuid]
     if role == "collector":
         uuids = list(dict.fromkeys((devices.sim.uuid, devices.train.uuid)))
+    if role == "collector" and devices.are_two_slices:
+        uuids = [devices.sim.uuid]
     env["CUDA_VISIBLE_DEVICES"] = ",".join(uuids)
     env["CUDA_DEVICE_ORDER"] = "PCI_BUS_ID"
     if devices.sim.index >= 0:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-import json
 import time
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -33,6 +32,7 @@ from shared.metrics import (
     UPDATES_PER_S_MEAN,
     WALL_S,
     finite_or_none,
+    parse_row,
     tagged,
 )
 
@@ -90,15 +90,6 @@ class MetricsTail:
                 "some lines of metrics.jsonl are not JSON objects; they are left out", lines=rows.count(None)
             )
         return [row for row in rows if row is not None]
-
-
-def parse_row(line: bytes) -> dict[str, Any] | None:
-    """Return the row in a line of metrics.jsonl, or None if the line is not a JSON object."""
-    try:
-        row = json.loads(line)
-    except ValueError:
-        return None
-    return row if isinstance(row, dict) else None
 
 
 def last_row(path: Path) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from shared.errors import SettingError
 from shared.words import nearest
 
 DEFAULT_CONFIG = "dm_control"
+EVALUATION = "no option evaluates: collector.eval_envs=N environments act without noise during the training"
 DISTRIBUTION = "tandem-dreamer"
 EPILOG = """\
 Settings are given as key=value. They replace values of the config:
@@ -58,19 +59,36 @@ def parse_options(argv: Sequence[str]) -> Options:
         allow_abbrev=False,
     )
     parser.add_argument("--config", metavar="NAME", help=f"a file of configs/ (default: {DEFAULT_CONFIG})")
-    parser.add_argument("--sim-gpu", metavar="N", type=int, help="GPU of simulator and acting policy (default: 0)")
-    parser.add_argument("--train-gpu", metavar="N", type=int, help="GPU of the learner (default: 1 if there is one)")
-    parser.add_argument("--run-dir", metavar="DIR", type=Path, help="run folder (default: runs/ENV-TASK-TIME)")
-    parser.add_argument("--resume", metavar="DIR", type=Path, help="continue the run in this folder")
+    parser.add_argument(
+        "--sim-gpu",
+        metavar="N",
+        type=int,
+        help="GPU of simulator and acting policy (default: 0, or 1 if the learner has 0)",
+    )
+    parser.add_argument(
+        "--train-gpu",
+        metavar="N",
+        type=int,
+        help="GPU of the learner (default: another GPU than the simulator's, if there is one)",
+    )
+    parser.add_argument("--run-dir", metavar="DIR", type=_path, help="run folder (default: runs/ENV-TASK-TIME)")
+    parser.add_argument("--resume", metavar="DIR", type=_path, help="continue the run in this folder")
     parser.add_argument("--version", action="version", version=version_text(), help="print the version and exit")
     parser.add_argument("overrides", metavar="key=value", nargs="*", help="settings, see below")
     parsed = parser.parse_intermixed_args(list(argv))
-    if parsed.resume and (parsed.config or parsed.run_dir):
+    if parsed.resume is not None and (parsed.config is not None or parsed.run_dir is not None):
         raise SettingError(
             f"--resume {parsed.resume} is given together with --config or --run-dir; expected --resume alone, because "
             "the resumed run has its own config and folder; leave the other option out (key=value may follow)"
         )
     return Options(**vars(parsed))
+
+
+def _path(text: str) -> Path:
+    """Return the path in an argument. An empty one would mean the current folder."""
+    if not text:
+        raise argparse.ArgumentTypeError("the path is empty")
+    return Path(text)
 
 
 def command_name() -> str:
@@ -96,4 +114,6 @@ class _Parser(argparse.ArgumentParser):
             known = [option for action in self._actions for option in action.option_strings]
             similar = nearest(flag, known)
             hint = f"write {similar[0]}" if similar else "give settings as key=value, such as env.seed=3"
+            if flag.startswith("--eval"):
+                hint = EVALUATION
         raise SettingError(f"cannot read the command line: {message}; expected the options that --help lists; {hint}")

@@ -51,9 +51,9 @@ class RestartBudget:
             self.deaths = 0
 
     def exceeded_memory(self) -> bool:
-        """The present collector ended because of its memory. Return whether it had done useful work.
+        """Return whether the present collector, which exceeded the memory limit, had done useful work.
 
-        If it had not, the caller counts a death with `died`.
+        If so, its collecting time counts towards forgetting deaths. If not, the caller counts a death with `died`.
         """
         if self._collecting_since is None:
             return False

@@ -21,7 +21,7 @@ from launcher.forwarding import FallibleForwarder, RowRelay, last_row, open_forw
 from launcher.main import ROOT
 from launcher.options import command_name
 from launcher.provenance import describe_run
-from launcher.run_folder import ResumeUndo, create_run_folder, default_run_dir, open_run_folder
+from launcher.run_folder import ResumeUndo, create_run_folder, make_default_run_dir, open_run_folder
 from launcher.settings import check_gpu_compiler, read_settings
 from launcher.watch import run_processes
 from shared.compose import save_settings
@@ -56,7 +56,7 @@ def run(options: Options, argv: list[str], commands: Mapping[str, Sequence[str]]
     """
     with ExitStack() as stack:
         lock = None
-        if options.resume:  # The lock comes first, because the checks of the settings may take long.
+        if options.resume is not None:  # The lock comes first, because the checks of the settings may take long.
             lock = stack.enter_context(open_run_folder(options.resume))
         settings = read_settings(options, Display(Console()).print_line)
         devices = find_devices(
@@ -68,7 +68,7 @@ def run(options: Options, argv: list[str], commands: Mapping[str, Sequence[str]]
         )
         check_gpu_compiler(settings, devices)
         if lock is None:
-            lock = stack.enter_context(create_run_folder(options.run_dir or default_run_dir(settings)))
+            lock = stack.enter_context(create_run_folder(options.run_dir or make_default_run_dir(settings)))
         starter = Starter(lock.folder, devices, os.environ, resume=options.resume is not None, commands=commands)
         return _train(starter, settings, argv)
 

@@ -58,14 +58,29 @@ class ResumeUndo:
         return (saved / "manifest.json").stat().st_mtime_ns if saved is not None else None
 
 
-def default_run_dir(settings: Settings, root: Path = Path("runs")) -> Path:
-    """Return `runs/ENV-TASK-YYYYMMDD-HHMMSS`; a counter is appended if that folder exists."""
+def make_default_run_dir(settings: Settings, root: Path = Path("runs")) -> Path:
+    """Make the folder `runs/ENV-TASK-YYYYMMDD-HHMMSS` and return it. If it exists, a counter is appended to its name.
+
+    Raises: SettingError if it cannot be made.
+    """
     words = [word for word in (settings.env.name, settings.env.task, time.strftime("%Y%m%d-%H%M%S")) if word]
     name = "-".join("".join(c if c.isalnum() or c in "-_." else "_" for c in word) for word in words)
-    candidate, number = root / name, 2
-    while candidate.exists():
-        candidate, number = root / f"{name}-{number}", number + 1
-    return candidate
+    path, number = root / name, 1
+    while not _made(path):
+        number += 1
+        path = root / f"{name}-{number}"
+    return path
+
+
+def _made(path: Path) -> bool:
+    """Make a folder and return True, or return False if it exists: another launch may have made it a moment ago."""
+    try:
+        path.mkdir(parents=True)
+    except FileExistsError:
+        return False
+    except OSError as error:
+        raise _cannot("create", path, error) from error
+    return True
 
 
 def create_run_folder(path: Path) -> RunLock:
@@ -73,17 +88,14 @@ def create_run_folder(path: Path) -> RunLock:
 
     Raises: SettingError if the folder cannot be created, contains files already, or is locked by another launch.
     """
-    folder = RunFolder(path.resolve())
-    had_lock = folder.lock.exists()
     try:
+        folder = RunFolder(path.resolve())
+        had_lock = folder.lock.exists()
         folder.path.mkdir(parents=True, exist_ok=True)
         lock = _take_lock(folder)
+        found = sorted(entry.name for entry in folder.path.iterdir() if entry != folder.lock)
     except OSError as error:
-        raise SettingError(
-            f"cannot create the run folder {path}: {error}; expected a folder in which this user may write; "
-            "give another --run-dir"
-        ) from error
-    found = sorted(entry.name for entry in folder.path.iterdir() if entry != folder.lock)
+        raise _cannot("create", path, error) from error
     if found:
         lock.release()
         if not had_lock:
@@ -96,15 +108,26 @@ def create_run_folder(path: Path) -> RunLock:
     return lock
 
 
+def _cannot(verb: str, path: Path, error: OSError) -> SettingError:
+    """Return the error for a run folder that cannot be created or opened."""
+    fix = "give another --run-dir" if verb == "create" else "correct the file that the error names"
+    return SettingError(
+        f"cannot {verb} the run folder {path}: {error}; expected a folder in which this user may write; {fix}"
+    )
+
+
 def open_run_folder(path: Path) -> RunLock:
     """Return the folder of an earlier run, locked, to continue that run.
 
-    Raises: SettingError if it is not a run folder, has no checkpoint, or is locked by another launch.
+    Raises: SettingError if it is not a run folder, has no checkpoint, is locked by another launch, or is not writable.
     """
-    folder = RunFolder(path.resolve())
-    check_resumable(folder)
-    lock = _take_lock(folder)
-    _make_subfolders(folder)
+    try:
+        folder = RunFolder(path.resolve())
+        check_resumable(folder)
+        lock = _take_lock(folder)
+        _make_subfolders(folder)
+    except OSError as error:
+        raise _cannot("open", path, error) from error
     return lock
 
 
@@ -136,16 +159,19 @@ def check_unfinished(folder: RunFolder, settings: Settings) -> None:
 
 def _take_lock(folder: RunFolder) -> RunLock:
     """Lock the folder and write our pid into the lock file. Raises: SettingError if another launch has the lock."""
-    file = folder.lock.open("a+")
+    file = folder.lock.open("a+", errors="replace")
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
         file.seek(0)
-        pid = file.read().strip() or "unknown"
+        pid = file.read(100).strip()
         file.close()
+        user, stop = "another launch", ""
+        if pid.isdecimal():
+            user, stop = f"the launch with pid {pid}", f"stop it with 'kill {pid}', "
         raise SettingError(
-            f"the run folder {folder.path} is in use by the launch with pid {pid}; expected a folder that no other "
-            f"launch uses; wait for that run, stop it with 'kill {pid}', or give another --run-dir"
+            f"the run folder {folder.path} is in use by {user}; expected a folder that no other launch uses; "
+            f"wait for that run, {stop}or give another --run-dir"
         ) from error
     file.truncate(0)
     file.write(f"{os.getpid()}\n")

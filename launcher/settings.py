@@ -8,18 +8,36 @@ import sys
 import sysconfig
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from operator import attrgetter
 from pathlib import Path
+from typing import Any
 
 from collector_proc.simulators.registry import check_env
 from launcher.devices import Devices
 from launcher.forwarding import check_logger
 from launcher.options import DEFAULT_CONFIG, Options
 from launcher.run_folder import check_unfinished
-from shared.compose import compose, load_settings
+from shared.compose import compose, load_settings, setting_keys
 from shared.config import Settings
-from shared.errors import SettingError
+from shared.errors import SettingError, together
 from shared.geometry import check_settings
 from shared.run_folder import RunFolder
+
+# A resume must keep these: they decide what the rows of the replay are, and so what the networks have learned.
+FIXED_KEYS = (
+    "env.backend",
+    "env.name",
+    "env.task",
+    "env.frame_skip",
+    "env.from_pixels",
+    "env.grayscale",
+    "env.action_scale",
+    "env.obs_groups",
+    "env.image_low",
+    "env.image_high",
+    "env.reward_per_second",
+    "optimization.reward_scale",
+)
 
 
 def read_settings(options: Options, show: Callable[[str], None]) -> Settings:
@@ -28,18 +46,48 @@ def read_settings(options: Options, show: Callable[[str], None]) -> Settings:
     show: called with a line for the user before a check that takes long.
     Raises: SettingError if the settings cannot work.
     """
-    if options.resume:
+    before: Settings | None = None
+    if options.resume is not None:
         folder = RunFolder(options.resume.resolve())
-        settings = load_settings(folder.config, options.overrides)
+        before, settings = load_settings(folder.config), load_settings(folder.config, options.overrides)
+        check_changes(before, settings)
         check_unfinished(folder, settings)
     else:
-        settings = compose(options.config or DEFAULT_CONFIG, options.overrides)
+        settings = compose(DEFAULT_CONFIG if options.config is None else options.config, options.overrides)
     with _current_folder_importable():
         check_env(settings, show)
     check_settings(settings)
     check_logger(settings)
     check_compiler(settings)
+    if before is not None:
+        for key, old, new in changed_settings(before, settings):
+            show(f"changed: {key}={old} -> {new}")
     return settings
+
+
+def changed_settings(before: Settings, now: Settings) -> list[tuple[str, Any, Any]]:
+    """Return key, value before and value now of every setting that differs."""
+    old, new = _values(before), _values(now)
+    return [(key, old[key], new[key]) for key in old if old[key] != new[key]]
+
+
+def check_changes(before: Settings, now: Settings) -> None:
+    """Raise SettingError if a resume changes what the weights or the replay of the checkpoint mean."""
+    wrong = [
+        SettingError(
+            f"{key}={new} changes the meaning of the checkpoint, which was made with {key}={old}; expected the same "
+            "value; leave it out, or start a new run"
+        )
+        for key, old, new in changed_settings(before, now)
+        if key in FIXED_KEYS or (key.startswith("networks.") and key != "networks.exploration_noise")
+    ]
+    if wrong:
+        raise together(wrong)
+
+
+def _values(settings: Settings) -> dict[str, Any]:
+    """Return the value of every setting under its dotted key."""
+    return {key: attrgetter(key)(settings) for key, _ in setting_keys()}
 
 
 def check_compiler(settings: Settings) -> None:

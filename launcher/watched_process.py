@@ -48,7 +48,16 @@ class WatchedProcess:
 
     def refusal(self) -> str:
         """Return why the process, which has ended, could not work; it wrote the reason into its progress file."""
-        return read(self._progress_file).refusal or "its last lines of output are above"
+        return read(self._progress_file).refusal or f"no reason was reported; see logs/{self._role}.out"
+
+    def last_line(self) -> str:
+        """Return the last line that the process wrote, or an empty text if it wrote none."""
+        for line in reversed(self.child.last_output()):
+            if line.startswith(f"--- {self._role} "):  # launch writes this before the output of each process
+                break
+            if line.strip():
+                return line.strip()
+        return ""
 
     def show_death(self, how: str) -> None:
         """Log that the process died and show the end of its output."""

@@ -11,6 +11,7 @@ from shared.config import Settings
 from shared.errors import HandoverError, SettingError, TransportError
 from shared.gpu import check_gpu
 from shared.lifetime import ExitCode
+from shared.memory import is_out_of_memory
 from shared.output import write_error
 from shared.process import Process, start_process
 from shared.run_folder import remove_socket_dir
@@ -58,19 +59,35 @@ def train(process: Process, device: str, *, resume: bool) -> ExitCode:
             learner.run()
         return ExitCode.FINISHED
     except (SettingError, HandoverError) as error:
-        process.log.error("refused", error=str(error))
-        process.progress.refuse(str(error))
-        return ExitCode.REFUSED
+        return _refuse(process, str(error))
     except torch.OutOfMemoryError as error:
         reason = out_of_memory(error, torch.cuda.memory_reserved())
+        if learner is None:
+            return _refuse(process, reason)  # the networks or the replay do not fit, so another start would fail too
         process.log.error("out of GPU memory", error=reason)
-        if learner is not None:
-            return ExitCode.FAILED
-        process.progress.refuse(reason)  # the networks or the replay do not fit, so another start would fail too
-        return ExitCode.REFUSED
+        return ExitCode.FAILED
     except (TransportError, FloatingPointError, CheckpointError) as error:
         process.log.error("failed", error=str(error))
         return ExitCode.FAILED
+    except (RuntimeError, OSError, MemoryError) as error:
+        if learner is not None or not is_out_of_memory(error):
+            raise
+        return _refuse(process, out_of_host_memory(error))
+
+
+def _refuse(process: Process, reason: str) -> ExitCode:
+    """Log the reason, pass it to launch, and return the exit code."""
+    process.log.error("refused", error=reason)
+    process.progress.refuse(reason)
+    return ExitCode.REFUSED
+
+
+def out_of_host_memory(error: BaseException) -> str:
+    """Return what to do when the memory of the machine is not enough for the learner's start."""
+    return (
+        f"the machine has too little memory for the learner: {str(error).splitlines()[0]:.300}; expected replay and "
+        "networks to fit; lower replay_buffer.buffer_size, or networks.hidden_dim and networks.rssm_hidden_dim"
+    )
 
 
 def out_of_memory(error: Exception, reserved_bytes: int) -> str:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import html
-import json
 import sys
 from collections.abc import Iterable
 from pathlib import Path
@@ -23,7 +22,7 @@ from learner_proc.startup import open_run
 from shared import metrics
 from shared.errors import SettingError
 from shared.lifetime import ExitCode
-from shared.metrics import GRADIENT_STEPS, KL, LOSS_MODEL, OPEN_LOOP, REPEAT_LAST, Metric, find
+from shared.metrics import GRADIENT_STEPS, KL, LOSS_MODEL, OPEN_LOOP, REPEAT_LAST, Metric, find, parse_row
 from shared.run_folder import RunFolder
 
 PANELS: dict[str, tuple[Metric, ...]] = {
@@ -83,9 +82,12 @@ def write_report(run_dir: Path) -> Path:
 
 
 def _trained_rows(path: Path) -> list[dict[str, Any]]:
-    """Return the rows of metrics.jsonl since the first gradient step. Raises: SettingError if there are none."""
-    lines = path.read_text().splitlines() if path.is_file() else []
-    rows = [row for row in map(json.loads, lines) if LOSS_MODEL.of(row) is not None]
+    """Return the rows of metrics.jsonl since the first gradient step. Raises: SettingError if there are none.
+
+    Lines that are no rows are left out: while the run is active, the last line may be incomplete.
+    """
+    lines = path.read_bytes().splitlines() if path.is_file() else []
+    rows = [row for row in map(parse_row, lines) if row is not None and LOSS_MODEL.of(row) is not None]
     if not rows:
         raise SettingError(
             f"{path} has no row of a gradient step; expected the folder of a run that has trained; "
@@ -228,6 +230,12 @@ def main() -> int:
         page = write_report(parser.parse_args().run)
     except SettingError as error:
         sys.stderr.write(f"error: {error}\n")
+        return ExitCode.REFUSED
+    except OSError as error:
+        sys.stderr.write(
+            f"error: cannot read the run or write its report: {error}; expected a folder in which this user may write; "
+            "correct the path or its permissions, or copy the folder\n"
+        )
         return ExitCode.REFUSED
     sys.stdout.write(f"{page}\n")
     return 0

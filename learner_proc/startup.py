@@ -16,8 +16,10 @@ from learner_proc.measurements import CapturedMeasurements, Measurements
 from learner_proc.replay import Replay
 from shared.compose import load_settings
 from shared.config import Settings
+from shared.errors import SettingError
 from shared.geometry import Geometry
 from shared.handover import create_memfd_slab, pin_slab
+from shared.memory import total_bytes
 from shared.stream import StreamSpec, plan_layout
 
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD = -1, -2, -3  # numbers of options in malloc.h
@@ -30,17 +32,31 @@ def allocate_replay(
 
     on_gpu: put it on `device` if that is a GPU; otherwise it is in host memory, which is pinned for a GPU.
     Call it before anything else is allocated on the GPU, so that the slab has a segment of GPU memory of its own.
+    Raises: SettingError if it is larger than the memory of this machine.
     """
     layout = plan_layout(spec, geometry.capacity)
     fd = None
     if device.type == "cuda" and on_gpu:
         slab = torch.zeros(layout.num_bytes, dtype=torch.uint8, device=device)
     else:
+        _check_host_memory(layout.num_bytes, settings)
         slab, fd = create_memfd_slab(layout.num_bytes)
         if device.type == "cuda":
             pin_slab(slab)
     replay = Replay(slab, layout, ticks_per_chunk=geometry.ticks_per_chunk, seed=settings.env.seed, device=device)
     return replay, fd
+
+
+def _check_host_memory(num_bytes: int, settings: Settings) -> None:
+    """Raise SettingError if a replay of this size can never fit: the kernel would only notice it when rows arrive."""
+    total = total_bytes()
+    if total is not None and num_bytes > total:
+        size = settings.replay_buffer.buffer_size
+        half = size * total // num_bytes // 2
+        raise SettingError(
+            f"replay_buffer.buffer_size={size} takes {num_bytes / 1e9:.1f} GB of host memory, and this machine has "
+            f"{total / 1e9:.1f} GB; expected a replay that fits; set replay_buffer.buffer_size={half}"
+        )
 
 
 def build_gradient_step(spec: StreamSpec, settings: Settings, *, device: torch.device) -> GradientStep:

@@ -18,8 +18,8 @@ from hydra import initialize_config_dir
 from hydra.core.config_store import ConfigStore
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
-from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException, ValidationError
 from yaml import YAMLError
 
 from shared.config import Settings
@@ -53,24 +53,37 @@ def compose(config_name: str, overrides: Sequence[str] = (), *, config_dir: Path
     try:
         with initialize_config_dir(config_dir=str(config_dir.resolve()), version_base="1.3"):
             composed = hydra_compose(config_name=config_name, overrides=kept)
+    except Exception as error:  # Hydra raises many kinds of errors for wrong entries of `defaults`
+        raise _explain(error, f"config {config_name!r}") from error
+    try:
         return _to_settings(composed)
-    except (HydraException, OmegaConfBaseException) as error:
+    except OmegaConfBaseException as error:
         raise _explain(error, f"config {config_name!r}") from error
 
 
 def load_settings(path: Path, overrides: Sequence[str] = ()) -> Settings:
     """Return the settings that `save_settings` wrote, changed by `key=value` overrides and checked as in `compose`.
 
-    Raises: SettingError if the file is missing or unreadable, or if a key or a value is wrong.
+    Raises: SettingError if the file is missing or unreadable, if it lacks a setting, or if a key or a value is wrong.
     """
     raw, parsed = _read_file(path), _parse_overrides(overrides)
+    found = set(_leaves(OmegaConf.to_container(raw, resolve=False)))
+    missing = [(key, entry) for key, entry in setting_keys() if key not in found]
+    if missing:
+        # A default in its place could be another task or another network than that of the checkpoint.
+        listed = ", ".join(f"{key} (default: {_as_typed(entry.default)})" for key, entry in missing[:3])
+        raise SettingError(
+            f"{path} lacks {len(missing)} settings: {listed}{', ...' if len(missing) > 3 else ''}; expected every "
+            "setting, as launch.py writes them; restore the file from a copy, or add the settings with which the run "
+            "was started"
+        )
     try:
         merged = OmegaConf.merge(OmegaConf.structured(Settings), raw)
         assert isinstance(merged, DictConfig), type(merged)
         for override in parsed:
             OmegaConf.update(merged, override.key_or_group, override.value())
         return _to_settings(merged)
-    except (HydraException, OmegaConfBaseException) as error:
+    except (HydraException, OmegaConfBaseException, OverflowError) as error:
         raise _explain(error, str(path)) from error
 
 
@@ -133,7 +146,7 @@ def _check_value(key: str, value: Any, entry: Field[Any]) -> Any:
 
 def _check_bounds(key: str, value: float, entry: Field[Any]) -> None:
     lowest, highest = entry.metadata["minimum"], entry.metadata["maximum"]
-    if (lowest is None or value >= lowest) and (highest is None or value <= highest) and math.isfinite(value):
+    if (lowest is None or value >= lowest) and (highest is None or value <= highest) and _is_finite(value):
         return
     bounds = [f"at least {lowest}"] if lowest is not None else []
     bounds += [f"at most {highest}"] if highest is not None else []
@@ -141,6 +154,10 @@ def _check_bounds(key: str, value: float, entry: Field[Any]) -> None:
         f"{key}={value} is out of bounds; expected a finite number{', ' if bounds else ''}{' and '.join(bounds)}; "
         f"set for example {key}={_as_typed(entry.default)}, its default. {_meaning(key, entry)}"
     )
+
+
+def _is_finite(value: float) -> bool:
+    return isinstance(value, int) or math.isfinite(value)  # isfinite raises OverflowError for an integer above 1e308
 
 
 def _check_config_name(name: str, config_dir: Path) -> None:
@@ -162,11 +179,14 @@ def _read_file(path: Path) -> DictConfig:
         raw = OmegaConf.load(path)
     except (OSError, YAMLError, OmegaConfBaseException, UnicodeDecodeError) as error:
         reason = " ".join(str(error).split())
-        raise SettingError(
-            f"{path} cannot be read: {reason}; expected a YAML file of settings; fix the file"
-        ) from error
+        raise SettingError(f"{path} cannot be read: {reason}; expected a YAML file of settings; correct it") from error
     if not isinstance(raw, DictConfig):
-        raise SettingError(f"{path} holds a list; expected sections such as 'env:'; fix the file")
+        raise SettingError(f"{path} holds a list; expected sections such as 'env:'; correct the file")
+    names = OmegaConf.select(raw, "defaults")
+    if names is not None and not isinstance(names, ListConfig):
+        raise SettingError(
+            f"{path} has defaults: {names}; expected a list; write 'defaults: [settings, _self_]' in its first lines"
+        )
     wrong = []
     for key in _leaves(OmegaConf.to_container(raw, resolve=False)):
         try:
@@ -241,7 +261,7 @@ def _check_override(override: Override, text: str, blank: DictConfig) -> None:
         section, _, name = key.rpartition(".")
         if not OmegaConf.is_interpolation(OmegaConf.select(blank, section), name):
             _check_value(key, OmegaConf.select(blank, key), dict(setting_keys())[key])
-    except (HydraException, OmegaConfBaseException) as error:
+    except (HydraException, OmegaConfBaseException, OverflowError) as error:
         raise _explain(error, text) from error
 
 
@@ -294,7 +314,12 @@ def _explain(error: Exception, origin: str) -> SettingError:
     reason = next((line for line in str(inner).splitlines() if line.strip()), type(inner).__name__)
     if entry is None:
         return SettingError(
-            f"{origin} cannot be composed: {reason}; expected settings of shared/config.py; fix that line"
+            f"{origin} cannot be composed: {reason}; expected settings of shared/config.py; correct {origin}"
+        )
+    if not isinstance(inner, ValidationError):
+        return SettingError(
+            f"{key} cannot be set: {reason}; expected {_type_in_words(entry)}, or the key of another setting in "
+            f"${{...}}; correct {origin}. {_meaning(key, entry)}"
         )
     return SettingError(
         f"{key} has a value of the wrong type: {reason}; expected {_type_in_words(entry)}; write for example "

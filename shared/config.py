@@ -12,6 +12,12 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Optional
 
+MAX_COUNT = 10**12  # of steps and rows: with larger numbers, sizes in bytes would exceed 64 bits
+MAX_WIDTH = 100_000  # of a layer
+MAX_S = 1e8  # three years: timers of the operating system accept it
+# The collector adds 1000 for each restart and 1,000,000 for each resume, and seeds of simulators have 32 bits.
+MAX_SEED = 2**31 - 1
+
 
 def setting(
     default: Any,
@@ -41,20 +47,27 @@ class EnvSettings:
     task: str = setting(
         "run", "dm_control: the task of the domain; pendulum: 'swingup' or 'balance'; other backends: must be empty."
     )
-    seed: int = setting(0, "Seed of the simulator, the networks' initial weights and all sampling.", minimum=0)
+    seed: int = setting(
+        0, "Seed of the simulator, the networks' initial weights and all sampling.", minimum=0, maximum=MAX_SEED
+    )
     frame_skip: int = setting(
         2,
         "Simulator steps per agent step; rewards are summed over them. isaaclab, mjlab: 1, as tasks repeat actions.",
         unit="env frames",
         minimum=1,
+        maximum=10_000,
     )
     from_pixels: bool = setting(True, "Observe 64x64 images (uint8) instead of state vectors.")
     grayscale: bool = setting(False, "Use one image channel instead of three; needs from_pixels.")
     n_parallel_envs: int = setting(
-        8, "dm_control: number of environments in each worker process.", unit="environments", minimum=1
+        8, "dm_control: number of environments in each worker process.", unit="environments", minimum=1, maximum=100_000
     )
     num_envs: Optional[int] = setting(
-        None, "Backends other than dm_control: number of environments stepped together.", unit="environments", minimum=1
+        None,
+        "Backends other than dm_control: number of environments stepped together.",
+        unit="environments",
+        minimum=1,
+        maximum=10_000_000,
     )
     horizon: Optional[int] = setting(
         None,
@@ -62,6 +75,7 @@ class EnvSettings:
         "task's limit.",
         unit="agent steps",
         minimum=2,
+        maximum=MAX_COUNT,
     )
     action_scale: float = setting(
         1.0,
@@ -89,13 +103,17 @@ class CollectorSettings:
     """How the collector gathers experience, and when it is restarted."""
 
     num_collectors: int = setting(
-        7, "dm_control: number of worker processes; 0: step the environments in the collector.", minimum=0
+        7,
+        "dm_control: number of worker processes; 0: step the environments in the collector.",
+        minimum=0,
+        maximum=10_000,
     )
     frames_per_batch: int = setting(
         1000,
         "Size of a chunk of experience; rounded to whole ticks of all environments.",
         unit="agent steps",
         minimum=1,
+        maximum=MAX_COUNT,
     )
     mode: str = setting(
         "async",
@@ -103,13 +121,18 @@ class CollectorSettings:
         choices=("async", "lockstep"),
     )
     init_random_frames: int = setting(
-        10_000, "Steps with uniform random actions before training starts.", unit="agent steps", minimum=1
+        10_000,
+        "Steps with uniform random actions before training starts.",
+        unit="agent steps",
+        minimum=1,
+        maximum=MAX_COUNT,
     )
     eval_envs: int = setting(
         1,
         "Environments that act without noise; their returns are reported as evaluation.",
         unit="environments",
         minimum=0,
+        maximum=10_000_000,
     )
     eval_action: str = setting(
         "mode",
@@ -118,19 +141,24 @@ class CollectorSettings:
     )
     cudagraphs: bool = setting(True, "On a GPU, run the policy as one CUDA graph.")
     max_restarts: int = setting(
-        10, "How often launch restarts a collector that died before it ends the run; see healthy_after_s.", minimum=0
+        10,
+        "How often launch restarts a collector that died before it ends the run; see healthy_after_s.",
+        minimum=0,
+        maximum=MAX_COUNT,
     )
     max_rss_gb: Optional[float] = setting(
         None,
         "For leaking simulators: restart the collector if it and its workers hold more memory than this; null: never.",
         unit="GB",
         minimum=0.1,
+        maximum=1e6,
     )
     healthy_after_s: float = setting(
         3600.0,
         "After this much collecting without a death, earlier deaths no longer count towards max_restarts.",
         unit="s",
         minimum=0.0,
+        maximum=MAX_S,
     )
 
 
@@ -147,15 +175,21 @@ class CompileSettings:
 class OptimizationSettings:
     """The gradient step: losses, learning rates, precision and replay ratio."""
 
-    total_optim_steps: int = setting(100_000, "Length of the run.", unit="gradient steps", minimum=1)
-    log_every: int = setting(100, "Gradient steps between two rows of metrics.jsonl.", unit="gradient steps", minimum=1)
+    total_optim_steps: int = setting(100_000, "Length of the run.", unit="gradient steps", minimum=1, maximum=MAX_COUNT)
+    log_every: int = setting(
+        100, "Gradient steps between two rows of metrics.jsonl.", unit="gradient steps", minimum=1, maximum=MAX_COUNT
+    )
     replay_ratio: Optional[float] = setting(
         500.0,
         "Replayed agent steps per collected agent step; the faster process waits. null: neither process waits.",
         minimum=1e-9,
     )
     publish_every: int = setting(
-        10, "Gradient steps between two publications of new weights to the collector.", unit="gradient steps", minimum=1
+        10,
+        "Gradient steps between two publications of new weights to the collector.",
+        unit="gradient steps",
+        minimum=1,
+        maximum=MAX_COUNT,
     )
     grad_clip: float = setting(
         100.0,
@@ -194,9 +228,14 @@ class OptimizationSettings:
         minimum=0.0,
         maximum=1.0,
     )
-    imagination_horizon: int = setting(15, "Length of an imagined trajectory.", unit="agent steps", minimum=2)
+    imagination_horizon: int = setting(
+        15, "Length of an imagined trajectory.", unit="agent steps", minimum=2, maximum=10_000
+    )
     imagination_starts: Optional[int] = setting(
-        None, "Number of random steps of a batch from which imagination starts; null: all of them.", minimum=1
+        None,
+        "Number of random steps of a batch from which imagination starts; null: all of them.",
+        minimum=1,
+        maximum=MAX_COUNT,
     )
     entropy_scale: float = setting(
         0.0, "Weight of the actor's entropy in its objective; 0: no entropy bonus.", minimum=0.0
@@ -224,11 +263,15 @@ class OptimizationSettings:
 class NetworkSettings:
     """Sizes of the networks, and how the actor explores."""
 
-    state_dim: int = setting(30, "Size of the stochastic state.", minimum=1)
-    rssm_hidden_dim: int = setting(200, "Size of the deterministic state and of every layer of the RSSM.", minimum=1)
-    hidden_dim: int = setting(400, "Size of every layer of the heads and of the vector encoder.", minimum=1)
+    state_dim: int = setting(30, "Size of the stochastic state.", minimum=1, maximum=MAX_WIDTH)
+    rssm_hidden_dim: int = setting(
+        200, "Size of the deterministic state and of every layer of the RSSM.", minimum=1, maximum=MAX_WIDTH
+    )
+    hidden_dim: int = setting(
+        400, "Size of every layer of the heads and of the vector encoder.", minimum=1, maximum=MAX_WIDTH
+    )
     encoder_channels: int = setting(
-        32, "Channels of the first layer of the image encoder; later layers have more.", minimum=1
+        32, "Channels of the first layer of the image encoder; later layers have more.", minimum=1, maximum=MAX_WIDTH
     )
     activation: str = setting("elu", "Activation function of the dense layers.", choices=("elu", "relu", "silu"))
     continue_head: bool = setting(
@@ -253,11 +296,21 @@ class ReplaySettings:
     """The replay buffer and the batches that are drawn from it."""
 
     buffer_size: int = setting(
-        1_000_000, "Size of the replay; the oldest steps are overwritten.", unit="agent steps", minimum=1
+        1_000_000,
+        "Size of the replay; the oldest steps are overwritten.",
+        unit="agent steps",
+        minimum=1,
+        maximum=MAX_COUNT,
     )
-    batch_size: int = setting(10_000, "Steps sampled for one gradient step.", unit="agent steps", minimum=1)
+    batch_size: int = setting(
+        10_000, "Steps sampled for one gradient step.", unit="agent steps", minimum=1, maximum=MAX_COUNT
+    )
     batch_length: int = setting(
-        50, "Length of each sampled window; batch_size must be a multiple of it.", unit="agent steps", minimum=2
+        50,
+        "Length of each sampled window; batch_size must be a multiple of it.",
+        unit="agent steps",
+        minimum=2,
+        maximum=MAX_COUNT,
     )
     gpu_storage: Optional[bool] = setting(
         None,
@@ -283,9 +336,9 @@ class CheckpointSettings:
     """When checkpoints are saved, and what they contain."""
 
     every_s: float = setting(
-        1800.0, "Time between two checkpoints; one more is written at the end.", unit="s", minimum=1.0
+        1800.0, "Time between two checkpoints; one more is written at the end.", unit="s", minimum=1.0, maximum=MAX_S
     )
-    keep: int = setting(2, "Number of checkpoints that are kept, the newest ones.", minimum=1)
+    keep: int = setting(2, "Number of checkpoints that are kept, the newest ones.", minimum=1, maximum=MAX_COUNT)
     replay: bool = setting(
         True, "Save the replay too; false makes small checkpoints, but a resumed run refills its replay."
     )
@@ -300,14 +353,21 @@ class DeadlineSettings:
         "Longest start of a process: imports, building its simulator or networks, connecting.",
         unit="s",
         minimum=1.0,
+        maximum=MAX_S,
     )
     compile_s: float = setting(
-        1800.0, "Longest first gradient step, which includes compilation.", unit="s", minimum=1.0
+        1800.0, "Longest first gradient step, which includes compilation.", unit="s", minimum=1.0, maximum=MAX_S
     )
-    step_s: float = setting(300.0, "Longest tick of the simulator and longest gradient step.", unit="s", minimum=1.0)
-    save_s: float = setting(900.0, "Longest time to save or load a checkpoint.", unit="s", minimum=1.0)
+    step_s: float = setting(
+        300.0, "Longest tick of the simulator and longest gradient step.", unit="s", minimum=1.0, maximum=MAX_S
+    )
+    save_s: float = setting(900.0, "Longest time to save or load a checkpoint.", unit="s", minimum=1.0, maximum=MAX_S)
     stop_s: float = setting(
-        30.0, "Longest time that the collector may take to end after it is asked to.", unit="s", minimum=1.0
+        30.0,
+        "Longest time that the collector may take to end after it is asked to.",
+        unit="s",
+        minimum=1.0,
+        maximum=MAX_S,
     )
 
 

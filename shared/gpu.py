@@ -23,8 +23,8 @@ def check_gpu(device: str, *, autocast: str = "false") -> None:
         build = f"for CUDA {torch.version.cuda}" if torch.version.cuda else "for the CPU only"
         raise SettingError(
             f"torch {torch.__version__}, built {build}, cannot use the GPU {device}: {str(error).splitlines()[0]}; "
-            "expected a GPU that runs a kernel; update the NVIDIA driver or install a build of torch that fits it, and "
-            "check with 'nvidia-smi' that no other process holds the GPU exclusively"
+            "expected a GPU that runs a kernel; check with 'nvidia-smi' that it has free memory and that no other "
+            "process uses it exclusively; otherwise update the driver or install a build of torch that fits it"
         ) from error
     torch.cuda.empty_cache()  # the replay is allocated next, in a memory segment of its own
     capability = torch.cuda.get_device_capability(device)

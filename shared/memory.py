@@ -8,6 +8,7 @@ shares with its parent the pages that neither has written since; such a page cou
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import time
 from collections.abc import Callable
@@ -18,7 +19,7 @@ from pathlib import Path
 EVERY_S = 1.0  # least time between two measurements, so that not every tick reads /proc and asks the driver
 # Wait this many times a measurement's duration before the next one (1 % overhead): the kernel takes 25 ms for each GB.
 REST = 100
-ROLLUP = "smaps_rollup"  # a file in /proc/PID since Linux 5.4
+ROLLUP = "smaps_rollup"  # a file in /proc/PID; it has the line Pss_Anon since Linux 5.4
 
 
 @dataclass(frozen=True)
@@ -69,6 +70,32 @@ def own_rss_bytes() -> int:
     if not children:
         return _unshared_bytes(pid)  # no process shares its pages, so this gives the same number faster
     return sum(_proportional_bytes(process) for process in (pid, *children))
+
+
+def total_bytes(meminfo: Path = Path("/proc/meminfo"), limit: Path = Path("/sys/fs/cgroup/memory.max")) -> int | None:
+    """Return how much memory this machine or container has, with its swap; None if that is not known.
+
+    meminfo: lists the memory of the machine. limit: limits that of the container, in bytes; absent without a limit.
+    """
+    sizes = {}
+    with contextlib.suppress(OSError):
+        for line in meminfo.read_text().splitlines():
+            name, _, size = line.partition(":")
+            if name in ("MemTotal", "SwapTotal"):
+                sizes[name] = 1024 * int(size.split()[0])
+    if "MemTotal" not in sizes:
+        return None
+    with contextlib.suppress(OSError, ValueError):  # ValueError: the text "max", so there is no limit
+        return min(sum(sizes.values()), int(limit.read_text()))
+    return sum(sizes.values())
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Return whether an error means that host memory could not be allocated."""
+    if isinstance(error, OSError):
+        return error.errno == errno.ENOMEM
+    # torch's allocator for host memory raises RuntimeError.
+    return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and "allocate memory" in str(error))
 
 
 def gigabytes(num_bytes: int) -> float | None:

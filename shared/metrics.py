@@ -10,6 +10,7 @@ statuses are the dataclasses at the end of this file.
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
@@ -294,3 +295,12 @@ def read_status(kind: type[Status], content: Mapping[str, Any]) -> Status | None
     """
     names = [field.name for field in fields(kind)]
     return kind(**{name: content[name] for name in names}) if all(name in content for name in names) else None
+
+
+def parse_row(line: bytes) -> dict[str, Any] | None:
+    """Return the row in a line of metrics.jsonl, or None if the line is not a JSON object."""
+    try:
+        row = json.loads(line)
+    except ValueError:
+        return None
+    return row if isinstance(row, dict) else None

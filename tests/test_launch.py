@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import pty
+import re
 import shlex
 import shutil
 import signal
@@ -81,7 +82,7 @@ REFUSED: dict[str, tuple[list[str], list[str]]] = {
     "unknown option": (["--sim-gpus", "1"], ["--sim-gpus", "--help"]),
     "option without value": (["--config"], ["--config", "--help"]),
     "GPU that is no number": (["--sim-gpu", "first"], ["--sim-gpu", "'first'"]),
-    "negative GPU": (["--train-gpu", "-1"], ["--train-gpu -1", "expected an index"]),
+    "negative GPU": (["--train-gpu", "-1"], ["--train-gpu -1", "expected at least one GPU"]),
     "all columns evaluate": (["collector.eval_envs=8"], ["collector.eval_envs=8", "fewer than 8"]),
     "broken windows": (["replay_buffer.batch_size=500"], ["batch_size=500", "batch_size=496"]),
     "ring too short": (["replay_buffer.buffer_size=300"], ["buffer_size=300", "at least 320"]),
@@ -195,7 +196,8 @@ def test_a_death_beyond_max_restarts_ends_the_run_after_the_learner_has_saved(tm
     run = tmp_path / "run"
     assert _launch(run, "serve", "die:9", "collector.max_restarts=1") == 1
     summary = _summary(run)
-    assert summary["exit_reason"].startswith("collector died 2 times (the last time: exit code 9)")
+    died = "collector died 2 times (the last time: exit code 9, after the output: last output of the collector)"
+    assert summary["exit_reason"].startswith(died)
     assert summary["collector_restarts"] == 1
     assert summary["gradient_steps"] == 40, "the row that the learner wrote when it was asked to end"
     _assert_nothing_is_left(run)
@@ -246,7 +248,8 @@ def test_a_collector_that_refuses_its_settings_ends_the_run_after_the_learner_ha
     run = tmp_path / "run"
     assert _launch(run, "save", "refuse") == 2
     summary = _summary(run)
-    assert summary["exit_reason"] == "the collector cannot start or continue: its last lines of output are above"
+    reason = "the collector cannot start or continue: no reason was reported; see logs/collector.out"
+    assert summary["exit_reason"] == reason
     assert (summary["collector_restarts"], summary["gradient_steps"]) == (0, 60)
     assert (run / "checkpoints" / "latest").read_text() == "00000060"
     _assert_nothing_is_left(run)
@@ -548,3 +551,91 @@ def test_a_resumed_run_keeps_its_settings_and_starts_the_learner_with_resume(tmp
     assert ["--resume" in one["argv"] for one in described["launches"]] == [False, True], (
         "the command line of the first launch is kept"
     )
+
+
+def _finished_run(run: Path) -> None:
+    """Make a run that can be resumed."""
+    assert _launch(run, "finish", "serve") == 0
+    save_checkpoint(run, 20)
+
+
+def _resume(run: Path, *settings: str) -> int:
+    return launch.main(["--resume", str(run), *settings], commands=_commands("finish", "serve"))
+
+
+@pytest.mark.parametrize("content", [None, "", "[]", "{"])
+def test_a_resume_without_a_readable_run_json_starts_with_a_warning(
+    content: str | None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    _finished_run(run)
+    (run / "run.json").unlink()
+    if content is not None:
+        (run / "run.json").write_text(content)
+    assert _resume(run) == 0
+    assert "launch warning: run.json is damaged" in capsys.readouterr().err
+    described = json.loads((run / "run.json").read_text())
+    assert described["run_id"] and described["num_resumes"] == 1
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "learner.progress.partial", "summary.json", "run.json"])
+def test_a_folder_in_the_place_of_a_file_is_refused(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    _finished_run(run)
+    (run / name).unlink(missing_ok=True)
+    (run / name).mkdir()
+    capsys.readouterr()
+    assert _resume(run) == 2
+    printed = capsys.readouterr()
+    assert "error: " in printed.err + printed.out and "Traceback" not in printed.err + printed.out
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "summary.json"])
+def test_a_file_of_bytes_that_are_no_text_does_not_prevent_a_resume(name: str, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    _finished_run(run)
+    (run / name).write_bytes(b"\xff\xfe\x00\n")
+    assert _resume(run) == 0
+
+
+def test_a_resume_shows_changed_settings_and_refuses_those_that_contradict_the_checkpoint(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    _finished_run(run)
+    assert _resume(run, "optimization.log_every=7", "env.task=swingup") == 0
+    output = capsys.readouterr().out
+    assert re.search(r"changed: optimization\.log_every=\d+ -> 7\n", output) and output.count("changed:") == 1
+    assert _resume(run, "networks.activation=relu", "env.task=balance") == 2
+    shown = capsys.readouterr().err
+    assert "networks.activation=relu changes the meaning" in shown and "env.task=balance changes the meaning" in shown
+
+
+def test_a_damaged_checkpoint_is_skipped_with_a_line_and_the_one_before_it_is_used(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    _finished_run(run)
+    (save_checkpoint(run, 30) / "state.pt").write_text("cut")
+    assert _resume(run) == 0
+    output = capsys.readouterr().out.replace("\n", "")
+    assert f"skipping the damaged checkpoint {run}/checkpoints/00000030: state.pt has 3 bytes; expected 8" in output
+    assert "continuing from step 20" in output
+
+
+def test_without_a_whole_checkpoint_a_resume_names_the_damaged_file(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    _finished_run(run)
+    (run / "checkpoints" / "00000020" / "state.pt").unlink()
+    assert _resume(run) == 2
+    assert "00000020 is damaged: state.pt is missing" in capsys.readouterr().err
+
+
+def test_a_collector_that_ends_by_itself_with_exit_code_0_is_reported_as_such(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    assert _launch(run, "serve", "serve:learner-serves", "collector.max_restarts=0") == 1
+    assert "exit code 0, although no process asked it to end" in _summary(run)["exit_reason"]

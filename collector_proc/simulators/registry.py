@@ -23,7 +23,7 @@ from collector_proc.simulators.setting_checks import (
     refuse_image_range,
     unknown,
 )
-from shared.errors import SettingError
+from shared.errors import SettingError, SimulatorError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -109,4 +109,10 @@ def build_simulator(settings: Settings, *, seed: int, device: str, crash_dir: Pa
     backend = find_backend(settings.env.backend)
     module = importlib.import_module(f"{backend.package}.simulator")
     make: SimulatorClass = getattr(module, backend.simulator)
-    return make(settings, seed=seed, device=device, crash_dir=crash_dir)
+    try:
+        return make(settings, seed=seed, device=device, crash_dir=crash_dir)
+    except SystemExit as asked:
+        raise SimulatorError(
+            f"the code of {settings.env.name} called sys.exit({asked.code!r}) while the simulator started; expected a "
+            "simulator that starts, or an error that explains why not; look at logs/collector.out"
+        ) from asked

@@ -218,7 +218,7 @@ def test_a_refused_resume_leaves_the_run_resumable(tmp_path):
     assert "has made 10 of optimization.total_optim_steps=10 gradient" in finish(launch) and launch.returncode == 2
     assert summary(run_dir) == first_summary, "a finished run keeps its summary"
     for change, part in (
-        ("networks.hidden_dim=24", "saved learner does not fit"),
+        ("networks.hidden_dim=24", "changes the meaning of the checkpoint"),
         ("env.num_envs=4", "start a new run"),
     ):
         launch = start(run_dir, "--resume", str(run_dir), change, "optimization.total_optim_steps=15")

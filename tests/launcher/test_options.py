@@ -55,6 +55,23 @@ def test_a_misspelled_option_gets_a_suggestion_only_if_one_is_near() -> None:
         parse_options(["--walk"])
 
 
+def test_an_option_for_evaluation_names_the_settings_that_evaluate() -> None:
+    with pytest.raises(SettingError, match=r"--eval-only.*; no option evaluates: collector\.eval_envs=N"):
+        parse_options(["--eval-only"])
+
+
+@pytest.mark.parametrize("option", ["--run-dir", "--resume"])
+def test_an_empty_path_is_refused(option: str) -> None:
+    with pytest.raises(SettingError, match=f"{option}.*the path is empty"):
+        parse_options([option, ""])
+
+
+def test_an_empty_config_is_no_default_config() -> None:
+    assert parse_options(["--config", ""]).config == ""
+    with pytest.raises(SettingError, match="given together with --config"):
+        parse_options(["--resume", "runs/a", "--config", ""])
+
+
 def test_a_resume_takes_settings_but_no_other_config_or_folder() -> None:
     assert parse_options(["--resume", "runs/a", "env.seed=3"]).overrides == ["env.seed=3"]
     for other in (["--config", "quickstart"], ["--run-dir", "b"]):

@@ -86,7 +86,7 @@ WRONG = {
     "optimization.grad_clip=inf": ["optimization.grad_clip=inf", "finite"],
     "env.seed=-1": ["env.seed=-1", "at least 0"],
     "collector.mode=lockstp": ["collector.mode=lockstp", "async", "set collector.mode=lockstep"],
-    "env.name=${env.nothing}": ["env.name", "env.nothing"],
+    "env.name=${env.nothing}": ["env.name cannot be set", "env.nothing", "expected a word, or the key of another"],
     "walker": ["'walker'", "write key=value"],
     "=3": ["'=3'", "has no key"],
     "env.seed=[1": ["'env.seed=[1'", "key=value"],
@@ -216,6 +216,10 @@ def test_nothing_is_suggested_that_is_not_near(config: str, override: str) -> No
         ("env:\n  seed: 1\n", ["defaults: [settings, _self_]"]),
         ("env: [\n", ["mine.yaml", "cannot be read"]),
         ("- env\n", ["mine.yaml", "sections"]),
+        ("defaults: 3\n", ["mine.yaml", "defaults: 3", "write 'defaults: [settings, _self_]'"]),
+        ("defaults: [3]\n", ["'mine'", "expected settings"]),
+        ("defaults: [nothing, _self_]\n", ["'mine'", "nothing"]),
+        ("defaults: [[settings]]\n", ["'mine'", "expected settings"]),
     ],
 )
 def test_a_wrong_config_file_is_explained_in_one_setting_error(text: str, parts: list[str], tmp_path: Path) -> None:
@@ -229,3 +233,31 @@ def test_a_wrong_config_file_is_explained_in_one_setting_error(text: str, parts:
 def test_the_error_for_a_word_instead_of_a_list_shows_how_to_write_a_list() -> None:
     with pytest.raises(SettingError, match=r"env\.obs_groups.*a list of words, such as \[a,b\]"):
         compose("quickstart", ["env.obs_groups=policy"])
+
+
+NUMBERS = [(key, field) for key, field in setting_keys() if re.search("int|float", str(field.type))]
+
+
+@pytest.mark.parametrize("key", [key for key, _ in NUMBERS])
+def test_a_number_of_400_digits_is_refused(key: str) -> None:
+    for value in ("1" + "0" * 400, "-1" + "0" * 400):
+        with pytest.raises(SettingError, match=key):
+            compose("quickstart", [f"{key}={value}"])
+
+
+def test_every_integer_has_bounds_and_seeds_leave_room_for_restarts_and_resumes() -> None:
+    without = [key for key, field in NUMBERS if "int" in str(field.type) and field.metadata["maximum"] is None]
+    assert not without
+    with pytest.raises(SettingError, match=r"env\.seed=4294967295 is out of bounds"):
+        compose("quickstart", ["env.seed=4294967295"])
+    largest = compose("quickstart", ["env.seed=2147483647"]).env.seed
+    assert largest + 1000 * 1000 + 1_000_000 * 1000 < 2**32
+
+
+@pytest.mark.parametrize("kept", [0, 10, 60])
+def test_a_saved_file_that_lost_settings_is_refused(kept: int, tmp_path: Path) -> None:
+    path = tmp_path / "config.yaml"
+    save_settings(compose("quickstart"), path)
+    path.write_text("".join(path.read_text().splitlines(keepends=True)[:kept]))
+    with pytest.raises(SettingError, match=r"config\.yaml lacks \d+ settings: .*default: .*; expected every setting"):
+        load_settings(path)

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import errno
 import mmap
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 from shared import memory
-from shared.memory import Memory, MemoryMeter, own_rss_bytes
+from shared.memory import Memory, MemoryMeter, is_out_of_memory, own_rss_bytes, total_bytes
 
 MB = 1_000_000
 
@@ -152,3 +154,28 @@ def test_measuring_the_memory_of_a_gpu_does_not_wait_for_it(monkeypatch: pytest.
     assert not done.query(), "the kernel that started earlier still runs"
     torch.cuda.synchronize()
     assert held.numel() <= found.gpu_bytes <= found.device_bytes
+
+
+def test_the_memory_of_a_machine_counts_its_swap_and_the_limit_of_its_container(tmp_path: Path) -> None:
+    meminfo, limit = tmp_path / "meminfo", tmp_path / "memory.max"
+    assert total_bytes(meminfo, limit) is None
+    meminfo.write_text("MemTotal:   1000 kB\nMemFree:  10 kB\nSwapTotal:   24 kB\n")
+    assert total_bytes(meminfo, limit) == 1024 * 1024
+    limit.write_text("max\n")
+    assert total_bytes(meminfo, limit) == 1024 * 1024
+    limit.write_text("5000\n")
+    assert total_bytes(meminfo, limit) == 5000
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (OSError(errno.ENOMEM, "Cannot allocate memory"), True),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 4000 bytes."), True),
+        (MemoryError(), True),
+        (OSError(errno.ENOSPC, "No space left on device"), False),
+        (RuntimeError("shape mismatch"), False),
+    ],
+)
+def test_an_error_of_missing_memory_is_recognised(error: Exception, expected: bool) -> None:
+    assert is_out_of_memory(error) is expected

@@ -14,7 +14,7 @@ from collector_proc.simulators.mjlab import checks as mjlab_checks
 from collector_proc.simulators.pendulum.simulator import PendulumSimulator
 from collector_proc.simulators.registry import BACKENDS, build_simulator, check_env
 from shared.config import Settings
-from shared.errors import SettingError
+from shared.errors import SettingError, SimulatorError
 
 ROOT = Path(__file__).resolve().parents[3]
 LIGHT = """
@@ -213,3 +213,12 @@ def test_every_row_names_settings_that_exist() -> None:
         for key in backend.ignores:
             section, _, name = key.partition(".")
             assert hasattr(getattr(Settings(), section), name), key
+
+
+def test_a_simulator_that_exits_while_it_starts_is_an_error_that_names_the_cause(monkeypatch):
+    def leave(*arguments, **options):
+        raise SystemExit(0)
+
+    monkeypatch.setattr("collector_proc.simulators.pendulum.simulator.PendulumSimulator", leave)
+    with pytest.raises(SimulatorError, match=r"called sys\.exit\(0\) while the simulator started; expected"):
+        build_simulator(pendulum_with(), seed=0, device="cpu")
