@@ -43,7 +43,7 @@ class ChildProcess:
         return self.returncode
 
     def terminate(self) -> None:
-        """Ask the process to end. Its own children get no signal: if they ended first, it would report a failure."""
+        """Send SIGTERM to the process, but not to its children: if they ended first, it would report a failure."""
         if self.poll() is None:
             self._popen.send_signal(signal.SIGTERM)
 

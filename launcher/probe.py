@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import importlib.metadata
 import os
 import platform
 import sys
@@ -24,6 +23,7 @@ from typing import TYPE_CHECKING
 from collector_proc.simulators import ending
 from collector_proc.simulators.registry import build_simulator, check_env, find_backend
 from launcher.devices import list_gpus, visible_gpus
+from launcher.provenance import package_versions
 from shared.compose import compose
 from shared.config import Settings
 from shared.errors import SettingError, SimulatorError
@@ -37,18 +37,6 @@ if TYPE_CHECKING:
     from collector_proc.simulators.base import Arrival, Simulator
     from shared.stream import StreamSpec
 
-PACKAGES = (
-    "torch",
-    "isaaclab",
-    "isaacsim",
-    "mjlab",
-    "mujoco",
-    "dm_control",
-    "torchrl",
-    "gymnasium",
-    "warp-lang",
-    "numpy",
-)
 CLOSE_S = 30.0
 
 
@@ -90,15 +78,9 @@ def main() -> int:
 
 
 def log_versions(log: ProbeLog) -> None:
-    """Print the versions of Python and of the installed packages that simulators use."""
+    """Print the versions of Python and of the installed packages."""
     log.line(f"python {platform.python_version()}, {platform.platform()}")
-    found = []
-    for name in PACKAGES:
-        try:
-            found.append(f"{name} {importlib.metadata.version(name)}")
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    log.line(", ".join(found))
+    log.line(", ".join(f"{name} {version}" for name, version in package_versions().items()))
 
 
 class StreamCheck:

@@ -15,7 +15,7 @@ from typing import Any
 from shared.config import Settings
 from shared.run_folder import Run
 
-_PACKAGES = (
+PACKAGES = (
     "tandem-dreamer",
     "torch",
     "tensordict",
@@ -24,7 +24,10 @@ _PACKAGES = (
     "dm_control",
     "mujoco",
     "isaaclab",
+    "isaacsim",
     "mjlab",
+    "gymnasium",
+    "warp-lang",
     "pyzmq",
     "msgpack",
     "hydra-core",
@@ -64,9 +67,9 @@ def describe_run(
 
 
 def package_versions() -> dict[str, str]:
-    """Return the versions of installed packages. They are read from metadata, because an import would load torch."""
+    """Return the version of each installed package of PACKAGES, read from its metadata: an import would load torch."""
     installed = {}
-    for name in _PACKAGES:
+    for name in PACKAGES:
         try:
             installed[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
@@ -77,7 +80,7 @@ def package_versions() -> dict[str, str]:
 def git_state(repo: Path) -> dict[str, Any] | None:
     """Return the commit of `repo` and whether files differ from it; None without git or if `repo` is no repository.
 
-    A folder inside another repository is none: site-packages may be in the repository of the user's own project.
+    A folder inside another repository does not count: site-packages may be in the repository of the user's project.
     """
     try:
         if Path(_git(repo, "rev-parse", "--show-toplevel")).resolve() != repo.resolve():

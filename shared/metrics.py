@@ -85,7 +85,10 @@ UPDATES_PER_S = declare(
     "updates_per_s", "pace/updates_per_s", "gradient steps/s", "Gradient steps per second since the previous row."
 )
 COLLECT_FPS_MEAN = declare(
-    "collect_fps_mean", "pace/collect_fps_mean", "agent steps/s", "Agent steps per second since this launch began."
+    "collect_fps_mean",
+    "pace/collect_fps_mean",
+    "agent steps/s",
+    "Agent steps per second since the first collector of this launch began to stream.",
 )
 UPDATES_PER_S_MEAN = declare(
     "updates_per_s_mean",
@@ -111,7 +114,13 @@ SAMPLED_VERSION_MEAN = declare(
 )
 
 # ---- losses -------------------------------------------------------------------------------------------------------
-LOSS_MODEL = declare("loss_model", "loss/model", "nats", "World model loss: the sum of the parts below and the KL.")
+LOSS_MODEL = declare(
+    "loss_model",
+    "loss/model",
+    "nats",
+    "World model loss: loss_obs + loss_reward + continue_scale x loss_cont + kl_scale x "
+    "the KL limited by the free nats.",
+)
 LOSS_OBS = declare("loss_obs", "loss/obs", "nats", "Negative log-likelihood of the observations.")
 LOSS_REWARD = declare("loss_reward", "loss/reward", "nats", "Negative log-likelihood of the rewards.")
 LOSS_CONT = declare("loss_cont", "loss/cont", "nats", "Negative log-likelihood of the continue flags.")
@@ -121,7 +130,11 @@ LOSS_VALUE = declare("loss_value", "loss/value", "nats", "Critic loss: negative 
 # ---- world model --------------------------------------------------------------------------------------------------
 KL = declare("kl", "model/kl", "nats", "KL between posterior and prior, before free nats are applied.")
 KL_FREE = declare(
-    "kl_free", "model/kl_free", "share", "Share of updates in which the KL lay under the free nats: no gradient."
+    "kl_free",
+    "model/kl_free",
+    "share",
+    "Share of updates (with free_nats_per=step: of steps) whose KL lies below the free nats, "
+    "so that it has no gradient.",
 )
 
 # ---- behaviour ----------------------------------------------------------------------------------------------------
@@ -132,7 +145,10 @@ IMAGINED_REWARD = declare(
     "imagined_reward", "behavior/imagined_reward", "scaled reward", "Mean predicted reward of imagined steps."
 )
 RETURN_SCALE = declare(
-    "return_scale", "behavior/return_scale", "scaled reward", "What the actor's returns are divided by; 1 if unused."
+    "return_scale",
+    "behavior/return_scale",
+    "scaled reward",
+    "Divisor of the actor's returns; 1 if return_norm is none.",
 )
 VALUE_MEAN = declare("value_mean", "behavior/value_mean", "scaled reward", "Mean value of imagined beliefs.")
 VALUE_BIAS = declare(
@@ -184,7 +200,12 @@ TRANSPORT_BYTES_PER_S = declare(
 LEARNER_RSS_GB = declare(
     "learner_rss_gb", "memory/learner_rss_gb", "GB", "Resident memory of the learner, without shared pages."
 )
-LEARNER_GPU_GB = declare("learner_gpu_gb", "memory/learner_gpu_gb", "GB", "GPU memory that torch reserved there.")
+LEARNER_GPU_GB = declare(
+    "learner_gpu_gb",
+    "memory/learner_gpu_gb",
+    "GB",
+    "GPU memory that torch reserved in the learner.",
+)
 COLLECTOR_RSS_GB = declare(
     "collector_rss_gb",
     "memory/collector_rss_gb",
@@ -261,7 +282,10 @@ def tagged(row: Mapping[str, Any]) -> dict[str, float]:
 
 @dataclass(frozen=True)
 class LearnerStatus:
-    """What the learner publishes twice a second; the fields mean the same as the metrics of the same name."""
+    """What the learner publishes twice a second; the fields mean the same as the metrics of the same name.
+
+    total_optim_steps is the setting.
+    """
 
     gradient_steps: int
     agent_steps: int

@@ -2,9 +2,10 @@
 
     frame = uint32 header length | msgpack header {run_id, version, manifest, num_bytes} | raw bytes of every tensor
 
-The learner publishes (PUB) and the collector subscribes (SUB) over ipc. Both set CONFLATE, which keeps the newest
-frame; a high-water mark would drop it and keep the oldest. The manifest is a hash of the names, shapes and dtypes in
-order. Each process computes it from its own modules, so weights that do not fit are refused.
+The learner publishes (PUB) and the collector subscribes (SUB) over ipc. Both set CONFLATE, which keeps
+only the newest frame; with a high-water mark, ZeroMQ would drop new frames and keep the oldest. The manifest is a hash
+of the names, shapes and dtypes in order. Each process computes it from its own modules, so weights that do not fit are
+refused.
 """
 
 from __future__ import annotations

@@ -22,10 +22,12 @@ def capture(
     shared_process: bool,
     generators: Sequence[torch.Generator] = (),
 ) -> tuple[Callable[[], object], Result]:
-    """Run the function a few times, then capture one more run; return a launcher of the graph and that run's result.
+    """Run the function a few times, then capture one more run.
 
-    Launching repeats the captured kernels on the stream that is current then. They read and write the addresses of the
-    captured run, so a launch overwrites the tensors that were returned.
+    Return a function that replays the graph, and that run's result.
+
+    Replaying repeats the captured kernels on the stream that is current then. They read and write the addresses of the
+    captured run, so a replay overwrites the tensors that were returned.
 
     shared_process: whether other code of this process uses the GPU as well, such as a simulator. If so, its threads may
     allocate memory during the capture. If not, the memory of the first runs is released before the capture, because a

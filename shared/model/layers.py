@@ -23,14 +23,14 @@ def plain(layer: nn.Linear, x: Tensor) -> Tensor:
 
 
 def glorot(layer: nn.Linear | nn.Conv2d | nn.ConvTranspose2d) -> None:
-    """Initialise the weight as Glorot-uniform and the bias as zero, in place."""
+    """Set Glorot-uniform weights and zero bias, as in the TensorFlow 2 code of arXiv 1912.01603, in place."""
     nn.init.xavier_uniform_(layer.weight)
     if layer.bias is not None:
         nn.init.zeros_(layer.bias)
 
 
 def dense(num_in: int, num_out: int) -> nn.Linear:
-    """Return a linear layer with the initialisation of the original agent."""
+    """Return a linear layer with the initialisation of `glorot`."""
     layer = nn.Linear(num_in, num_out)
     glorot(layer)
     return layer

@@ -72,11 +72,15 @@ def test_the_childs_own_children_end_with_it(how: str, tmp_path: Path) -> None:
 
 
 def test_stop_gives_up_before_its_deadline_if_asked_to(tmp_path: Path) -> None:
-    script = "import signal, time\nsignal.signal(signal.SIGTERM, signal.SIG_IGN)\nwhile True: time.sleep(1)\n"
-    child = _child(tmp_path, script)
+    script = (
+        "import pathlib, signal, sys, time\nsignal.signal(signal.SIGTERM, signal.SIG_IGN)\n"
+        "pathlib.Path(sys.argv[1]).touch()\nwhile True: time.sleep(1)\n"
+    )
+    child = _child(tmp_path, script, str(tmp_path / "ignores"))
+    wait_for_file(tmp_path / "ignores")
     began = time.monotonic()
-    assert child.stop(60.0, give_up=lambda: time.monotonic() > began + 0.1) is not None
-    assert time.monotonic() - began < DEADLINE_S
+    assert child.stop(20.0, give_up=lambda: time.monotonic() > began + 0.1) == -signal.SIGKILL
+    assert time.monotonic() - began < 20.0
 
 
 def test_the_last_lines_of_a_childs_output_are_kept(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from shared import handover, weights
 from shared.errors import SettingError
 from shared.run_folder import (
     checkpoint_step,
@@ -50,7 +51,8 @@ def test_the_socket_folder_is_private_and_short_even_under_a_long_tmpdir(
     monkeypatch.setattr("tempfile.tempdir", str(long))
     path = make_socket_dir()
     assert stat.S_IMODE(path.stat().st_mode) == 0o700
-    assert len(str(path / "handover-and-more.sock")) < 107
+    for name in (weights.SOCKET_NAME, handover.SOCKET_NAME):
+        assert len(str(path / name)) < 107
     (path / "learner.sock").write_text("")
     remove_socket_dir(path)
     assert not path.exists()

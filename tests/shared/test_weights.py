@@ -15,6 +15,12 @@ def test_the_manifest_differs_for_modules_of_different_shape():
     assert manifest_of(acting_tensors(network())) != manifest_of(acting_tensors(network(width=6)))
 
 
+def test_a_frame_for_this_run_and_these_modules_gives_its_version_and_its_weights():
+    frame = pack_header(run_id="run", version=7, manifest="m", num_bytes=8) + b"12345678"
+    version, weights = unpack_frame(memoryview(frame), run_id="run", manifest="m", num_bytes=8)
+    assert (version, bytes(weights)) == (7, b"12345678")
+
+
 @pytest.mark.parametrize(
     "frame",
     [
@@ -24,6 +30,7 @@ def test_the_manifest_differs_for_modules_of_different_shape():
         pack_header(run_id="run", version=1, manifest="m", num_bytes=8) + b"1234567",
         pack_header(run_id="run", version=1, manifest="n", num_bytes=8) + b"12345678",
         pack_header(run_id="nur", version=1, manifest="m", num_bytes=8) + b"12345678",
+        pack_header(run_id="run", version="1", manifest="m", num_bytes=8) + b"12345678",  # type: ignore[arg-type]
         b"\x05\0\0\0\xc1\xc1\xc1\xc1\xc1" + b"12345678",
     ],
 )
