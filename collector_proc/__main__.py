@@ -31,7 +31,8 @@ def main() -> int:
 
     code  meaning
     0     the collector was asked to stop, or the learner has ended
-    2     a setting is wrong, or the simulator failed at the first start of the run
+    2     at the first start of the run, the simulator failed or the replay cannot be shared; or a running simulator
+          shows that a setting is wrong
     75    the collector exceeded collector.max_rss_gb
     1     anything else
     """
@@ -107,16 +108,21 @@ def _collect(process: Process, simulator: Simulator, *, device: str, incarnation
     )  # fmt: skip
     ticks = Geometry.of(settings).ticks_per_chunk
     collector = Collector(
-        process, simulator, connection, ticks=ticks, incarnation=incarnation, seed=seed + 7919, device=acting_device
-    )
+        process, simulator, connection, ticks=ticks, incarnation=incarnation,
+        seed=seed + 7919,  # so that the policy and the simulator draw different numbers
+        device=acting_device,
+    )  # fmt: skip
     process.log.info(
         "collecting", incarnation=incarnation, acts_on=describe_gpu(str(acting_device)), spec=simulator.spec.to_dict()
     )
     collector.run()
     process.log.info(
-        "ended", agent_steps=collector.agent_steps, asked=process.stop.requested, outgrown=collector.outgrown
+        "ended",
+        agent_steps=collector.agent_steps,
+        asked_to_stop=process.stop.requested,
+        exceeded_memory_limit=collector.exceeded_memory_limit,
     )
-    return ExitCode.OUTGROWN if collector.outgrown else ExitCode.FINISHED
+    return ExitCode.OUTGROWN if collector.exceeded_memory_limit else ExitCode.FINISHED
 
 
 def exit_code(error: Exception, *, simulator_started: bool, incarnation: int) -> ExitCode:

@@ -68,7 +68,8 @@ class ActingPolicy:
     def act(self, arrival: Arrival, prev_action: Tensor, *, version: int) -> Tensor:
         """Return the actions to execute after an arrival: (E, A) in [-1, 1], valid until the next call.
 
-        prev_action: (E, A), as recorded in the arrival's row. version: of the weights; 0 if none were adopted.
+        prev_action: (E, A), as recorded in the arrival's row. version: of the adopted weights; 0 if the action must
+        be random.
         """
         if self.is_random or version == 0:
             self.random_ticks -= 1

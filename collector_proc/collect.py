@@ -78,7 +78,7 @@ class Collector:
         return self._status.agent_steps
 
     @property
-    def outgrown(self) -> bool:
+    def exceeded_memory_limit(self) -> bool:
         """Whether `run` returned because this process exceeded collector.max_rss_gb."""
         return self._memory_limit.exceeded
 
@@ -91,7 +91,7 @@ class Collector:
         try:
             with contextlib.suppress(StopRequested):
                 self._stream()
-            self._sender.wait_until_committed()  # a chunk that was full before the stop still counts
+            self._sender.wait_until_committed()  # a chunk whose copy has started still counts
         except Disconnected:
             return  # the learner has ended; launch decides what happens next
         finally:
@@ -99,7 +99,11 @@ class Collector:
             self._connection.close(self._writer)
 
     def _stream(self) -> None:
-        """Run the loop. It never blocks, except that a full chunk waits for its grant and the previous chunk's copy."""
+        """Run the loop.
+
+        In async mode it blocks only until the first weights arrive, until a full chunk has a grant and the previous
+        chunk is committed, and until the simulator has the action.
+        """
         mover, arrival = ArrivalMover(self._device), self._simulator.reset()
         action = torch.zeros(self._simulator.spec.num_envs, self._simulator.spec.action_dim, device=self._device)
         version = 0

@@ -54,7 +54,8 @@ class Connection:
 
         device: the acting device; if it is a GPU, a replay in host memory is page-locked. answer_s: the longest time
         until an answer of the learner. alive: called while waiting.
-        Raises: HandoverError if the learner refuses; TransportError if it does not answer in time; Disconnected.
+        Raises: HandoverError if the learner refuses or its offer does not fit; TransportError if it does not answer in
+        time; Disconnected.
         """
         self.channel = channel
         self._spec, self._device, self._answer_s, self._alive = spec, device, answer_s, alive
@@ -74,7 +75,8 @@ class Connection:
         If the memory cannot be written, map the memory that the learner offers instead, and write there.
         ticks: K, the rows of a chunk. copier: None chooses the one that fits the devices.
         Returns: the writer that passed, and the first grant; the learner grants rows only to a collector that passed.
-        Raises: HandoverError if the learner refuses; TransportError if it does not answer in time; Disconnected.
+        Raises: HandoverError if the learner refuses or its offer does not fit; TransportError if it does not answer in
+        time; Disconnected.
         """
         while True:
             writer = ChunkWriter(self.ring, self.layout, ticks=ticks, device=self._device, copier=copier)
@@ -133,11 +135,14 @@ class Connection:
         return answer, descriptors
 
     def _map(self, welcome: Welcome, descriptors: tuple[int, ...]) -> None:
-        """Map the memory of an offer, or, if that fails, that of the next offer."""
+        """Map the memory of an offer, or, if that fails, that of the next offer.
+
+        Raises: HandoverError if an offer does not fit this simulator's stream, or if the learner refuses.
+        """
         while True:
             layout = plan_layout(self._spec, welcome.capacity)
             if layout.num_bytes != welcome.num_bytes:
-                raise TransportError(
+                raise HandoverError(
                     f"the learner's replay has {welcome.num_bytes} bytes; expected {layout.num_bytes} for this "
                     "simulator's stream; start both processes from the same checkout and run folder"
                 )
@@ -164,7 +169,8 @@ def open_replay(
     """Introduce this collector to the learner and map the learner's replay into this process.
 
     device: the acting device. alive: called while waiting.
-    Raises: TransportError if the learner refuses or does not answer in time; Disconnected if it ends.
+    Raises: HandoverError if the learner refuses or its offer does not fit; TransportError if it does not answer in
+    time; Disconnected if it ends.
     """
     channel.send(Hello(PROTOCOL, run_id, incarnation, os.getpid(), spec.to_dict()))
     answer_s = deadlines.start_s + deadlines.compile_s  # the learner may be compiling
@@ -206,10 +212,10 @@ def _may_still_copy(writer: ChunkWriter) -> bool:
 
 
 def _expect_welcome(answer: Message | None) -> Welcome:
-    """Return the answer if it is a Welcome. Raises: TransportError if it is not."""
+    """Return the answer if it is a Welcome. Raises: HandoverError if it is not."""
     if isinstance(answer, Welcome):
         return answer
-    raise TransportError(
+    raise HandoverError(
         f"the learner answered with {type(answer).__name__}; expected Welcome; start both processes from the same "
         "checkout"
     )

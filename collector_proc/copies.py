@@ -102,9 +102,10 @@ class StreamCopy:
 
 
 class StreamCopier:
-    """Copies from a GPU on a side stream. Host memory among the sources or targets must be page-locked.
+    """Copies on a side stream of a GPU. Host memory among the sources or targets must be page-locked.
 
-    device: the GPU of the sources. other: a second GPU, if the targets are there.
+    device: the GPU of the sources, or of the targets if the sources are in host memory. other: a second GPU, if the
+    targets are there.
     """
 
     num_buffers = 2

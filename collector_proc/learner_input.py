@@ -45,6 +45,7 @@ class LearnerInput:
     def wait_for_grant(self) -> Grant:
         """Return the oldest unused grant; wait for one if there is none.
 
+        This wait has no deadline, because the learner may need no new rows for a long time; launch watches the learner.
         Raises: StopRequested if asked to stop while waiting; as `read_grants`.
         """
         self.read_grants()

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from typing import TYPE_CHECKING
+from collections import deque
+from typing import TYPE_CHECKING, NamedTuple
 
 from collector_proc.memory_limit import MemoryLimit
 from collector_proc.weights_receiver import WeightsReceiver
@@ -15,8 +16,15 @@ if TYPE_CHECKING:
 PACE_WINDOW_S = 5.0
 
 
+class Mark(NamedTuple):
+    """The time of a report, in seconds, and the agent steps by then."""
+
+    s: float
+    steps: int
+
+
 class StatusReporter:
-    """Counts agent steps and publishes a `CollectorStatus`. Its pace is the mean of the last seconds.
+    """Counts agent steps and publishes a `CollectorStatus`. Its pace is the mean of at least the last 5 seconds.
 
     agent_steps: of the whole run when this collector started.
     """
@@ -25,23 +33,23 @@ class StatusReporter:
         self, progress: Progress, weights: WeightsReceiver, memory_limit: MemoryLimit, agent_steps: int
     ) -> None:
         self._progress, self._weights, self._memory_limit = progress, weights, memory_limit
-        self._window_began, self._window_steps = time.monotonic(), 0
+        self._marks = deque([Mark(time.monotonic(), agent_steps)])  # the pace counts from the first one
         self.agent_steps = agent_steps
 
     def report(self, new_steps: int = 0) -> None:
         """Add agent steps to the count and publish the status."""
         now = time.monotonic()
         self.agent_steps += new_steps
-        self._window_steps += new_steps
-        window_s = now - self._window_began
+        while len(self._marks) > 1 and now - self._marks[1].s > PACE_WINDOW_S:
+            self._marks.popleft()
+        began = self._marks[0]
+        self._marks.append(Mark(now, self.agent_steps))
         self._progress.status(
             CollectorStatus(
                 agent_steps=self.agent_steps,
-                fps=self._window_steps / max(window_s, 1e-9),
+                fps=(self.agent_steps - began.steps) / max(now - began.s, 1e-9),
                 policy_version=self._weights.version,
                 weights_refused=self._weights.num_refused,
                 rss_gb=self._memory_limit.held_gb,
             )
         )
-        if window_s > PACE_WINDOW_S:
-            self._window_began, self._window_steps = now, 0

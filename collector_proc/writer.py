@@ -95,8 +95,8 @@ class ChunkWriter:
     ) -> tuple[int, int, float]:
         """Fill every buffer with a pattern and write it like a chunk.
 
-        nonce: another number gives another pattern, so that bytes of an earlier test cannot pass. wait: blocks until
-        the copies are complete; the default is `self.wait`.
+        nonce: selects one of 502 patterns, so that bytes of an earlier test hardly ever pass. wait: blocks until the
+        copies are complete; the default is `self.wait`.
         The result is the pattern's checksum, its bytes, and the seconds of the fastest of three writes.
         """
         wait = wait or self.wait

@@ -198,7 +198,9 @@ class Learner:
             self._progress.phase("stopping")
             for part in (self._writer, self.publisher, self.link):
                 part.close()
-        self._process.log.info("ended", gradient_steps=self.counters.gradient_steps, asked=self._process.stop.requested)
+        self._process.log.info(
+            "ended", gradient_steps=self.counters.gradient_steps, asked_to_stop=self._process.stop.requested
+        )
 
 
 def check_gradients(skipped_in_a_row: int, step: int) -> None:

@@ -69,7 +69,10 @@ class Welcome:
 
 @dataclass(frozen=True)
 class MappingFailed:
-    """The collector cannot write into the memory of the Welcome. It has unmapped it, and waits for another offer."""
+    """The collector cannot write into the memory of the Welcome, and waits for another offer.
+
+    It has unmapped that memory, unless one of its copies may still run.
+    """
 
     reason: str = _bounded(str, MAX_REASON_CHARS)
 

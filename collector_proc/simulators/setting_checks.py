@@ -41,8 +41,8 @@ def refuse_ignored(settings: Settings, ignored: Sequence[str]) -> None:
     for key, cause in causes.items():
         value, expected = (json.dumps(operator.attrgetter(key)(source)) for source in (settings, default))
         if value != expected:
-            instead = f": the number of environments is env.num_envs={json.dumps(env.num_envs)}"
-            fix = f"leave it out{instead if key in ENV_COUNTS else ''}; where the config has it, set {key}={expected}"
+            instead = ": env.num_envs is the number of environments" if key in ENV_COUNTS else ""
+            fix = f"leave it out{instead}; where the config has it, set {key}={expected}"
             wrong.append(
                 SettingError(f"{key}={value} has no effect with {cause}; expected its default, {expected}; {fix}")
             )

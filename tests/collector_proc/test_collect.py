@@ -288,7 +288,7 @@ def make_growing(folder, *, max_rss_gb: float | None, last_tick: int, incarnatio
 def test_a_collector_that_exceeds_the_memory_limit_commits_its_chunk_and_ends(tmp_path):
     scene = make_growing(tmp_path, max_rss_gb=1.4, last_tick=12)
     scene.collector.run()
-    assert scene.collector.outgrown and [commit.row for commit in scene.commits()] == ROWS[:3]
+    assert scene.collector.exceeded_memory_limit and [commit.row for commit in scene.commits()] == ROWS[:3]
     assert scene.progress.last_status is not None and scene.progress.last_status.rss_gb == 1.5, "launch shows it"
     assert [scene.ticks_in(row)[-1] for row in ROWS[:3]] == [2.0, 5.0, 8.0], "no row is lost"
     assert [commit.rss_bytes for commit in scene.commits()] == [500_000_000, 1_000_000_000, 1_500_000_000]
@@ -298,7 +298,7 @@ def test_a_collector_that_exceeds_the_memory_limit_commits_its_chunk_and_ends(tm
 def test_without_a_memory_limit_a_collector_may_grow(tmp_path):
     scene = make_growing(tmp_path, max_rss_gb=None, last_tick=12)
     scene.collector.run()
-    assert not scene.collector.outgrown and len(scene.commits()) == 4
+    assert not scene.collector.exceeded_memory_limit and len(scene.commits()) == 4
 
 
 @pytest.mark.parametrize(("incarnation", "error"), [(0, SettingError), (3, SimulatorError)])

@@ -41,8 +41,8 @@ def connect(channel: Channel, *, alive: Callable[[], None] = lambda: None) -> Co
     return open_replay(channel, SPEC, NO_WAIT, run_id="run", incarnation=4, device=CPU, alive=alive)
 
 
-def welcome(num_bytes: int = LAYOUT.num_bytes) -> Welcome:
-    return Welcome("memfd", num_bytes, CAPACITY, "", [], test_row=6, random_frames=51, agent_steps=70)
+def welcome(num_bytes: int = LAYOUT.num_bytes, *, nonce: int = 0) -> Welcome:
+    return Welcome("memfd", num_bytes, CAPACITY, "", [], test_row=6, random_frames=51, agent_steps=70, nonce=nonce)
 
 
 def received(channel: Channel) -> Message:
@@ -85,15 +85,20 @@ def test_the_self_test_writes_its_pattern_to_the_rows_that_the_welcome_names(cha
         (Refusal("the run has another id"), "the learner refused this collector: the run has another id"),
         (Grant(0, 0, 0), "answered with Grant; expected Welcome; start"),
         (welcome(num_bytes=4096), f"has 4096 bytes; expected {LAYOUT.num_bytes} .*; start"),
-        (None, "waited .* for the learner's welcome"),
     ],
 )
-def test_without_a_suitable_welcome_connecting_fails(channels, answer, error):
+def test_without_a_suitable_welcome_every_start_would_fail(channels, answer, error):
     collector, learner = channels
-    if answer is not None:
-        learner.send(answer)
-    with pytest.raises(TransportError, match=error):
+    learner.send(answer)
+    with pytest.raises(HandoverError, match=error):
         connect(collector)
+
+
+def test_without_a_welcome_connecting_fails_at_its_deadline_and_another_start_may_succeed(channels):
+    collector, _ = channels
+    with pytest.raises(TransportError, match=r"waited .* for the learner's welcome") as caught:
+        connect(collector)
+    assert not isinstance(caught.value, HandoverError)
 
 
 def test_a_stop_ends_the_wait_for_the_welcome(channels):
@@ -280,6 +285,22 @@ def test_waiting_for_the_result_of_the_self_test_has_a_deadline(channels):
     send_host_memory(learner)
     with pytest.raises(TransportError, match="for the result of the self-test"):
         connect(collector).pass_self_test(ticks=K)
+
+
+def test_the_welcomes_nonce_selects_the_pattern():
+    checksums = []
+    for nonce in (1, 2):
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        collector, learner = Channel(ours), Channel(theirs)
+        _, descriptor = create_memfd_slab(LAYOUT.num_bytes)
+        learner.send(welcome(nonce=nonce), (descriptor,))
+        learner.send(Grant(5, 6, 0))
+        connect(collector).pass_self_test(ticks=K)
+        received(learner)
+        test = received(learner)
+        assert isinstance(test, SelfTest)
+        checksums.append(test.checksum)
+    assert checksums[0] != checksums[1]
 
 
 def test_bytes_of_an_earlier_self_test_do_not_pass(channels):

@@ -47,7 +47,7 @@ def test_a_collector_that_uses_too_much_memory_is_replaced_while_the_learner_con
     started = [event["role"] for event in events(tmp_path / "run", "launch") if event["event"] == "started"]
     assert started == ["learner", "collector", "collector"], output
     ended = [event for event in events(tmp_path / "run", "collector") if event["event"] == "ended"]
-    assert [event["outgrown"] for event in ended] == [True, False]
+    assert [event["exceeded_memory_limit"] for event in ended] == [True, False]
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert summary["collector_restarts"] == 1 and summary["exit_reason"] == "finished"
 

@@ -27,9 +27,7 @@ def main() -> int:
     assert "torch" not in sys.modules
     try:
         check_env(settings)
-        simulator: Any = build_simulator(
-            settings, seed=settings.env.seed, device=job.get("device", "cpu"), crash_dir=result.parent
-        )
+        simulator: Any = build_simulator(settings, seed=settings.env.seed, device="cpu", crash_dir=result.parent)
         outcome = drive(simulator, job["ticks"], job.get("nan"))
     except Exception as caught:
         error, simulator = f"{type(caught).__name__}: {caught}", None

@@ -37,9 +37,11 @@ if TYPE_CHECKING:
 
 MAX_DUMPS = 4  # files per process
 MAX_DUMPED_ROWS = 8  # environments per file
-# The run ends if one environment has this many diverged rows without two finite rows in between: resets do not help it.
+# The collector ends if one environment has this many diverged rows without two finite rows in between, because resets
+# do not help it.
 MAX_STREAK = 100
-# The run ends if more than this share of all rows of the last ticks diverged: the rest is not worth learning from.
+# The collector ends if more than this share of all rows of the last ticks diverged, because the rest is not worth
+# learning from.
 SHARE_TICKS, MAX_SHARE = 1000, 0.01
 
 

@@ -57,7 +57,7 @@ class WorkerPool:
             for worker in range(num_workers):
                 self._start(plan, worker)
             deadline = time.monotonic() + start_s
-            self.spec = self._agree_on_spec(self._gather("build its environments", deadline, "start_s", start_s))
+            self.spec = self._spec_of_all(self._gather("build its environments", deadline, "start_s", start_s))
             self.tick = self._share_memory()
             self._gather("map the shared memory", deadline, "start_s", start_s)
         except BaseException:
@@ -117,7 +117,8 @@ class WorkerPool:
             )
         self._processes.append(process)
 
-    def _agree_on_spec(self, answers: list[bytes]) -> StreamSpec:
+    def _spec_of_all(self, answers: list[bytes]) -> StreamSpec:
+        """Return the stream of all workers. They have equal environments, so the first answer is enough."""
         first = StreamSpec.from_dict(json.loads(answers[0]))
         return StreamSpec(len(answers) * self._num_envs, first.obs, first.action_dim)
 

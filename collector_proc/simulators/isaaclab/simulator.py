@@ -141,7 +141,8 @@ class IsaacLabSimulator:
             traceback.print_exc()
             raise SimulatorError(
                 f"Isaac Lab did not start {settings.env.name}: {error!r}; expected Isaac Lab 2.3 with Isaac Sim 5.1; "
-                "run python -m launcher.probe --config isaaclab, which reports every step of the start"
+                "read the traceback and Kit's output above this message; to report it, run python -m launcher.probe "
+                "with the same --config and settings"
             ) from error
 
     def _build(self, settings: Settings, *, seed: int, crash_dir: Path | None) -> None:

@@ -114,7 +114,8 @@ def _make(env: EnvSettings, *, num_envs: int, seed: int, device: str) -> Any:
     except Exception as error:
         raise SimulatorError(
             f"mjlab task {env.name} does not start on {device}: {type(error).__name__}: {error}; expected "
-            f"{num_envs} environments; lower env.num_envs if memory ran out"
+            f"{num_envs} environments to start; lower env.num_envs if memory ran out, otherwise run python -m "
+            "launcher.probe with the same settings and report its output"
         ) from error
 
 

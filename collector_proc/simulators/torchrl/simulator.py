@@ -154,7 +154,7 @@ class EnvRows:
 class TorchrlSimulator:
     """Steps env.num_envs environments; single environments are copied, each with its own random seed from `seed`.
 
-    Copies call torchrl's `step` once per environment; a batched environment calls it once per tick.
+    In every frame, torchrl's `step` is called once for each copy, or once for a whole batch.
     """
 
     def __init__(self, settings: Settings, *, seed: int, device: str, crash_dir: Path | None = None) -> None:
