@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import secrets
+import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import torch
@@ -14,6 +15,7 @@ from shared.checksum import checksum
 from shared.errors import HandoverError
 from shared.handover import Channel, export_cuda_slab
 from shared.messages import PROTOCOL, Hello, SelfTest, Welcome
+from shared.model.encoder import check_entry
 from shared.stream import StreamSpec
 
 if TYPE_CHECKING:
@@ -46,7 +48,7 @@ class Greeting:
 
 @dataclass(frozen=True)
 class Testing:
-    """A collector was sent the slab. Its self-test has not arrived yet.
+    """A collector was sent the slab, at the time `since` (time.monotonic() seconds). It has not sent its self-test yet.
 
     For the self-test it writes a pattern into the chunk that starts at ring row `test_row`, and reports the checksum.
     """
@@ -54,6 +56,7 @@ class Testing:
     channel: Channel
     shared: SharedReplay
     test_row: int
+    since: float = field(default_factory=time.monotonic)
 
 
 class Handshake:
@@ -179,6 +182,8 @@ class Handshake:
             )
         try:
             spec = StreamSpec.from_dict(hello.spec)
+            for name, entry in spec.obs.items():
+                check_entry(name, entry)
         except ValueError as error:
             raise Refused(str(error)) from error
         if spec.num_envs != self._num_envs:

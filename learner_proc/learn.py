@@ -80,7 +80,7 @@ class Learner:
         self._saver, self._queue, self._status_at = saver, StepQueue(device), time.monotonic()
 
     def run(self) -> None:
-        """Train. Raises: TransportError if a chunk is corrupt; FloatingPointError; CheckpointError."""
+        """Train. Launch limits waits for a collector. Raises: TransportError, FloatingPointError, CheckpointError."""
         self._progress.phase("prefill")
         while not self._is_finished() and not self.may_step():
             self.serve()
@@ -132,10 +132,9 @@ class Learner:
         self._queue.wait()
         self._writer.add_step(self._update())
         self._queue.mark()
-        self.counters.gradient_steps += 1
+        steps = self.counters.gradient_steps = self.counters.gradient_steps + 1
         self.pacing.replayed += self.pacing.step_frames
         self._progress.advance()
-        steps = self.counters.gradient_steps
         if steps % self._options.publish_every == 0 and not self.pacing.lockstep:
             self.publish()
         if steps % self._options.log_every == 0:
@@ -198,9 +197,8 @@ class Learner:
             self._progress.phase("stopping")
             for part in (self._writer, self.publisher, self.link):
                 part.close()
-        self._process.log.info(
-            "ended", gradient_steps=self.counters.gradient_steps, asked_to_stop=self._process.stop.requested
-        )
+        asked = self._process.stop.requested
+        self._process.log.info("ended", gradient_steps=self.counters.gradient_steps, asked_to_stop=asked)
 
 
 def check_gradients(skipped_in_a_row: int, step: int) -> None:

@@ -26,6 +26,9 @@ if TYPE_CHECKING:
 
 UNMAP_S = 1.0
 GREETING_S = 30.0  # a connection that has sent no hello by then is closed
+TESTING_S = 900.0  # the same for the self-test; before it, the collector builds its policy and captures a CUDA graph
+SECOND = "another collector is connected already; expected one at a time; stop the other collector first"
+REMINDER_S = 60.0  # between two log lines that no collector streams
 
 
 class CollectorLink:
@@ -43,6 +46,7 @@ class CollectorLink:
         self.num_welcomed = 0  # collectors that were sent the slab
         self.num_dropped = 0  # messages that were malformed or not expected
         self.bandwidth = 0.0  # bytes/s of the last self-test
+        self._reminder = _Reminder(log)
 
     @property
     def streaming(self) -> Streaming | None:
@@ -69,8 +73,9 @@ class CollectorLink:
             if chunks:
                 return chunks  # the caller counts them first; the next poll reads the end of file again
             self._lose()
-        if isinstance(self._collector, Greeting) and time.monotonic() - self._collector.since > GREETING_S:
-            self._lose()
+        if self._collector is not None:
+            self.num_dropped += take_malformed(self._collector.channel, self._log)
+        self._check_time()
         self._accept()
         return chunks
 
@@ -99,6 +104,14 @@ class CollectorLink:
         if self.shared is not None and on_gpu:
             self.shared.replay.free()
 
+    def _check_time(self) -> None:
+        """Close a connection that does not go on, and log from time to time that no collector streams."""
+        reason = overdue(self._collector)
+        if self._collector is not None and reason is not None:
+            refuse(self._collector.channel, reason, self._log)
+            self._lose()
+        self._reminder.check(streams=self.streaming is not None)
+
     def _accept(self) -> None:
         """Take a waiting connection, or refuse it while another collector is connected."""
         try:
@@ -109,11 +122,7 @@ class CollectorLink:
         if self._collector is None:
             self._collector = Greeting(channel, time.monotonic())
             return
-        self._refuse(
-            channel,
-            f"a second collector connected while incarnation {self.incarnation} is connected; expected one at a time; "
-            "stop the other one first",
-        )
+        refuse(channel, SECOND, self._log)
         channel.close()
 
     def _handle(self, collector: Greeting | Testing | Streaming, message: Message) -> Chunk | None:
@@ -131,7 +140,7 @@ class CollectorLink:
                 self.num_dropped += 1
                 self._log.warning("message dropped", kind=type(message).__name__, state=type(collector).__name__)
         except Refused as refused:
-            self._refuse(collector.channel, str(refused))
+            refuse(collector.channel, str(refused), self._log)
             self._lose()
         return None
 
@@ -155,21 +164,57 @@ class CollectorLink:
         streaming.flush()
         return streaming
 
-    def _refuse(self, channel: Channel, reason: str) -> None:
-        """Send the reason to a collector, which then ends."""
-        self._log.error("collector refused", reason=reason)
-        try:
-            channel.send(Refusal(reason[:MAX_REASON_CHARS]), deadline_s=1.0)
-        except TransportError:
-            self._log.warning("the refusal could not be sent")
-
     def _lose(self) -> None:
         """Close the connection and return the open grants to the replay."""
         if self._collector is None:
             return
         self._collector.channel.close()
-        self.num_dropped += self._collector.channel.num_malformed
+        self.num_dropped += take_malformed(self._collector.channel, self._log)
         if self.shared is not None:
             self.shared.replay.revoke()
-        self._log.warning("collector lost", incarnation=self.incarnation, state=type(self._collector).__name__)
+        known = {} if isinstance(self._collector, Greeting) else {"incarnation": self.incarnation}
+        self._log.warning("collector lost", state=type(self._collector).__name__, **known)
         self._collector = None
+
+
+class _Reminder:
+    """Logs once a minute that no collector streams."""
+
+    def __init__(self, log: FilteringBoundLogger) -> None:
+        self._log, self._since = log, time.monotonic()
+
+    def check(self, *, streams: bool) -> None:
+        """Note whether a collector streams now."""
+        now = time.monotonic()
+        if streams:
+            self._since = now
+        elif now - self._since > REMINDER_S:
+            self._since = now
+            self._log.warning("waiting for a collector", seconds=REMINDER_S)
+
+
+def overdue(collector: Greeting | Testing | Streaming | None) -> str | None:
+    """Return why a collector whose next message has not arrived in time must be refused; None if it must not."""
+    if collector is None or isinstance(collector, Streaming):
+        return None
+    limit, message = (GREETING_S, "hello") if isinstance(collector, Greeting) else (TESTING_S, "self-test")
+    if time.monotonic() - collector.since <= limit:
+        return None
+    return f"the {message} has not arrived within {limit:g} s; expected it sooner; look at logs/collector.out"
+
+
+def refuse(channel: Channel, reason: str, log: FilteringBoundLogger) -> None:
+    """Send the reason to a collector, which then ends."""
+    log.error("collector refused", reason=reason)
+    try:
+        channel.send(Refusal(reason[:MAX_REASON_CHARS]), deadline_s=1.0)
+    except TransportError:
+        log.warning("the refusal could not be sent")
+
+
+def take_malformed(channel: Channel, log: FilteringBoundLogger) -> int:
+    """Return and log the number of malformed messages since the last call."""
+    number, channel.num_malformed = channel.num_malformed, 0
+    if number:
+        log.warning("malformed messages dropped", number=number)
+    return number

@@ -67,10 +67,10 @@ def write_report(run_dir: Path) -> Path:
     _pyplot()
     folder = run_dir / "report"
     folder.mkdir(exist_ok=True)
-    settings, step, replay = open_run(run_dir)
+    _, step, replay = open_run(run_dir)
     length = min(WINDOW_LENGTH, replay.num_rows)
     diagnostics = Diagnostics(step.spec, step.world_model, step.policy.normaliser, length=length)
-    _draw_curves(rows, settings.optimization.free_nats, folder / f"{CURVES}.png")
+    _draw_curves(rows, step.world_model.free_nats, folder / f"{CURVES}.png")
     _draw_errors(rows, sorted(step.spec.obs), diagnostics.horizons, folder / f"{ERRORS}.png")
     rollout = diagnostics.rollout(replay.sample(NUM_WINDOWS, length), num_windows=NUM_DRAWN)
     for name, observed in rollout.observed.items():
@@ -111,7 +111,7 @@ def _pyplot() -> Any:
     return plt
 
 
-def _draw_curves(rows: list[dict], free_nats: float | None, out: Path) -> None:
+def _draw_curves(rows: list[dict], free_nats: float, out: Path) -> None:
     """Draw every panel of PANELS over the gradient steps."""
     plt = _pyplot()
     figure, axes = plt.subplots(4, 2, figsize=(11, 11), sharex=True)
@@ -119,7 +119,7 @@ def _draw_curves(rows: list[dict], free_nats: float | None, out: Path) -> None:
         for metric in panel:
             points = [(GRADIENT_STEPS.of(row), metric.of(row)) for row in rows if metric.of(row) is not None]
             _plot_points(axis, points, label=metric.name, linewidth=1.3)
-        if panel == (KL,) and free_nats is not None:
+        if panel == (KL,):
             axis.axhline(free_nats, color="grey", linestyle=":", label="free nats")
         axis.set_title(title, fontsize=10)
         axis.grid(alpha=0.25)

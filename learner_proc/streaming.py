@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Chunk:
-    """A committed chunk. `rows` are views of its K rows in the replay; they hold until the rows are granted again."""
+    """A committed chunk. `rows` are views of its K rows in the replay, valid until these rows are granted again."""
 
     commit: Commit
     rows: TensorDict
@@ -77,8 +77,8 @@ class Streaming:
             self._log.warning("grant not sent: the collector has disconnected")
 
     def expects(self, commit: Commit) -> bool:
-        """Return whether the commit answers the oldest open grant."""
-        return bool(self._open) and commit.seq == self._open[0].seq
+        """Return whether the commit answers the oldest open grant: the same number and the same row of the ring."""
+        return bool(self._open) and (commit.seq, commit.row) == (self._open[0].seq, self._open[0].row)
 
     def take(self, commit: Commit) -> Chunk:
         """Put an expected commit's chunk into the sampler's reach. Raises: TransportError if its checksum differs."""

@@ -54,7 +54,7 @@ class Episodes:
         returns = struct.unpack(f"<{count}f", commit.returns)
         lengths = struct.unpack(f"<{count}i", commit.lengths)
         for value, length, kind in zip(returns, lengths, commit.kinds, strict=True):
-            self._returns[EPISODE_KINDS[min(kind, len(EPISODE_KINDS) - 1)]].append(value)
+            self._returns[EPISODE_KINDS[kind]].append(value)
             self._lengths.append(length)
 
     def means(self) -> dict[Metric, float | None]:

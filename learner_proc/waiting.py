@@ -63,7 +63,7 @@ class WaitingLearner:
             allocate=partial(
                 allocate_and_restore, process, geometry, device=device, pacing=pacing, folder=self._folder
             ),
-            random_frames=partial(remaining_random_frames, geometry.prefill_frames, counters=counters, pacing=pacing),
+            random_frames=partial(remaining_random_frames, counters=counters, pacing=pacing),
             agent_steps=lambda: counters.agent_steps,
             gpu_storage=settings.replay_buffer.gpu_storage,
             log=process.log,
@@ -202,9 +202,9 @@ def allocate_and_restore(
     return replay, fd
 
 
-def remaining_random_frames(prefill_frames: int, *, counters: Counters, pacing: Pacing) -> int:
+def remaining_random_frames(*, counters: Counters, pacing: Pacing) -> int:
     """Return how many more agent steps a new collector acts at random.
 
-    It is the rest of the prefill, and 0 once training has begun.
+    It is the rest of the prefill, which restored rows shorten, and 0 once training has begun.
     """
-    return 0 if counters.gradient_steps > 0 else max(0, prefill_frames - pacing.collected)
+    return 0 if counters.gradient_steps > 0 else max(0, pacing.prefill - pacing.collected)

@@ -173,6 +173,10 @@ def _check_episodes(commit: Commit) -> None:
             f"a commit has {len(commit.returns)} bytes of returns, {len(commit.lengths)} of lengths and {count} of "
             "kinds; expected 4, 4 and 1 bytes for each episode"
         )
+    if max(commit.kinds, default=0) >= len(EPISODE_KINDS):
+        raise MalformedMessage(
+            f"a commit has an episode of kind {max(commit.kinds)}; expected a number below {len(EPISODE_KINDS)}"
+        )
     if commit.num_episodes < count:
         raise MalformedMessage(
             f"a commit describes {count} episodes and counts {commit.num_episodes}; expected it to count at least those"

@@ -6,6 +6,7 @@ import contextlib
 import mmap
 import socket
 import struct
+import time
 from collections.abc import Callable
 from typing import Any, cast
 
@@ -15,12 +16,14 @@ import torch
 from collector_proc.collect import Collector
 from collector_proc.connect import open_replay
 from collector_proc.simulators.base import Arrival
+from learner_proc.publisher import Publisher
 from shared.config import NetworkSettings, Settings
 from shared.errors import SettingError, SimulatorError
 from shared.handover import Channel, Disconnected, create_memfd_slab
 from shared.lifetime import StopFlag
 from shared.memory import Memory, MemoryMeter, own_rss_bytes
 from shared.messages import Commit, Grant, Welcome
+from shared.model.policy import Policy
 from shared.stream import ObsSpec, StreamSpec, plan_layout, ring_views
 from tests.fakes.fake_process import FakeProgress, fake_process
 from tests.fakes.late_copier import LateCopier
@@ -88,6 +91,8 @@ class Scene:
         growing: bool = False,
         incarnation: int = 0,
         agent_steps: int = 0,
+        random_frames: int = 10_000,
+        grant_version: int = 0,
         **settings,
     ) -> None:
         self.copier, self.progress, self.stop = LateCopier(), FakeProgress(), StopFlag()
@@ -96,10 +101,12 @@ class Scene:
         layout = plan_layout(SPEC, CAPACITY)
         slab, descriptor = create_memfd_slab(layout.num_bytes)
         self.ring = ring_views(slab, layout)
-        welcome = Welcome("memfd", layout.num_bytes, CAPACITY, "", [], 0, random_frames=10_000, agent_steps=agent_steps)
+        welcome = Welcome(
+            "memfd", layout.num_bytes, CAPACITY, "", [], 0, random_frames=random_frames, agent_steps=agent_steps
+        )
         self.learner.send(welcome, (descriptor,))
         for seq, row in enumerate(ROWS):
-            self.learner.send(Grant(seq, row, 0))
+            self.learner.send(Grant(seq, row, grant_version))
         chosen, self.simulator = _settings(**settings), TickCounter(before)
         process = fake_process(chosen, self.progress, self.stop, socket_dir=str(folder))
         self.progress.on_advance = self.copier.finish  # the self-test waits for its copies
@@ -334,3 +341,50 @@ def test_the_count_of_agent_steps_continues_that_of_the_run(tmp_path):
     scene.collector.run()
     assert scene.collector.agent_steps == 1000 + 2 * E
     assert scene.progress.last_status is not None and scene.progress.last_status.agent_steps == 1000 + 2 * E
+
+
+def make_publisher(folder) -> Publisher:
+    networks = NetworkSettings(state_dim=2, rssm_hidden_dim=4, hidden_dim=4)
+    return Publisher(Policy(SPEC, networks), socket_dir=folder, run_id="run")
+
+
+def test_rows_have_the_version_that_chose_their_action_and_a_reset_row_has_no_action(tmp_path):
+    def before(tick: int) -> None:
+        scene.stop.requested = tick == 6
+
+    publisher = make_publisher(tmp_path)
+    publisher.publish(step=0)
+    scene = Scene(tmp_path, before, late=False, mode="lockstep", random_frames=2 * E, grant_version=1)
+    scene.progress.on_advance = publisher.republish  # the first message is lost if the subscription is not complete
+    scene.collector.run()
+    rows = torch.cat([scene.ring["policy_version"][row : row + K] for row in ROWS[:2]])
+    assert rows.tolist() == [0, 0, 0, 1, 1, 1], "the reset and two random ticks, then the policy"
+    action = torch.cat([scene.ring["action"][row : row + K] for row in ROWS[:2]])
+    assert (action.abs().sum((1, 2)) > 0).tolist() == [False, True, True] * 2
+    publisher.close()
+
+
+def test_a_collector_without_random_ticks_makes_no_tick_before_it_has_weights_and_then_adopts_newer_ones(tmp_path):
+    publisher, calls = make_publisher(tmp_path), 0
+
+    def on_advance() -> None:
+        nonlocal calls
+        calls += 1
+        if calls == 5:
+            assert scene.simulator.tick == 0, "it still waits for the first weights"
+            publisher.publish(step=0)
+        if calls > 5:
+            publisher.republish()
+
+    def before(tick: int) -> None:
+        if tick == 1:
+            publisher.publish(step=1)
+        time.sleep(0.02)  # lets ZeroMQ deliver
+        scene.stop.requested = tick == 9
+
+    scene = Scene(tmp_path, before, late=False, random_frames=0)
+    scene.progress.on_advance = on_advance
+    scene.collector.run()
+    versions = torch.cat([scene.ring["policy_version"][row : row + K] for row in ROWS[:3]]).tolist()
+    assert versions[1] >= 1 and versions[-1] == 2
+    publisher.close()

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+from learner_proc import link as link_module
 from learner_proc.handshake import Handshake, SharedReplay
 from learner_proc.link import CollectorLink
 from learner_proc.startup import allocate_replay
@@ -16,7 +17,7 @@ from shared.geometry import Geometry
 from shared.handover import Disconnected
 from shared.messages import PROTOCOL, Grant, Refusal
 from shared.process import Process
-from shared.stream import StreamSpec
+from shared.stream import ObsSpec, StreamSpec
 from tests.fakes.scripted_collector import SPEC, ScriptedCollector
 
 
@@ -70,6 +71,8 @@ def test_the_chunk_of_the_self_test_is_the_first_grant(link, join):
         ({"spec": SPEC.to_dict() | {"num_envs": float("inf")}}, "malformed stream spec"),
         ({"spec": SPEC.to_dict() | {"action_dim": 1 << 23, "num_envs": 1 << 20}}, "out of bounds"),
         ({"spec": SPEC.to_dict() | {"num_envs": 4}}, "has 4 environments; expected 2"),
+        ({"spec": StreamSpec(2, {"policy": ObsSpec((3, 4), "float32")}, 3).to_dict()}, "'policy'"),
+        ({"spec": StreamSpec(2, {"pixels": ObsSpec((32, 32, 3), "uint8")}, 3).to_dict()}, "(64, 64, 3)"),
     ],
 )
 def test_a_hello_that_does_not_fit_is_refused_with_a_reason(link, tmp_path, changes, part):
@@ -133,6 +136,8 @@ def test_a_commit_without_a_grant_is_dropped_and_counted(link, join):
     grant = collector.receive_grant()
     collector.commit(Grant(grant.seq + 5, grant.row, 0))
     assert link.poll() == [] and link.num_dropped == 1
+    collector.commit(Grant(grant.seq, grant.row + 8, 0))
+    assert link.poll() == [] and link.num_dropped == 2, "the number is right and the row is not"
     collector.commit(grant)
     assert len(link.poll()) == 1
 
@@ -149,3 +154,33 @@ def test_commits_before_a_disconnect_count_and_open_grants_are_granted_again(lin
     assert link.streaming is None and replay.num_rows == 8 and replay.num_granted == 0
     assert join(link.poll).welcome.test_row == second.row
     assert link.num_welcomed == 2
+
+
+def test_malformed_messages_are_counted_while_the_collector_is_connected(link, join):
+    collector = join(link.poll)
+    collector.channel._socket.send(b"\xc1 is no message")
+    poll(link)
+    assert link.streaming is not None and link.num_dropped == 1
+    poll(link)
+    assert link.num_dropped == 1
+
+
+@pytest.mark.parametrize("state", ["hello", "self-test"])
+def test_a_connection_that_does_not_go_on_is_refused_with_the_reason(link, tmp_path, monkeypatch, state):
+    collector = ScriptedCollector(tmp_path)
+    poll(link)
+    if state == "self-test":
+        collector.send_hello()
+        poll(link)
+        collector.receive_welcome()
+    monkeypatch.setattr(link_module, "GREETING_S", -1.0)
+    monkeypatch.setattr(link_module, "TESTING_S", -1.0)
+    poll(link)
+    refusal = collector.receive()
+    assert isinstance(refusal, Refusal) and f"the {state} has not arrived" in refusal.reason
+
+
+def test_a_learner_without_a_collector_logs_that_it_waits(link, monkeypatch, capsys):
+    monkeypatch.setattr(link_module, "REMINDER_S", -1.0)
+    link.poll()
+    assert "waiting for a collector" in capsys.readouterr().err

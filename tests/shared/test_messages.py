@@ -121,3 +121,9 @@ def test_damaged_bytes_raise_no_other_error_than_malformed_message():
             decode(bytes(raw[: source.randint(0, len(raw))]))
         except MalformedMessage:
             continue
+
+
+def test_a_commit_with_an_episode_of_an_unknown_kind_is_malformed():
+    packed = encode(Commit(1, 0, 8, 8, 1, returns=bytes(4), lengths=bytes(4), kinds=bytes([9]), num_episodes=1))
+    with pytest.raises(MalformedMessage, match="kind 9; expected a number below 3"):
+        decode(packed)
