@@ -15,7 +15,7 @@ from shared.metrics import SKIPPED, Metric
 class Window:
     """What was measured between two rows.
 
-    values: of a step's metrics the mean over the steps in which they were finite, None without such a step.
+    values: for each metric of a step, its mean over the steps in which it was finite, or None if it never was.
     """
 
     num_steps: int

@@ -3,7 +3,8 @@
 It computes what `learner_proc.plain_step` computes, faster. Cells are unrolled by `learner_proc.scan`, heads are
 evaluated by `learner_proc.slopes`, and both pass through `learner_proc.compiling`. docs/faster.md explains why.
 
-Nothing here waits for the device: on it, bad steps are skipped, loss scales change and metrics are gathered.
+Nothing here waits for the device. Skipping a bad step, changing a loss scale and gathering metrics all happen on the
+device.
 """
 
 from __future__ import annotations
@@ -85,7 +86,7 @@ class GradientStep:
             start, terminal = self._choose_starts(beliefs, batch["is_terminal"].reshape(-1))
             imagined = self._imagine(start)
             behavior = self._behavior_gradients(imagined, terminal)
-            # All gradients are taken before any update: the three losses belong to the same parameters.
+            # Take all gradients before any update, so that all of them are computed with the same parameters.
             optimiser = self._optimisers["model"]
             model_grads = list(torch.autograd.grad(optimiser.scaled(model.total), optimiser.params))
         grads = {"model": model_grads, "actor": behavior.actor_grads, "value": behavior.critic_grads}

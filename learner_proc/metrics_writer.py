@@ -23,7 +23,8 @@ from shared.metrics import METRICS, LearnerStatus, Metric, Value, find, to_row
 
 
 class MetricsWriter:
-    """Collects numbers from gradient steps and commits, and writes rows. Never waits for the GPU, except at the end.
+    """Collects numbers from gradient steps and commits, and writes rows. It waits for the GPU only at the end, or if a row is
+    requested before the numbers of the previous one have arrived.
 
     `request_row` ends a window and starts the copy of its numbers from the device; `poll` writes the row once they have
     arrived. A row has every metric that is declared in `shared.metrics`, and no other column.
@@ -46,7 +47,7 @@ class MetricsWriter:
         """
         cut_after(path, counters.gradient_steps)
         self._file = LineFile(path)
-        self._num_rows = int(path.stat().st_size > 0)
+        self._has_rows = path.stat().st_size > 0
         self._counters, self._constants = counters, constants
         self._sums = DeviceSums(device, once_per_window=once_per_row)
         self._requested: dict[Metric, Value] = {}  # the host's numbers of the row whose other numbers are being copied
@@ -82,9 +83,9 @@ class MetricsWriter:
         knows.
         """
         self.poll(wait=True)
-        if self._sums.num_steps == 0 and self._num_rows > 0:
+        if self._sums.num_steps == 0 and self._has_rows:
             return
-        self._num_rows += 1
+        self._has_rows = True
         self._requested = self._host_numbers() | dict(further)
         self._pace.start_window()
         self._sums.request(measured)

@@ -68,7 +68,7 @@ class PlainStep:
         features, entropy = self.imagine(start)
         actor_loss, target, weight = self.actor_loss(features, entropy, terminal)
         losses = (model_loss, actor_loss, self.critic_loss(features, target, weight))
-        # Take all gradients before any update: the three losses belong to the same parameters.
+        # Take all gradients before any update, so that all of them are computed with the same parameters.
         grads = [torch.autograd.grad(loss, adam.params) for loss, adam in zip(losses, self.optimisers, strict=True)]
         norms = [adam.step(own) for adam, own in zip(self.optimisers, grads, strict=True)]
         if norms[-1].isfinite() and self.options.slow_critic_decay is not None:

@@ -1,4 +1,4 @@
-"""The world model: it turns replayed windows into posterior beliefs, and learns to predict what the windows hold."""
+"""The world model: it turns replayed windows into posterior beliefs, and learns to predict their content."""
 
 from __future__ import annotations
 
@@ -38,8 +38,8 @@ class KL(NamedTuple):
     """The KL between posterior and prior.
 
     mean: the batch mean in nats, before the free nats; loss: the mean with the free nats as lower limit; free: the
-    share that lies below the free nats and so has no gradient: the share of steps if each step has its limit, else 0 or
-    1.
+    share of the KL that has no gradient because it is below the free nats. With a limit for each step this is the share
+    of such steps; otherwise it is 0 or 1.
     """
 
     mean: Tensor

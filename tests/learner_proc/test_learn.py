@@ -106,7 +106,7 @@ def test_requesting_a_row_of_metrics_leaves_the_random_generators_alone(waiting,
 
 
 @pytest.mark.gpu
-def test_the_training_loop_never_synchronises_a_gpu():
+def test_steps_samples_and_grants_never_synchronise_a_gpu():
     settings = compose("quickstart", [*OVERRIDES, "replay_buffer.checksum=false"])
     from learner_proc.gradient_step import GradientStep
     from learner_proc.replay import Replay

@@ -8,7 +8,8 @@ import torch
 from learner_proc import checkpoint
 from learner_proc.pacing import Pacing
 from learner_proc.startup import allocate_replay
-from learner_proc.waiting import WaitingLearner, allocate_and_restore
+from learner_proc.totals import Counters
+from learner_proc.waiting import WaitingLearner, allocate_and_restore, remaining_random_frames
 from shared.errors import TransportError
 from shared.geometry import Geometry
 from tests.fakes.scripted_collector import SPEC
@@ -73,3 +74,10 @@ def test_waiting_for_a_collector_ends_at_its_deadline(process):
 def test_a_request_to_stop_ends_the_wait_without_networks(waiting, process):
     process.stop.requested = True
     assert waiting.run() is None
+
+
+def test_rows_that_were_restored_in_the_prefill_shorten_the_random_actions():
+    """A run that was interrupted in its prefill continues with the part of the prefill that is missing."""
+    pacing = Pacing(chunk_frames=16, step_frames=8, ratio=None, prefill=16)
+    assert remaining_random_frames(counters=Counters(), pacing=pacing) == 16
+    assert remaining_random_frames(counters=Counters(gradient_steps=1), pacing=pacing) == 0
