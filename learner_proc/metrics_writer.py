@@ -23,9 +23,9 @@ from shared.metrics import METRICS, LearnerStatus, Metric, Value, find, to_row
 
 
 class MetricsWriter:
-    """Collects numbers from gradient steps and commits, and writes rows. It waits for the GPU only at the end, or if a row is
-    requested before the numbers of the previous one have arrived.
+    """Collects numbers from gradient steps and commits, and writes rows.
 
+    It waits for the GPU only at the end, or if a row is requested before the numbers of the previous one have arrived.
     `request_row` ends a window and starts the copy of its numbers from the device; `poll` writes the row once they have
     arrived. A row has every metric that is declared in `shared.metrics`, and no other column.
     """
