@@ -76,12 +76,20 @@ def save(
             last = newest_checkpoint(root)
             kept = "there is no earlier one" if last is None else f"the last one is of step {checkpoint_step(last)}"
             raise CheckpointError(
-                f"the checkpoint of step {step} could not be saved, {kept}: {str(error).splitlines()[0]}; expected a "
+                f"the checkpoint of step {step} could not be saved, {kept}: {_cause(error)}; expected a "
                 f"disk with free space at {root}; free some of it"
             ) from error
         raise
     _delete_others(root, final, keep)
     return final
+
+
+def _cause(error: BaseException) -> str:
+    """Return the text of the error of the disk, if there was one: torch.save then raises another one that hides it."""
+    seen: BaseException | None = error
+    while seen is not None and not isinstance(seen, OSError):
+        seen = seen.__context__
+    return str(seen or error).splitlines()[0]
 
 
 def load_newest(root: Path) -> tuple[Path, dict[str, Any]]:

@@ -2,6 +2,8 @@
 
 import errno
 import json
+import resource
+import signal
 from pathlib import Path
 
 import pytest
@@ -101,6 +103,20 @@ def test_a_save_that_fails_leaves_the_earlier_checkpoint_and_nothing_else(tmp_pa
         checkpoint.save(tmp_path, 4, {"save": 2}, None, spec_digest="x", keep=1)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["00000003", "latest"]
     assert checkpoint.load_newest(tmp_path)[1] == {"save": 1}
+
+
+def test_the_error_of_a_full_disk_names_the_disk(tmp_path):
+    """torch.save reports a position in the file that it did not expect."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (5000, limits[1]))
+    try:
+        with pytest.raises(checkpoint.CheckpointError, match=r"saved, there is no earlier one: .*too large"):
+            checkpoint.save(tmp_path, 1, {"x": torch.zeros(100_000)}, None, spec_digest="x", keep=1)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert list(tmp_path.iterdir()) == []
 
 
 def damage(folder: Path, kind: str) -> None:
