@@ -43,8 +43,8 @@ def main() -> int:
 def train(process: Process, device: str, *, resume: bool) -> ExitCode:
     """Train until the end or until asked to stop; log an error that ends the training and return the exit code.
 
-    REFUSED means that another start would fail in the same way: because of a setting, the checkpoint, the memory, or
-    because the replay cannot be shared.
+    REFUSED means that another start would fail in the same way: because of a setting, the checkpoint, the memory of the
+    GPU or of the machine, or because the replay cannot be shared.
     """
     import torch  # only now: it takes seconds, and a signal that arrives meanwhile must find its handler installed
 

@@ -21,6 +21,8 @@ from shared.stream import StreamSpec
 if TYPE_CHECKING:
     from structlog.typing import FilteringBoundLogger
 
+SELF_TEST_S = 900.0  # before the self-test, the collector builds its policy and captures a CUDA graph
+
 
 class Refused(Exception):
     """The learner cannot work with this collector. The text is sent to it."""
@@ -51,11 +53,13 @@ class Testing:
     """A collector was sent the slab, at the time `since` (time.monotonic() seconds). It has not sent its self-test yet.
 
     For the self-test it writes a pattern into the chunk that starts at ring row `test_row`, and reports the checksum.
+    It is refused after `limit_s` seconds.
     """
 
     channel: Channel
     shared: SharedReplay
     test_row: int
+    limit_s: float = SELF_TEST_S
     since: float = field(default_factory=time.monotonic)
 
 
@@ -78,6 +82,7 @@ class Handshake:
         agent_steps: Callable[[], int],
         gpu_storage: bool | None,
         log: FilteringBoundLogger,
+        self_test_s: float = SELF_TEST_S,
     ) -> None:
         """Prepare for the first hello.
 
@@ -86,10 +91,11 @@ class Handshake:
         random_frames, agent_steps: return the numbers for the welcome: how many more agent steps a collector acts at
         random, and how many agent steps were collected so far.
         gpu_storage: the setting `replay_buffer.gpu_storage`.
+        self_test_s: how long a collector that was sent the slab may take until its self-test arrives.
         """
         self._run_id, self._num_envs, self._allocate = run_id, num_envs, allocate
         self._random_frames, self._agent_steps, self._log = random_frames, agent_steps, log
-        self._gpu_storage, self._is_in_use = gpu_storage, False
+        self._gpu_storage, self._is_in_use, self._self_test_s = gpu_storage, False, self_test_s
         self.shared: SharedReplay | None = None  # None until the first valid hello
 
     def welcome(self, hello: Hello, channel: Channel) -> Testing:
@@ -166,7 +172,7 @@ class Handshake:
         )
         # At most one other Welcome precedes this message on the channel, so the socket has room for it.
         channel.send(message, () if shared.fd is None else (shared.fd,), deadline_s=1.0)
-        return Testing(channel, shared, test_row)
+        return Testing(channel, shared, test_row, self._self_test_s)
 
     def _checked_spec(self, hello: Hello) -> StreamSpec:
         """Return what the collector streams. Raises: Refused if it does not fit this run."""

@@ -52,8 +52,8 @@ class StepQueue:
 class Learner:
     """Owns the replay, the networks and everything else that must survive the collector.
 
-    `WaitingLearner` makes it once a collector streams. `run` first waits until the collector has filled the replay,
-    then trains to `optimization.total_optim_steps` or until the process is asked to stop, and leaves a checkpoint.
+    `WaitingLearner` makes it once a collector streams. `run` waits for the prefill, trains to the last gradient step or
+    until it is asked to stop, and saves. It waits for a new collector without limit; launch decides when to end.
     """
 
     def __init__(
@@ -80,7 +80,7 @@ class Learner:
         self._saver, self._queue, self._status_at = saver, StepQueue(device), time.monotonic()
 
     def run(self) -> None:
-        """Train. Launch limits waits for a collector. Raises: TransportError, FloatingPointError, CheckpointError."""
+        """Train. Raises: TransportError, FloatingPointError, CheckpointError."""
         self._progress.phase("prefill")
         while not self._is_finished() and not self.may_step():
             self.serve()

@@ -26,7 +26,6 @@ if TYPE_CHECKING:
 
 UNMAP_S = 1.0
 GREETING_S = 30.0  # a connection that has sent no hello by then is closed
-TESTING_S = 900.0  # the same for the self-test; before it, the collector builds its policy and captures a CUDA graph
 SECOND = "another collector is connected already; expected one at a time; stop the other collector first"
 REMINDER_S = 60.0  # between two log lines that no collector streams
 
@@ -197,10 +196,12 @@ def overdue(collector: Greeting | Testing | Streaming | None) -> str | None:
     """Return why a collector whose next message has not arrived in time must be refused; None if it must not."""
     if collector is None or isinstance(collector, Streaming):
         return None
-    limit, message = (GREETING_S, "hello") if isinstance(collector, Greeting) else (TESTING_S, "self-test")
+    limit, message, more = GREETING_S, "hello", ""
+    if isinstance(collector, Testing):
+        limit, message, more = collector.limit_s, "self-test", ", or raise deadlines.start_s"
     if time.monotonic() - collector.since <= limit:
         return None
-    return f"the {message} has not arrived within {limit:g} s; expected it sooner; look at logs/collector.out"
+    return f"the {message} has not arrived within {limit:g} s; expected it sooner; look at logs/collector.out{more}"
 
 
 def refuse(channel: Channel, reason: str, log: FilteringBoundLogger) -> None:

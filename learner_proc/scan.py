@@ -97,7 +97,7 @@ class Scan:
         extra: dict[nn.Linear, Extra] | None = None,
         begin: Callable[[Any, Callable[..., list[Parts]]], Any] = lambda belief, shared: belief,
     ) -> Any:
-        """Return what `unroll` returns, with the present weights. Take the gradients before the next call.
+        """Return what `unroll` returns. Take the gradients before the next call, which overwrites the cast weights.
 
         extra: what is known about the layers' outputs. begin: returns what the first step takes, from `belief` and a
         function like `Products.shared`.
@@ -106,7 +106,7 @@ class Scan:
         weights = self._present_weights(num_rows)
         with torch.no_grad(), torch.autocast(weights.biases[0].device.type, enabled=False):
             belief = begin(belief, partial(self._shared, weights))
-        # It requires a gradient like all later beliefs, so that one compiled function serves every call.
+        # The first belief requires a gradient, like all later beliefs, so that one compiled function serves every call.
         learns = torch.is_grad_enabled()
         belief = pytree.tree_map(lambda part: part.detach().requires_grad_(learns), belief)
         kept: list[list[Tensor]] = [[] for _ in self._layers]

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from learner_proc.host_blocks import HostBlocks
 
 Groups: TypeAlias = dict[str, dict[str, Tensor]]  # group -> name -> tensor
+Shapes: TypeAlias = dict[tuple[str, str], tuple[int, ...]]  # (group, name) -> shape
 
 
 def copied(live: Groups) -> Groups:
@@ -40,13 +41,22 @@ def restore(live: Groups, saved: Groups, *, optional: str) -> None:
     if expected != found:
         group, name = min(key for key in expected.keys() | found.keys() if expected.get(key) != found.get(key))
         raise ValueError(
-            f"the saved learner does not fit: {group}/{name} has shape {found.get((group, name))}; "
-            f"expected {expected.get((group, name))}; resume with the settings that the checkpoint was made with"
+            f"the saved learner does not fit: {_difference(f'{group}/{name}', found, expected, key=(group, name))}; "
+            "resume with the settings that the checkpoint was made with"
         )
     for group, tensors in live.items():
         for name, tensor in tensors.items():
             tensor.copy_(saved[group][name])
 
 
-def _shapes(groups: Groups) -> dict[tuple[str, str], tuple[int, ...]]:
+def _difference(title: str, found: Shapes, expected: Shapes, *, key: tuple[str, str]) -> str:
+    """Return how a saved tensor differs from the learner's own."""
+    if key not in found:
+        return f"{title} is missing in the checkpoint; expected shape {expected[key]}"
+    if key not in expected:
+        return f"{title} is not part of this learner; expected a checkpoint without it"
+    return f"{title} has shape {found[key]}; expected {expected[key]}"
+
+
+def _shapes(groups: Groups) -> Shapes:
     return {(group, name): tuple(t.shape) for group, tensors in groups.items() for name, t in tensors.items()}

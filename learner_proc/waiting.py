@@ -30,6 +30,10 @@ from shared.process import Process
 from shared.run_folder import RunFolder
 from shared.stream import StreamSpec
 
+# A collector may take this many times deadlines.start_s until its self-test arrives. It is more than 1, so that launch
+# notices a collector that hangs before the learner refuses it. It is less than the 2 of `_wait_for_collector`.
+SELF_TEST_STARTS = 1.5
+
 
 class WaitingLearner:
     """Opens the sockets, waits for a collector, and builds the learner that trains.
@@ -67,6 +71,7 @@ class WaitingLearner:
             agent_steps=lambda: counters.agent_steps,
             gpu_storage=settings.replay_buffer.gpu_storage,
             log=process.log,
+            self_test_s=SELF_TEST_STARTS * settings.deadlines.start_s,
         )
         self.link = CollectorLink(
             process.run.socket_dir, handshake, check_sums=settings.replay_buffer.checksum, log=process.log

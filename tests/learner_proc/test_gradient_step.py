@@ -238,6 +238,17 @@ def test_a_snapshot_of_other_networks_is_refused_and_nothing_is_copied():
     assert_same(before, step.state_dict())
 
 
+def test_a_snapshot_with_a_tensor_too_few_or_too_many_is_refused_with_the_tensors_name():
+    step = make()
+    fewer, more = copy.deepcopy(step.state_dict()), copy.deepcopy(step.state_dict())
+    del fewer["critic"]["layers.0.weight"]
+    more["critic"]["extra"] = torch.zeros(2)
+    with pytest.raises(ValueError, match=r"layers\.0\.weight is missing in the checkpoint; expected shape \(8, 9\)"):
+        step.load_state_dict(fewer)
+    with pytest.raises(ValueError, match=r"critic/extra is not part of this learner; expected a checkpoint without it"):
+        step.load_state_dict(more)
+
+
 def test_a_run_may_resume_in_another_precision():
     half, full = make(autocast="float16"), make(autocast="false", seed=4)
     full.load_state_dict(half.state_dict())

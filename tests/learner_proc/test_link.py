@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -21,8 +22,7 @@ from shared.stream import ObsSpec, StreamSpec
 from tests.fakes.scripted_collector import SPEC, ScriptedCollector
 
 
-@pytest.fixture
-def link(process: Process, tmp_path) -> Iterator[CollectorLink]:
+def make_link(process: Process, folder: Path, **options: float) -> CollectorLink:
     settings, cpu = process.settings, torch.device("cpu")
     handshake = Handshake(
         run_id="run",
@@ -32,8 +32,14 @@ def link(process: Process, tmp_path) -> Iterator[CollectorLink]:
         agent_steps=lambda: 7,
         gpu_storage=None,
         log=process.log,
+        **options,
     )
-    made = CollectorLink(tmp_path, handshake, check_sums=True, log=process.log)
+    return CollectorLink(folder, handshake, check_sums=True, log=process.log)
+
+
+@pytest.fixture
+def link(process: Process, tmp_path) -> Iterator[CollectorLink]:
+    made = make_link(process, tmp_path)
     yield made
     made.close()
 
@@ -166,18 +172,21 @@ def test_malformed_messages_are_counted_while_the_collector_is_connected(link, j
 
 
 @pytest.mark.parametrize("state", ["hello", "self-test"])
-def test_a_connection_that_does_not_go_on_is_refused_with_the_reason(link, tmp_path, monkeypatch, state):
+def test_a_connection_that_does_not_go_on_is_refused_with_the_reason(process, tmp_path, monkeypatch, state):
+    link = make_link(process, tmp_path, self_test_s=-1.0)
     collector = ScriptedCollector(tmp_path)
     poll(link)
     if state == "self-test":
         collector.send_hello()
         poll(link)
         collector.receive_welcome()
-    monkeypatch.setattr(link_module, "GREETING_S", -1.0)
-    monkeypatch.setattr(link_module, "TESTING_S", -1.0)
+    else:
+        monkeypatch.setattr(link_module, "GREETING_S", -1.0)
     poll(link)
     refusal = collector.receive()
     assert isinstance(refusal, Refusal) and f"the {state} has not arrived" in refusal.reason
+    assert ("deadlines.start_s" in refusal.reason) == (state == "self-test")
+    link.close()
 
 
 def test_a_learner_without_a_collector_logs_that_it_waits(link, monkeypatch, capsys):

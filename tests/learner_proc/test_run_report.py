@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
+from learner_proc import run_report
 from learner_proc.run_report import PANELS, main, write_report
+from learner_proc.startup import allocate_replay, build_gradient_step
+from learner_proc.world_model import VECTOR_FREE_NATS
 from shared.compose import save_settings
 from shared.config import Settings
 from shared.errors import SettingError
+from shared.geometry import Geometry
 from shared.metrics import METRICS
+from tests.fakes.scripted_collector import SPEC
 
 
 def test_a_run_without_a_gradient_step_is_refused(tmp_path):
@@ -40,3 +46,26 @@ def test_a_run_that_cannot_be_shown_is_explained_in_one_line(tmp_path, monkeypat
     shown = capsys.readouterr().err
     assert shown.startswith("error: ") and shown.count("\n") == 1
     assert ("no whole checkpoint" in shown) == (problem == "no checkpoint")
+
+
+@pytest.mark.parametrize(("setting", "drawn"), [(None, VECTOR_FREE_NATS), (0.5, 0.5)])
+def test_the_curve_of_the_kl_shows_the_free_nats_that_the_model_uses(process, monkeypatch, setting, drawn):
+    """If the setting is null, the model chooses the free nats by the kind of its observations."""
+    axes = pytest.importorskip("matplotlib.axes")
+    process.settings.optimization.free_nats = setting
+    device, lines = torch.device("cpu"), []
+    replay, _ = allocate_replay(SPEC, process.settings, Geometry.of(process.settings), device=device)
+    for _ in range(4):
+        replay.commit(replay.grant())
+    step = build_gradient_step(SPEC, process.settings, device=device)
+    monkeypatch.setattr(run_report, "open_run", lambda _: (process.settings, step, replay))
+    draw = axes.Axes.axhline
+
+    def axhline(self, y, **options):
+        lines.append((options.get("label"), y))
+        return draw(self, y, **options)
+
+    monkeypatch.setattr(axes.Axes, "axhline", axhline)
+    (process.run_dir / "metrics.jsonl").write_text('{"gradient_steps": 5, "loss_model": 2.0, "kl": 1.5}\n')
+    write_report(process.run_dir)
+    assert [y for label, y in lines if label == "free nats"] == [drawn]

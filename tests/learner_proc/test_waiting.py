@@ -12,7 +12,8 @@ from learner_proc.totals import Counters
 from learner_proc.waiting import WaitingLearner, allocate_and_restore, remaining_random_frames
 from shared.errors import TransportError
 from shared.geometry import Geometry
-from tests.fakes.scripted_collector import SPEC
+from shared.messages import Refusal
+from tests.fakes.scripted_collector import SPEC, ScriptedCollector
 
 
 def built(waiting: WaitingLearner):
@@ -68,6 +69,17 @@ def test_waiting_for_a_collector_ends_at_its_deadline(process):
     waiting = WaitingLearner(process, device=torch.device("cpu"), resume=False)
     with pytest.raises(TransportError, match=r"no collector has passed its self-test .* deadlines\.start_s"):
         waiting.run()
+    waiting.link.close()
+
+
+def test_the_time_for_a_self_test_follows_the_longest_start(process, tmp_path):
+    process.settings.deadlines.start_s = 1e-6
+    waiting = WaitingLearner(process, device=torch.device("cpu"), resume=False)
+    collector = ScriptedCollector(tmp_path)
+    for call in (waiting.serve, collector.send_hello, waiting.serve, collector.receive_welcome, waiting.serve):
+        call()
+    refusal = collector.receive()
+    assert isinstance(refusal, Refusal) and "the self-test has not arrived within 1.5e-06 s" in refusal.reason
     waiting.link.close()
 
 
