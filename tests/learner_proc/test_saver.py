@@ -64,3 +64,22 @@ def test_a_checkpoint_is_loaded_in_the_phase_whose_deadline_is_that_of_checkpoin
     join(resumed.serve)
     assert phases == ["resuming", "resuming", "hello"] and 2 in advances, "each block of the replay counts as progress"
     resumed.link.close()
+
+
+def test_a_run_that_was_stopped_in_its_prefill_resumes_with_the_rest_of_the_random_actions(
+    process, waiting, join, tmp_path
+):
+    """The rows are restored before the welcome is sent, so the welcome already counts them."""
+    collector = join(waiting.serve)
+    collector.commit_next()
+    waiting.serve()
+    assert waiting.link.streaming is not None
+    learner = waiting.build(waiting.link.streaming.shared)
+    process.stop.requested = True
+    learner.run()
+    assert learner.counters.gradient_steps == 0
+    (tmp_path / "replay.sock").unlink()
+    resumed = WaitingLearner(process, device=torch.device("cpu"), resume=True)
+    welcome = join(resumed.serve).welcome
+    assert (welcome.random_frames, welcome.agent_steps) == (16, 16)
+    resumed.link.close()
