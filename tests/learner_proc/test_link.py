@@ -110,6 +110,20 @@ def test_a_second_collector_is_refused_while_one_is_connected(link, join, tmp_pa
     assert link.streaming is not None and isinstance(first.receive(), Grant), "the first collector continues"
 
 
+def test_no_incarnation_is_stated_before_the_first_hello(link, process, tmp_path):
+    first = ScriptedCollector(tmp_path)
+    poll(link)
+    second = ScriptedCollector(tmp_path)
+    poll(link)
+    refusal = second.receive()
+    assert isinstance(refusal, Refusal) and "incarnation" not in refusal.reason
+    first.channel.close()
+    poll(link)
+    lines = (process.run_dir / "logs" / "learner.jsonl").read_text().splitlines()
+    (lost,) = [line for line in lines if "collector lost" in line]
+    assert "Greeting" in lost and "incarnation" not in lost
+
+
 def test_a_collector_whose_self_test_fails_is_refused_and_gets_no_grant(link, tmp_path):
     collector = ScriptedCollector(tmp_path)
     collector.send_hello()
