@@ -28,6 +28,7 @@ from tests.docs.pages import PAGES, REPO, Block, blocks, inline_code
 LIMIT_S = 300.0
 PROGRAMS = ("python", "tandem", "mkdocs", "sbatch", "docker", "tensorboard")
 INSTALLERS = ("pip install", "apt install", "python3 -m venv")
+INLINE = ("python launch.py ", "tandem ")  # how a launch command in the text begins
 ASSIGNMENT = re.compile(r"([A-Z_]+)=(.*)")
 QUICK = ["--config", "quickstart", "optimization.total_optim_steps=20", "optimization.log_every=10"]
 
@@ -52,7 +53,7 @@ def _launches() -> list[tuple[str, list[str]]]:
     commands = [(block.place, words) for block in blocks() for words in block.commands]
     found = [(place, _split(words)[1]) for place, words in commands if _program(words) == "launch.py"]
     texts = [(page.name, code) for page in PAGES for code in inline_code(page)]
-    return found + [(place, shlex.split(code)) for place, code in texts if code.startswith("python launch.py ")]
+    return found + [(place, shlex.split(code)) for place, code in texts if code.startswith(INLINE)]
 
 
 def _to_run(mark: str) -> list[Block]:
