@@ -171,7 +171,7 @@ class Checker:
     def observe_statistics(self, obs) -> None:
         return None
 
-    def state_dict(self) -> dict:
+    def tensors(self) -> dict:
         return {}
 
     def parameter_counts(self) -> dict:

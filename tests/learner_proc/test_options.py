@@ -1,16 +1,19 @@
 """The options that the original algorithm lacks: each has its documented effect in a whole gradient step."""
 
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
 from tensordict import TensorDict
 
 from learner_proc.gradient_step import GradientStep
+from learner_proc.imagination import Imagination, Imagined
 from shared import metrics
 from shared.config import CompileSettings, NetworkSettings, OptimizationSettings, Settings
 from shared.metrics import Metric
 from shared.model.layers import Normaliser, symlog
+from shared.model.rssm import Belief, feat
 from shared.stream import ObsSpec, StreamSpec
 
 B, L, A, HORIZON = 3, 5, 2, 4
@@ -43,10 +46,16 @@ def run(step: GradientStep, num_steps: int, batch: TensorDict | None = None) -> 
 
 def starts_of(step: GradientStep, num_steps: int) -> list[torch.Tensor]:
     """Run steps and return the features (N, F) that each of them starts to imagine from."""
-    inputs: list[torch.Tensor] = []
-    with step.policy.actor.register_forward_pre_hook(lambda _, args: inputs.append(args[0])):
+    chosen: list[torch.Tensor] = []
+    imagine = Imagination.imagine
+
+    def recorded(self: Imagination, start: Belief, *noise: torch.Tensor, **rest: Any) -> Imagined:
+        chosen.append(feat(start))
+        return imagine(self, start, *noise, **rest)
+
+    with patch.object(Imagination, "imagine", recorded):
         run(step, num_steps)
-    return inputs[::HORIZON]  # the actor is called once per imagined step
+    return chosen
 
 
 def test_without_a_number_of_starts_every_belief_is_a_start():
