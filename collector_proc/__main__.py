@@ -53,10 +53,7 @@ def run_collector(process: Process, arguments: argparse.Namespace) -> int:
     simulator, code = None, ExitCode.FAILED
     try:
         process.progress.phase("simulator")
-        simulator = build_simulator(
-            process.settings, seed=seed, device=arguments.device, crash_dir=arguments.run_dir / "crash"
-        )
-        process.stop.install()  # again, because a simulator may have replaced the handlers
+        simulator = start_simulator(process, seed=seed, device=arguments.device)
         code = _collect(process, simulator, device=arguments.device, incarnation=arguments.incarnation, seed=seed)
     except StopRequested:
         process.log.info("asked to stop before the first tick")
@@ -75,6 +72,21 @@ def run_collector(process: Process, arguments: argparse.Namespace) -> int:
             with ending.closing_deadline(process.settings.deadlines.stop_s / 2, code):
                 simulator.close()
     return code
+
+
+def start_simulator(process: Process, *, seed: int, device: str) -> Simulator:
+    """Return the simulator that the settings choose. Its start can take minutes, so a request to stop interrupts it.
+
+    Raises: StopRequested if asked to stop; SettingError or SimulatorError as `build_simulator`.
+    """
+    try:
+        with process.stop.interrupting():
+            simulator = build_simulator(process.settings, seed=seed, device=device, crash_dir=process.run_dir / "crash")
+    except Exception:
+        process.stop.check()  # a backend may have turned the interruption into an error of its own
+        raise
+    process.stop.install()  # again, because a simulator may have replaced the handlers
+    return simulator
 
 
 def _parse_arguments() -> argparse.Namespace:

@@ -7,6 +7,7 @@ import ctypes
 import faulthandler
 import os
 import signal
+from collections.abc import Iterator
 from enum import IntEnum
 from pathlib import Path
 from types import FrameType
@@ -74,6 +75,7 @@ class StopFlag:
         self.signum: int | None = None
         self.count = 0
         self._before: dict[int, Any] = {}
+        self._interrupts = False
 
     def install(self) -> None:
         """Handle SIGTERM, SIGINT and SIGHUP (a closed terminal). Call it again if a simulator replaced the handlers."""
@@ -88,6 +90,19 @@ class StopFlag:
         if self.requested:
             raise StopRequested
 
+    @contextlib.contextmanager
+    def interrupting(self) -> Iterator[None]:
+        """Let a signal raise StopRequested at once in the code inside, because that code does not look at the flag.
+
+        Only the first signal does so, so that others do not disturb the cleanup. Raises: StopRequested.
+        """
+        self._interrupts = True
+        try:
+            self.check()
+            yield
+        finally:
+            self._interrupts = False
+
     def restore(self) -> None:
         """Install the handlers again that were there before the first `install`."""
         for signum, before in self._before.items():
@@ -98,6 +113,9 @@ class StopFlag:
         self.requested = True
         self.signum = self.signum or signum
         self.count += 1
+        if self._interrupts:
+            self._interrupts = False
+            raise StopRequested
 
 
 def install_stop_flag() -> StopFlag:

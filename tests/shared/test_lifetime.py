@@ -8,7 +8,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-from shared.lifetime import StopFlag, install_stop_flag
+import pytest
+
+from shared.lifetime import StopFlag, StopRequested, install_stop_flag
 from tests.processes import DEADLINE_S, is_alive, wait_for_file, wait_until_gone
 
 
@@ -78,3 +80,22 @@ def test_a_stop_flag_can_take_the_signals_back_from_a_simulator() -> None:
     finally:
         flag.restore()
     assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_only_the_first_signal_interrupts_code_that_does_not_look_at_the_flag() -> None:
+    flag, steps = install_stop_flag(), []
+    try:
+        with pytest.raises(StopRequested), flag.interrupting():
+            try:
+                os.kill(os.getpid(), signal.SIGTERM)
+                steps.append("the code continues")
+            finally:
+                os.kill(os.getpid(), signal.SIGINT)
+                steps.append("the cleanup is complete")
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert steps == ["the cleanup is complete"] and flag.count == 3
+        with pytest.raises(StopRequested), flag.interrupting():
+            steps.append("the code begins after a request to stop")
+        assert len(steps) == 1
+    finally:
+        flag.restore()

@@ -61,7 +61,7 @@ class WorkerPool:
             self.tick = self._share_memory()
             self._gather("map the shared memory", deadline, "start_s", start_s)
         except BaseException:
-            self.close()
+            self._end(grace_s=0.0)  # workers that still build environments do not notice that their sockets close
             raise
 
     @property
@@ -82,10 +82,14 @@ class WorkerPool:
 
     def close(self) -> None:
         """End every worker: close its socket, and after three seconds kill the workers that still run."""
+        self._end(grace_s=CLOSE_S)
+
+    def _end(self, *, grace_s: float) -> None:
+        """End every worker: close its socket, and after `grace_s` seconds kill the workers that still run."""
         for link in self._sockets:
             link.close()
         self._sockets.clear()
-        deadline = time.monotonic() + CLOSE_S
+        deadline = time.monotonic() + grace_s
         for process in self._processes:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(max(0.0, deadline - time.monotonic()))

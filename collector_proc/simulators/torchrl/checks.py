@@ -42,7 +42,7 @@ def check(settings: Settings, report: Callable[[str], None]) -> None:
     """Raises: SettingError if env.name names no environment that torchrl can make, or a setting has no effect."""
     env = settings.env
     prefix, _, name = env.name.partition(":")
-    if not name or not prefix.partition(".")[0] or prefix == "__main__":
+    if not name or prefix.partition(".")[0] in ("", "__main__"):
         raise SettingError(
             f"env.name={env.name} names no wrapper of torchrl; expected PREFIX:ID with one of {', '.join(WRAPPERS)} as "
             "PREFIX, or package.module:callable; set env.name=gym:ID for an environment of gymnasium"

@@ -7,15 +7,19 @@ import select
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from collector_proc.simulators.dm_control import workers
 from collector_proc.simulators.dm_control.environment import SuitePlan
 from collector_proc.simulators.dm_control.workers import WorkerPool
 from shared.errors import SimulatorError
+from shared.lifetime import StopRequested, install_stop_flag
+from tests.processes import wait_for_file
 
 ROOT = Path(__file__).resolve().parents[4]
 CHEETAH = SuitePlan("cheetah", "run", seed=3, frame_skip=2, from_pixels=False, grayscale=False, horizon=None)
@@ -108,6 +112,33 @@ def test_an_exception_in_a_tick_names_the_worker_and_the_environment() -> None:
 def test_workers_that_start_too_slowly_raise_an_error_that_names_the_setting() -> None:
     with pytest.raises(SimulatorError, match=r"did not build its environments within 0.01 s; .*deadlines.start_s"):
         pool_of(1, start_s=0.01)
+
+
+def test_a_request_to_stop_kills_workers_that_still_build_their_environments(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "dm_control.py").write_text(
+        "import os, pathlib, time\n"
+        "new = pathlib.Path(__file__).with_name('new'); new.write_text(str(os.getpid()))\n"
+        "new.rename(new.with_name('pid')); time.sleep(600)\n"
+    )
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))  # its workers import this dm_control
+    monkeypatch.setattr(workers, "CLOSE_S", 60.0)  # so that the test would not end if the workers got time to end
+
+    def ask_to_stop() -> None:
+        wait_for_file(tmp_path / "pid")
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    flag, asking = install_stop_flag(), threading.Thread(target=ask_to_stop)
+    try:
+        asking.start()
+        start = time.monotonic()
+        with pytest.raises(StopRequested), flag.interrupting():
+            pool_of(1, start_s=300.0)
+        assert time.monotonic() - start < 60.0 and gone(int((tmp_path / "pid").read_text()))
+    finally:
+        asking.join()
+        flag.restore()
 
 
 def test_the_error_about_a_renderer_that_cannot_start_has_a_fix(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -52,7 +52,7 @@ def test_a_callable_that_exists_is_accepted_without_importing_it_here(folder: Pa
     assert not [module for module in sys.modules if module.startswith("looked_up")]
 
 
-@pytest.mark.parametrize("name", ["make", "gym:", ":make", ".:make", ".walkers:make", "__main__:make"])
+@pytest.mark.parametrize("name", ["make", "gym:", ":make", ".:make", ".walkers:make", "__main__:m", "__main__.a:m"])
 def test_a_name_that_cannot_be_imported_is_refused_with_the_form_of_a_name(name: str) -> None:
     with pytest.raises(SettingError, match=r"^env.name=\S+ names no wrapper of torchrl; expected PREFIX:ID .*; set"):
         check(name)
