@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 
+from tests.fake_gpu.build import BuildError
 from tests.fake_gpu.environment import fake_gpu_environment
 
 USAGE = "usage: python -m tests.fake_gpu [--operators] COMMAND..."
@@ -14,9 +15,14 @@ def main(arguments: list[str]) -> None:
     """Replace this process by the command."""
     operators = arguments[:1] == ["--operators"]
     command = arguments[operators:]
-    if not command:
+    if not command or command[0].startswith("-"):
         raise SystemExit(USAGE)
-    os.execvpe(command[0], command, {**os.environ, **fake_gpu_environment(operators=operators)})
+    try:
+        os.execvpe(command[0], command, {**os.environ, **fake_gpu_environment(operators=operators)})
+    except BuildError as error:
+        raise SystemExit(f"error: {error}") from error
+    except FileNotFoundError as error:
+        raise SystemExit(f"error: there is no program {command[0]}; expected a command; {USAGE}") from error
 
 
 if __name__ == "__main__":

@@ -92,8 +92,11 @@ def build() -> Path:
     folder = Path(tempfile.gettempdir()) / f"tandem-fake-gpu-{hashlib.sha256(content).hexdigest()[:16]}"
     if folder.exists():
         return folder
+    for program in ("gcc", "nm"):
+        if shutil.which(program) is None:
+            raise BuildError(f"there is no {program}; expected a C compiler and binutils; install gcc")
     if not _imported("libcudart.so.13", torch_folder / "lib"):
-        raise BuildError("this torch does not use CUDA 13; expected a CUDA build: pip install torch==2.14.1")
+        raise BuildError("this torch does not use CUDA 13; expected a build for it; run: pip install torch==2.14.1")
     new = Path(tempfile.mkdtemp(prefix="tandem-fake-gpu-new-"))
     try:
         for library in LIBRARIES:

@@ -14,12 +14,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """Let each test run once for each seed."""
-    metafunc.fixturenames.append("stream_order")
     metafunc.parametrize("stream_order", range(int(metafunc.config.getoption("--seeds") or 1)), indirect=True)
 
 
-@pytest.fixture
+@pytest.fixture(autouse=True)
 def stream_order(request: pytest.FixtureRequest) -> None:
     """Draw the order of the streams' work from the test's seed."""
-    assert streams.deferred(), "set FAKE_GPU_STREAM_SEED"
+    assert streams.deferred(), "expected FAKE_GPU_STREAM_SEED, which makes queues of the streams; set it to any number"
     streams.reseed(request.param)
