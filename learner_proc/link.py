@@ -60,7 +60,8 @@ class CollectorLink:
     def poll(self) -> list[Chunk]:
         """Return every chunk that was committed since the last call.
 
-        Also accepts connections, answers hellos and self-tests, and notices disconnects. Never blocks.
+        Also accepts connections, answers hellos and self-tests, and notices disconnects. It does not wait, except for
+        at most a second if a collector that is refused does not read.
         """
         chunks: list[Chunk] = []
         try:

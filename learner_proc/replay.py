@@ -167,8 +167,7 @@ class _HostStaging:
             if key not in slot or slot[key].shape != value.shape:
                 slot[key] = torch.empty_like(value, pin_memory=True)
             slot[key].copy_(value)
-        moved = {key: pinned.to(device, non_blocking=True) for key, pinned in slot.items()}
-        if device.type == "cuda":
-            copied = self._copied[self._turn] = torch.cuda.Event()
-            copied.record(torch.cuda.current_stream(device))
+        moved = {key: slot[key].to(device, non_blocking=True) for key in batch}
+        copied = self._copied[self._turn] = torch.cuda.Event()
+        copied.record(torch.cuda.current_stream(device))
         return moved

@@ -14,7 +14,9 @@ def _deferred_copy(to: torch.Tensor, source: torch.Tensor, device: torch.device,
     to_cpu = alias(to) if to.is_cuda else to
     from_cpu = alias(source) if source.is_cuda else source
     host = source if to.is_cuda else to
-    pinned = host.is_pinned()
+    # torch converts on the source's side, and copies strided memory of the host, through unpinned memory.
+    direct = host.is_contiguous() and (source.is_cuda or to.dtype == source.dtype)
+    pinned = host.is_pinned() and direct
     streams.count_bytes(to_device=to.is_cuda, number=host.numel() * host.element_size())
     if capturing() and not pinned:
         raise RuntimeError(NOT_PERMITTED.format("a copy from or to unpinned host memory"))

@@ -35,7 +35,16 @@ _NATIVE = {
 }
 _EMPTY = {"aten::empty", "aten::empty_strided", "aten::new_empty", "aten::new_empty_strided", "aten::empty_like"}
 # The shape of the result depends on the values, so the host waits for them.
-_WAITS = {"aten::nonzero", "aten::masked_select", "aten::_unique2", "aten::unique_dim", "aten::equal"}
+_WAITS = {
+    "aten::_unique2",
+    "aten::bincount",
+    "aten::equal",
+    "aten::masked_select",
+    "aten::nonzero",
+    "aten::repeat_interleave",
+    "aten::unique_consecutive",
+    "aten::unique_dim",
+}
 # These accept tensors of several devices.
 _MIXES = {"aten::copy_", "aten::_to_copy", "aten::index", "aten::index_put_", "aten::_index_put_impl_"}
 
@@ -87,6 +96,14 @@ def _check_devices(name: str, seen: Sequence[torch.Tensor]) -> None:
         )
 
 
+def _index_waits(args: Sequence[Any]) -> bool:
+    """Return whether the host waits for this index: for the size of a mask, or for the copy of an index of the host."""
+    if len(args) > 2 and args[2].numel() == 1 and not args[2].is_cuda:
+        return False  # torch fills by the mask
+    indices = [index for index in args[1] if index is not None]
+    return any(index.dtype in (torch.bool, torch.uint8) or not index.is_cuda for index in indices)
+
+
 class _Operators(TorchDispatchMode):
     """Computes the operators of CUDA tensors on the CPU."""
 
@@ -109,7 +126,7 @@ class _Operators(TorchDispatchMode):
             return plan.special(*args, **kwargs)
         if not plan.mixes:
             _check_devices(func._schema.name, seen)
-        if plan.waits:
+        if plan.waits or (plan.mixes and _index_waits(args)):
             check_host_may_wait(func._schema.name)
             wait(target)
         return self._compute(func, plan, args, kwargs, cpu_args, cpu_kwargs, target)

@@ -15,6 +15,7 @@ import os
 import random
 import threading
 import time
+import traceback
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -33,6 +34,7 @@ _random = random.Random(f"{_seed}")
 _queues: dict[Key, _Queue] = {}
 _records: dict[tuple[int, int], Key] = {}  # event and number of the record -> the stream that will complete it
 _last_use = 0.0
+_failure: Exception | None = None  # of work that was done late; as on a GPU, later calls report it
 
 
 @dataclass(eq=False)
@@ -128,6 +130,8 @@ def _queue(key: Key) -> _Queue:
 
 def _put(key: Key, item: _Item) -> None:
     with _lock:
+        if _failure is not None:
+            raise RuntimeError("fake GPU: work that was done late has failed") from _failure
         _queue(key).items.append(item)
         _do_some()
 
@@ -146,7 +150,12 @@ def _ready(item: _Item) -> bool:
         return False
     if item.after is not None and not item.after.done:
         return False
-    return item.event is None or _completed(item.event[0]) >= item.event[1]
+    return item.event is None or not _is_open(*item.event)
+
+
+def _is_open(event: int, number: int) -> bool:
+    """Return whether this record of an event is not complete. A later one, on another stream, may be."""
+    return (event, number) in _records or _completed(event) < number
 
 
 def _run_first(queue: _Queue) -> None:
@@ -159,9 +168,18 @@ def _run_first(queue: _Queue) -> None:
             _run_first(other)
     if queue.items and queue.items[0] is item:  # what it waited for may have run it
         queue.items.popleft()
-        if item.work is not None:
-            item.work()
         item.done = True
+        if item.work is not None:
+            _do(item.work)
+
+
+def _do(work: Work) -> None:
+    """Do the work. The runtime cannot pass its error on, so it is kept for the next call of Python."""
+    global _failure
+    try:
+        work()
+    except Exception as error:
+        _failure = _failure or error
 
 
 def _run_all(queue: _Queue) -> None:
@@ -180,7 +198,7 @@ def _completed(event: int) -> int:
 def _complete(event: int, number: int) -> None:
     """Do what must be done before the record of the event is complete. An event of another process is waited for."""
     end = time.monotonic() + FOREIGN_EVENT_S
-    while _completed(event) < number:
+    while _is_open(event, number):
         key = _records.get((event, number))
         if key is not None:
             _run_first(_queues[key])
@@ -188,6 +206,7 @@ def _complete(event: int, number: int) -> None:
         elif time.monotonic() > end:
             raise RuntimeError("fake GPU: an event of another process did not complete in time")
         else:
+            _do_some()
             time.sleep(0.001)
 
 
@@ -307,6 +326,9 @@ def _stop() -> None:
     with _lock:
         _runtime().fake_gpu_set_hooks(None)
         finish_all()
+    if _failure is not None:
+        traceback.print_exception(_failure)
+        os._exit(1)  # an error in a function of atexit would not change the exit code
 
 
 def install() -> None:

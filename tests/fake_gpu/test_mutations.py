@@ -113,14 +113,17 @@ FAULTS = {
 COPIED = ("collector_proc", "configs", "launcher", "learner_proc", "shared", "tests", "launch.py", "pyproject.toml")
 
 
-def plant(fault: Fault, folder: Path) -> None:
-    """Copy the project into the folder, with the fault in it."""
+def copy_project(folder: Path) -> None:
     for name in COPIED:
         source = ROOT / name
         if source.is_dir():
             shutil.copytree(source, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
         else:
             shutil.copy(source, folder / name)
+
+
+def plant(fault: Fault, folder: Path) -> None:
+    """Put the fault into the copy of the project in this folder."""
     file = folder / fault.file
     text = file.read_text()
     assert text.count(fault.old) == 1, f"{fault.file} must hold this text once: {fault.old}"
@@ -129,16 +132,26 @@ def plant(fault: Fault, folder: Path) -> None:
     file.write_text(head + line + import_torch + rest)
 
 
+def run_test(test: str, folder: Path) -> tuple[int, str]:
+    """Run a test in the copy of the project; return the exit code and the output."""
+    marker = "fake_gpu" if "fake_gpu" in test else "gpu"
+    seeds = [] if marker == "fake_gpu" else ["-p", "tests.fake_gpu.seeds", "--seeds", "5"]
+    command = ["-m", "pytest", "-q", "-n0", "-x", "-m", marker, *seeds, *test.split()]
+    return run(*command, switches={"FAKE_GPU_STREAM_SEED": "0"}, root=folder)
+
+
+@pytest.mark.parametrize("test", sorted({fault.test for fault in FAULTS.values()}))
+def test_without_a_fault_the_test_passes(test: str, tmp_path: Path) -> None:
+    copy_project(tmp_path)
+    code, output = run_test(test, tmp_path)
+    assert code == 0 and " passed" in output and " skipped" not in output.splitlines()[-1], output
+
+
 @pytest.mark.parametrize("name", FAULTS)
 def test_a_planted_fault_fails_its_test(name: str, tmp_path: Path) -> None:
     fault = FAULTS[name]
+    copy_project(tmp_path)
     plant(fault, tmp_path)
-    marker = "fake_gpu" if "fake_gpu" in fault.test else "gpu"
-    seeds = [] if marker == "fake_gpu" else ["-p", "tests.fake_gpu.seeds", "--seeds", "5"]
-    code, output = run(
-        *["-m", "pytest", "-q", "-n0", "-x", "-m", marker, *seeds, *fault.test.split()],
-        switches={"FAKE_GPU_STREAM_SEED": "0"},
-        root=tmp_path,
-    )
+    code, output = run_test(fault.test, tmp_path)
     assert code == 1, f"the fault was not noticed:\n{output}"
     assert " error" not in output.splitlines()[-1], output

@@ -14,7 +14,7 @@ pytestmark = pytest.mark.fake_gpu
 GRAPH = "graph, x = torch.cuda.CUDAGraph(), torch.zeros(4, device='cuda')\n"
 CAPTURE = GRAPH + "with torch.cuda.graph(graph):\n    y = x + 1\n    "
 BROKEN = {  # code -> a word of the error that it must raise
-    "a capture waits": (CAPTURE + "y.sum().item()", "capture"),
+    "a capture waits": (CAPTURE + "y.sum().item()", "was called during a capture"),
     "a capture copies from unpinned memory": (CAPTURE + "torch.zeros(3).to('cuda', non_blocking=True)", "unpinned"),
     "a capture draws from a generator that it does not have": (
         "g = torch.Generator('cuda')\n" + CAPTURE + "torch.rand(3, device='cuda', generator=g)",
@@ -31,9 +31,27 @@ BROKEN = {  # code -> a word of the error that it must raise
         "unjoined",
     ),
     "an operator mixes devices": ("torch.zeros(3, device='cuda:0') + torch.zeros(3, device='cuda:1')", "cuda:1"),
-    "an event of one device is recorded on a stream of another": (
-        "e = torch.cuda.Event()\ne.record(torch.cuda.Stream('cuda:0'))\ne.record(torch.cuda.Stream('cuda:1'))",
-        "device",
+    "late work fails": (
+        "x, i, v = torch.zeros(4, device='cuda'), torch.tensor([9]).cuda(), torch.ones(1, device='cuda')\n"
+        "torch.cuda._sleep(1)\nx.index_put_((i,), v)\ntorch.cuda.synchronize()",
+        "out of bounds",
+    ),
+    "a capture writes by a mask": (CAPTURE + "x[x > 0] = torch.ones(4, device='cuda')", "waits for the stream"),
+    "a capture reads by an index of the host": (CAPTURE + "x[torch.tensor([1])]", "waits for the stream"),
+    "the default stream joins a capture": (
+        "s = torch.cuda.Stream()\nd = torch.cuda.default_stream()\n"
+        + GRAPH
+        + "with torch.cuda.graph(graph, stream=s):\n    y = x + 1\n    d.wait_stream(s)",
+        "cannot join a capture",
+    ),
+    "the host asks for an event of a capture": (
+        "e = torch.cuda.Event()\n" + CAPTURE + "e.record()\ne.query()",
+        "recorded in a capture",
+    ),
+    "a copy to strided pinned memory where no wait is allowed": (
+        "p, x = torch.zeros(4, 2).pin_memory(), torch.zeros(4, device='cuda')\n"
+        "torch.cuda.set_sync_debug_mode('error')\np[:, 0].copy_(x, non_blocking=True)",
+        "synchronizing",
     ),
     "more memory is used than there is": ("torch.empty(81 << 30, dtype=torch.uint8, device='cuda')", "out of memory"),
     "a wait where none is allowed": (
@@ -43,9 +61,10 @@ BROKEN = {  # code -> a word of the error that it must raise
 }
 HELD = {  # code that must not raise
     "fresh memory holds no number": "assert torch.empty(8, device='cuda').cpu().isnan().all()",
-    "freed memory of a capture holds no number": (
-        CAPTURE + "z = y * 2\naddress = z.data_ptr()\ndel z\n"
-        "import ctypes; assert ctypes.string_at(address, 4) != b'\\0' * 4"
+    "memory that is free during a capture holds no number": (
+        GRAPH + "old = torch.zeros(4, device='cuda')\naddress = old.data_ptr()\ndel old\n"
+        "with torch.cuda.graph(graph):\n    y = x + 1\n"
+        "import ctypes\nassert ctypes.string_at(address, 4) == b'\\xff' * 4"
     ),
     "a replay draws new numbers, and the same ones from the same state": (
         GRAPH + "with torch.cuda.graph(graph):\n    y = torch.rand(4, device='cuda')\n"

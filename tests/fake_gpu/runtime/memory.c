@@ -242,6 +242,10 @@ cudaError_t cudaIpcOpenMemHandle(void **pointer, cudaIpcMemHandle_t in, unsigned
                     handle.device, physical_device(current_device));
     }
     *pointer = mmap(NULL, handle.bytes, PROT_READ | PROT_WRITE, MAP_SHARED, file, 0);
+    if (*pointer == MAP_FAILED) {
+        close(file);
+        return fail(cudaErrorMapBufferObjectFailed, "the host cannot map memory for the fake GPU");
+    }
     add_block(*pointer, handle.bytes, IMPORTED_MEMORY, file);
     return cudaSuccess;
 }
@@ -270,10 +274,16 @@ cudaError_t cudaIpcOpenEventHandle(cudaEvent_t *event, cudaIpcEventHandle_t in) 
     memcpy(&handle, &in, sizeof handle);
     int file = open_file(&handle);
     if (file < 0) return fail(cudaErrorMapBufferObjectFailed, "the process that exported this event is gone");
-    cudaError_t error = cudaEventCreateWithFlags(event, cudaEventDisableTiming);
+    void *progress = mmap(NULL, PAGE, PROT_READ | PROT_WRITE, MAP_SHARED, file, 0);
+    cudaError_t error = progress == MAP_FAILED ? cudaErrorMapBufferObjectFailed
+                                               : cudaEventCreateWithFlags(event, cudaEventDisableTiming);
+    if (error) {
+        close(file);
+        return fail(error, "the host cannot map an event for the fake GPU");
+    }
     Event *e = (Event *)*event;
     free(e->progress);
-    e->progress = mmap(NULL, PAGE, PROT_READ | PROT_WRITE, MAP_SHARED, file, 0);
+    e->progress = progress;
     e->file = file;
-    return error;
+    return cudaSuccess;
 }

@@ -185,6 +185,7 @@ cudaError_t cudaEventQuery(cudaEvent_t handle) {
     Event *event = (Event *)handle;
     cudaError_t error = fake_gpu_forbidden_in_capture("cudaEventQuery");
     if (error) return error;
+    if (event->capture) return fail(cudaErrorCapturedEvent, "the host asked for an event that was recorded in a capture");
     if (event->slow > 0) {
         event->slow--;
         return cudaErrorNotReady;
@@ -196,6 +197,7 @@ cudaError_t cudaEventSynchronize(cudaEvent_t handle) {
     Event *event = (Event *)handle;
     cudaError_t error = fake_gpu_forbidden_in_capture("cudaEventSynchronize");
     if (error) return error;
+    if (event->capture) return fail(cudaErrorCapturedEvent, "the host waited for an event that was recorded in a capture");
     __sync_fetch_and_add(&fake_gpu_synchronizations, 1);
     event->slow = 0;
     return completed(event, 1) ? cudaSuccess : fail(cudaErrorUnknown, "an event of another process did not complete in time");
@@ -219,6 +221,10 @@ cudaError_t cudaStreamWaitEvent(cudaStream_t stream_handle, cudaEvent_t handle, 
     }
     for (int i = 0; i < capture_count; i++)
         if (captures[i]->id == event->capture) { // the stream joins the capture
+            if (handle_of(stream) == 0) {
+                captures[i]->invalid = 1;
+                return fail(cudaErrorStreamCaptureImplicit, "the default stream cannot join a capture");
+            }
             stream->capture = captures[i];
             stream->joined = 0;
             return cudaSuccess;
