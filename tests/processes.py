@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
+import pty
+import signal
 import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 DEADLINE_S = 120.0  # generous: other programs may use the machine, and no test checks a speed
@@ -37,3 +42,28 @@ def wait_until_gone(pid: int) -> None:
     while is_alive(pid):
         assert time.monotonic() < end, f"process {pid} still runs after {DEADLINE_S} s"
         time.sleep(0.01)
+
+
+def exit_code_after_its_terminal_closes(
+    command: Sequence[str], *, is_ready: Callable[[], bool], seconds: float, **environment: str
+) -> int:
+    """Run a command in a terminal, close the terminal once the command is ready, and return the exit code.
+
+    Raises: AssertionError if the command is not ready, or has not ended, after so many seconds.
+    """
+    pid, terminal = pty.fork()
+    if pid == 0:
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)  # tests that run under nohup ignore it
+        os.execvpe(command[0], list(command), {**os.environ, **environment})
+    os.set_blocking(terminal, False)
+    end = time.monotonic() + seconds
+    while not is_ready():
+        assert time.monotonic() < end, f"{command} is not ready after {seconds:g} s"
+        with contextlib.suppress(BlockingIOError):
+            os.read(terminal, 65536)
+        time.sleep(0.05)
+    os.close(terminal)  # the kernel sends SIGHUP, and each write to the terminal fails
+    while (ended := os.waitpid(pid, os.WNOHANG)) == (0, 0):
+        assert time.monotonic() < end, f"{command} has not ended after {seconds:g} s"
+        time.sleep(0.05)
+    return os.waitstatus_to_exitcode(ended[1])

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
-import pty
 import re
 import shlex
 import shutil
@@ -21,6 +19,7 @@ import launch
 from launcher.forwarding import SUMMARY_KEYS
 from launcher.run_folder import create_run_folder, open_run_folder
 from tests.fakes.child import ROW, save_checkpoint
+from tests.processes import exit_code_after_its_terminal_closes
 
 FAKES = Path(__file__).resolve().parent / "fakes"
 REPO = FAKES.parent.parent
@@ -342,23 +341,14 @@ def test_an_interrupt_ends_the_run_after_the_learner_has_saved(signum: signal.Si
 
 def test_a_closed_terminal_ends_the_run_after_the_learner_has_saved(tmp_path: Path) -> None:
     run = tmp_path / "run"
-    pid, terminal = pty.fork()
-    if pid == 0:
-        signal.signal(signal.SIGHUP, signal.SIG_DFL)  # tests that run under nohup ignore it
-        command = [sys.executable, str(FAKES / "launch_with.py"), "save", "serve", *QUICK, "--run-dir", str(run)]
-        os.execvpe(command[0], command, os.environ | {"PYTHONPATH": str(REPO), "TMPDIR": str(tmp_path)})
-    end = time.monotonic() + DEADLINE_S
-    os.set_blocking(terminal, False)
-    while not all((run / f"{role}-serves").exists() for role in ("learner", "collector")):
-        assert time.monotonic() < end
-        with contextlib.suppress(BlockingIOError):
-            os.read(terminal, 65536)
-        time.sleep(0.02)
-    os.close(terminal)  # the kernel sends SIGHUP, and each write to the terminal fails
-    while (ended := os.waitpid(pid, os.WNOHANG)) == (0, 0):
-        assert time.monotonic() < end
-        time.sleep(0.02)
-    assert os.waitstatus_to_exitcode(ended[1]) == 129
+    code = exit_code_after_its_terminal_closes(
+        [sys.executable, str(FAKES / "launch_with.py"), "save", "serve", *QUICK, "--run-dir", str(run)],
+        is_ready=lambda: all((run / f"{role}-serves").exists() for role in ("learner", "collector")),
+        seconds=DEADLINE_S,
+        PYTHONPATH=str(REPO),
+        TMPDIR=str(tmp_path),
+    )
+    assert code == 129
     assert _summary(run)["exit_reason"] == "interrupted by SIGHUP"
     assert (run / "checkpoints" / "latest").read_text() == "00000060"
     _assert_nothing_is_left(run)

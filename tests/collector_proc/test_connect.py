@@ -146,13 +146,16 @@ def send_host_memory(learner: Channel) -> torch.Tensor:
     return slab
 
 
-def test_gpu_memory_that_cannot_be_mapped_is_reported_and_the_next_offer_is_mapped(channels, monkeypatch):
-    collector, learner = channels
-
+def mapping_fails(monkeypatch) -> None:
     def fail(*arguments, **options):
         raise HandoverError("the collector cannot map the replay")
 
     monkeypatch.setattr(connecting, "import_cuda_slab", fail)
+
+
+def test_gpu_memory_that_cannot_be_mapped_is_reported_and_the_next_offer_is_mapped(channels, monkeypatch):
+    collector, learner = channels
+    mapping_fails(monkeypatch)
     learner.send(GpuMemory.welcome)
     slab = send_host_memory(learner)
     connection = connect(collector)
@@ -164,11 +167,7 @@ def test_gpu_memory_that_cannot_be_mapped_is_reported_and_the_next_offer_is_mapp
 
 def test_a_learner_that_offers_no_other_memory_is_an_error_with_its_reason(channels, monkeypatch):
     collector, learner = channels
-
-    def fail(*arguments, **options):
-        raise HandoverError("the collector cannot map the replay")
-
-    monkeypatch.setattr(connecting, "import_cuda_slab", fail)
+    mapping_fails(monkeypatch)
     learner.send(GpuMemory.welcome)
     learner.send(Refusal("the collector cannot map the replay; set replay_buffer.gpu_storage=false"))
     with pytest.raises(HandoverError, match=r"refused .*cannot map the replay; set replay_buffer.gpu_storage=false"):

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
-import pty
 import signal
 import subprocess
 import sys
@@ -22,6 +20,7 @@ from learner_proc.run_report import write_report
 from shared.compose import load_settings
 from shared.metrics import FAMILIES, METRICS
 from shared.progress import read
+from tests.processes import exit_code_after_its_terminal_closes
 
 REPO = Path(__file__).parents[2]
 TINY = [
@@ -248,24 +247,14 @@ def test_ctrl_c_during_start_up_ends_the_run(tmp_path):
 
 def test_a_closed_terminal_saves_the_run(tmp_path):
     run_dir = tmp_path / "run"
-    pid, terminal = pty.fork()
-    if pid == 0:
-        signal.signal(signal.SIGHUP, signal.SIG_DFL)  # tests that run under nohup ignore it
-        os.chdir(REPO)
-        command = [sys.executable, "launch.py", "--run-dir", str(run_dir), *PENDULUM]
-        os.execv(command[0], [*command, "optimization.total_optim_steps=100000"])
-    os.set_blocking(terminal, False)
-    end = time.monotonic() + 300
-    while not (path := run_dir / "learner.progress").exists() or read(path).status.get("gradient_steps", 0) < 10:
-        assert time.monotonic() < end
-        with contextlib.suppress(BlockingIOError):
-            os.read(terminal, 65536)
-        time.sleep(0.05)
-    os.close(terminal)  # the kernel sends SIGHUP, and each write to the terminal fails
-    while (ended := os.waitpid(pid, os.WNOHANG)) == (0, 0):
-        assert time.monotonic() < end
-        time.sleep(0.05)
-    assert os.waitstatus_to_exitcode(ended[1]) == 129
+
+    def has_trained() -> bool:
+        progress = run_dir / "learner.progress"
+        return progress.exists() and read(progress).status.get("gradient_steps", 0) >= 10
+
+    command = [sys.executable, str(REPO / "launch.py"), "--run-dir", str(run_dir), *PENDULUM]
+    command += ["optimization.total_optim_steps=100000"]
+    assert exit_code_after_its_terminal_closes(command, is_ready=has_trained, seconds=300) == 129
     assert summary(run_dir)["gradient_steps"] == int((run_dir / "checkpoints" / "latest").read_text()) >= 10
 
 
