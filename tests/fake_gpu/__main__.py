@@ -6,7 +6,7 @@ import os
 import sys
 
 from tests.fake_gpu.build import BuildError
-from tests.fake_gpu.environment import fake_gpu_environment
+from tests.fake_gpu.environment import check_switches, fake_gpu_environment
 
 USAGE = "usage: python -m tests.fake_gpu [--operators] COMMAND..."
 
@@ -18,8 +18,9 @@ def main(arguments: list[str]) -> None:
     if not command or command[0].startswith("-"):
         raise SystemExit(USAGE)
     try:
+        check_switches(os.environ)
         os.execvpe(command[0], command, {**os.environ, **fake_gpu_environment(operators=operators)})
-    except BuildError as error:
+    except (BuildError, ValueError) as error:
         raise SystemExit(f"error: {error}") from error
     except FileNotFoundError as error:
         raise SystemExit(f"error: there is no program {command[0]}; expected a command; {USAGE}") from error

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests.fake_gpu.build import BuildError, build
-from tests.fake_gpu.environment import fake_gpu_environment
+from tests.fake_gpu.environment import check_switches, fake_gpu_environment
 
 ROOT = Path(__file__).resolve().parents[2]
 DEADLINE_S = 400.0  # far above what any command needs, because the machine may be busy
@@ -30,6 +30,7 @@ def need_cuda_build() -> None:
 
 def environment(switches: Mapping[str, str], *, operators: bool = True, root: Path = ROOT) -> dict[str, str]:
     """Return the environment of a command. switches: FAKE_GPU_* variables, see README.md."""
+    check_switches(switches)
     own = {name: value for name, value in os.environ.items() if not name.startswith(("FAKE_GPU", "CUDA_"))}
     added = fake_gpu_environment(operators=operators, root=root)
     return own | {"PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"} | added | dict(switches)

@@ -3,12 +3,36 @@
 from __future__ import annotations
 
 import os
+import re
+from collections.abc import Mapping
 from pathlib import Path
 
 from tests.fake_gpu.build import LIBRARIES, build
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
+
+
+INTEGER = r"[0-9]+"
+SWITCHES = {  # name -> the form of its value, see README.md
+    **dict.fromkeys(("COUNT", "MEMORY_GB", "SLOW_EVENTS", "STREAM_SEED"), INTEGER),
+    **dict.fromkeys(("DRIVER", "P2P", "IPC_EXPORT", "IPC_IMPORT", "HOST_REGISTER", "OPERATORS"), "[01]"),
+    "CAPABILITY": rf"{INTEGER}\.{INTEGER}",
+    "COMPUTE_MODE": "Default|Exclusive_Process|Prohibited",
+}
+
+
+def check_switches(environ: Mapping[str, str]) -> None:
+    """Raise ValueError if a variable FAKE_GPU_* is unknown or has a value of the wrong form."""
+    for name, value in environ.items():
+        prefix, _, switch = name.partition("FAKE_GPU_")
+        if prefix or not switch:
+            continue
+        if switch not in SWITCHES:
+            known = ", ".join(sorted(f"FAKE_GPU_{known}" for known in SWITCHES))
+            raise ValueError(f"{name} is no switch of the fake GPU; expected one of {known}; correct or unset it")
+        if re.fullmatch(SWITCHES[switch], value) is None:
+            raise ValueError(f"{name}={value!r}; expected a value of the form {SWITCHES[switch]}; correct or unset it")
 
 
 def fake_gpu_environment(*, operators: bool, root: Path = ROOT) -> dict[str, str]:

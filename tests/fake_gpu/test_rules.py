@@ -7,6 +7,7 @@ import textwrap
 import pytest
 
 from tests.fake_gpu.commands import need_cuda_build, run
+from tests.fake_gpu.environment import check_switches
 
 need_cuda_build()
 pytestmark = pytest.mark.fake_gpu
@@ -122,3 +123,12 @@ def test_a_function_of_cuda_that_the_fake_does_not_have_reports_its_name() -> No
     call = "import ctypes; ctypes.CDLL('libcudart.so.13').cudaMemPoolTrimTo()"
     code, output = run("-c", f"import torch\n{call}", switches={})
     assert "cudaMemPoolTrimTo was called" in output and "tests/fake_gpu/runtime" in output, (code, output)
+
+
+@pytest.mark.parametrize(
+    "switch", ["FAKE_GPU_BOGUS=1", "FAKE_GPU_COUNT=two", "FAKE_GPU_P2P=no", "FAKE_GPU_CAPABILITY=9"]
+)
+def test_a_switch_that_does_not_exist_or_has_a_wrong_value_is_refused(switch: str) -> None:
+    name, _, value = switch.partition("=")
+    with pytest.raises(ValueError, match=rf"^{name}.*; expected .*; correct or unset it$"):
+        check_switches({name: value})
