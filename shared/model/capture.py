@@ -29,10 +29,9 @@ def capture(
     Replaying repeats the captured kernels on the stream that is current then. They read and write the addresses of the
     captured run, so a replay overwrites the tensors that were returned.
 
-    The memory of the first runs is released before the capture, because a graph has memory of its own.
-
     shared_process: whether other code of this process, such as a simulator, uses the GPU as well. If so, its threads
-    may allocate memory during the capture. If not, such an allocation is an error, and so is a recompilation.
+    may allocate memory during the capture. If not, such an allocation is an error, and so is a recompilation; and the
+    memory of the first runs is released before the capture, because a graph has memory of its own.
     generators: the generators that the function draws from, other than torch's global one.
     """
     graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream(device)
@@ -42,6 +41,9 @@ def capture(
     with torch.cuda.stream(stream):
         for _ in range(WARM_UPS):
             function()
+    if not shared_process:
+        stream.synchronize()
+        torch.cuda.empty_cache()
     stance = contextlib.nullcontext() if shared_process else torch.compiler.set_stance("fail_on_recompile")
     error_mode = "thread_local" if shared_process else "global"
     gc.collect()
