@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import errno
 import io
+import sys
 from dataclasses import asdict, replace
+from pathlib import Path
 
 import pytest
 from rich.console import Console
@@ -148,7 +150,11 @@ class _DeadOutput(io.StringIO):
 
 @pytest.mark.parametrize("terminal", [False, True])
 @pytest.mark.parametrize("failure", [OSError(errno.EIO, "closed"), BrokenPipeError(), ValueError("closed file")])
-def test_a_display_that_cannot_be_written_to_raises_no_error(failure: Exception, terminal: bool) -> None:
+def test_a_display_that_cannot_be_written_to_raises_no_error(
+    failure: Exception, terminal: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # For a broken pipe rich replaces the file of sys.stdout by /dev/null. It must not be pytest's own.
+    monkeypatch.setattr(sys, "stdout", (tmp_path / "stdout").open("w"))
     display = Display(Console(file=_DeadOutput(failure), force_terminal=terminal))
     display.print_line("run folder: runs/x")
     display.start()
