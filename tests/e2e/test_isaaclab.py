@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -129,10 +130,11 @@ def test_an_unknown_task_ends_the_run_and_a_similar_name_is_proposed(tmp_path: P
         ),
         (["--config", "quickstart"], 0, ["all checks passed", "pendulum swingup, 8 environments"]),
         (["env.num_envs=4", "--config", "quickstart", "env.horizon=7"], 0, ["4 environments, cpu, horizon 7"]),
-        (
+        pytest.param(
             ["--config", "gym", "env.name=tests.fakes.counting_env:make_same_step", "env.num_envs=2"],
             0,
             ["all checks passed", "horizon None"],
+            marks=pytest.mark.skipif(find_spec("torchrl") is None, reason="this environment has no torchrl"),
         ),
         (["--config", "isaaclab", "env.name=Fake-Discrete-v0", "env.num_envs=4"], 1, ["FAILED", "Discrete(3)"]),
     ],
