@@ -49,7 +49,8 @@ def read_settings(options: Options, show: Callable[[str], None]) -> Settings:
     before: Settings | None = None
     if options.resume is not None:
         folder = RunFolder(options.resume.resolve())
-        before, settings = load_settings(folder.config), load_settings(folder.config, options.overrides)
+        before = load_settings(folder.config, on_missing=show)
+        settings = load_settings(folder.config, options.overrides)
         check_changes(before, settings)
         check_unfinished(folder, settings)
     else:

@@ -8,7 +8,7 @@ several settings are wrong, one SettingError lists them all.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import Field, fields, is_dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -33,6 +33,8 @@ if TYPE_CHECKING:
 
 CONFIG_DIR = Path(__file__).resolve().parent.parent / "configs"
 EXAMPLE = "env.name=walker"
+# Every version has saved these, from the first to the last line of the file. A file without them was damaged or cut.
+ALWAYS_SAVED = ("env.backend", "env.name", "env.task", "networks.hidden_dim", "checkpoint.keep", "deadlines.stop_s")
 _SAME_SPELLING = 0.85  # similarity of two keys that differ in a letter or two
 
 
@@ -61,22 +63,19 @@ def compose(config_name: str, overrides: Sequence[str] = (), *, config_dir: Path
         raise _explain(error, f"config {config_name!r}") from error
 
 
-def load_settings(path: Path, overrides: Sequence[str] = ()) -> Settings:
+def load_settings(
+    path: Path, overrides: Sequence[str] = (), *, on_missing: Callable[[str], None] = lambda line: None
+) -> Settings:
     """Return the settings that `save_settings` wrote, changed by `key=value` overrides and checked as in `compose`.
 
-    Raises: SettingError if the file is missing or unreadable, if it lacks a setting, or if a key or a value is wrong.
+    A setting that the file lacks, because the run was started before the setting existed, takes its default.
+    on_missing: called once with a line that names all such settings, if there are any.
+    Raises: SettingError if the file is missing, unreadable or cut, or if a key or a value is wrong.
     """
     raw, parsed = _read_file(path), _parse_overrides(overrides)
-    found = set(_leaves(OmegaConf.to_container(raw, resolve=False)))
-    missing = [(key, entry) for key, entry in setting_keys() if key not in found]
+    missing = _missing_settings(raw, path)
     if missing:
-        # A default in its place could be another task or another network than that of the checkpoint.
-        listed = ", ".join(f"{key} (default: {_as_typed(entry.default)})" for key, entry in missing[:3])
-        raise SettingError(
-            f"{path} lacks {len(missing)} settings: {listed}{', ...' if len(missing) > 3 else ''}; expected every "
-            "setting, as launch.py writes them; restore the file from a copy, or add the settings with which the run "
-            "was started"
-        )
+        on_missing(f"{path} was written before these settings existed; they take their defaults: {', '.join(missing)}")
     try:
         merged = OmegaConf.merge(OmegaConf.structured(Settings), raw)
         assert isinstance(merged, DictConfig), type(merged)
@@ -85,6 +84,19 @@ def load_settings(path: Path, overrides: Sequence[str] = ()) -> Settings:
         return _to_settings(merged)
     except (HydraException, OmegaConfBaseException, OverflowError) as error:
         raise _explain(error, str(path)) from error
+
+
+def _missing_settings(raw: DictConfig, path: Path) -> list[str]:
+    """Return `key=default` of every setting that a config.yaml lacks. Raises: SettingError if it was cut."""
+    found = set(_leaves(OmegaConf.to_container(raw, resolve=False)))
+    lacking = [key for key in ALWAYS_SAVED if key not in found]
+    if lacking:
+        # A default in its place could be another task or another network than that of the checkpoint.
+        raise SettingError(
+            f"{path} lacks {', '.join(lacking)}; expected these settings, which launch.py always writes; restore the "
+            "file from a copy, or add the settings with which the run was started"
+        )
+    return [f"{key}={_as_typed(entry.default)}" for key, entry in setting_keys() if key not in found]
 
 
 def save_settings(settings: Settings, path: Path) -> None:

@@ -603,6 +603,20 @@ def test_a_resume_shows_changed_settings_and_refuses_those_that_contradict_the_c
     assert "networks.activation=relu changes the meaning" in shown and "env.task=balance changes the meaning" in shown
 
 
+def test_a_resume_of_a_run_from_before_a_setting_existed_takes_its_default_and_names_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    _finished_run(run)
+    config = run / "config.yaml"
+    old = [line for line in config.read_text().splitlines(keepends=True) if "healthy_after_s" not in line]
+    config.write_text("".join(old))
+    assert _resume(run) == 0
+    line = "was written before these settings existed; they take their defaults: collector.healthy_after_s=3600.0"
+    assert capsys.readouterr().out.count(line) == 1
+    assert "healthy_after_s: 3600.0" in config.read_text()
+
+
 def test_a_damaged_checkpoint_is_skipped_with_a_line_and_the_one_before_it_is_used(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -254,10 +254,34 @@ def test_every_integer_has_bounds_and_seeds_leave_room_for_restarts_and_resumes(
     assert largest + 1000 * 1000 + 1_000_000 * 1000 < 2**32
 
 
-@pytest.mark.parametrize("kept", [0, 10, 60])
-def test_a_saved_file_that_lost_settings_is_refused(kept: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize("kept", [0, 10, 60, 80])
+def test_a_saved_file_that_was_cut_is_refused(kept: int, tmp_path: Path) -> None:
     path = tmp_path / "config.yaml"
     save_settings(compose("quickstart"), path)
     path.write_text("".join(path.read_text().splitlines(keepends=True)[:kept]))
-    with pytest.raises(SettingError, match=r"config\.yaml lacks \d+ settings: .*default: .*; expected every setting"):
+    with pytest.raises(SettingError, match=r"config\.yaml lacks .*deadlines\.stop_s; expected .*; restore the file"):
+        load_settings(path)
+
+
+@pytest.mark.parametrize("lacking", ["eval_action", "max_restarts", "entropy_scale"])
+def test_a_setting_that_an_old_file_lacks_takes_its_default_and_is_named(lacking: str, tmp_path: Path) -> None:
+    path, lines = tmp_path / "config.yaml", []
+    save_settings(compose("quickstart", ["env.seed=7"]), path)
+    kept = [line for line in path.read_text().splitlines(keepends=True) if not line.strip().startswith(f"{lacking}:")]
+    path.write_text("".join(kept))
+    default = {key: field.default for key, field in setting_keys() if key.endswith(f".{lacking}")}
+    settings = load_settings(path, on_missing=lines.append)
+    assert settings.env.seed == 7
+    assert [line.partition("their defaults: ")[2] for line in lines] == [f"{k}={v}" for k, v in default.items()]
+    for key, value in default.items():
+        section, _, name = key.rpartition(".")
+        assert getattr(getattr(settings, section), name) == value
+        assert load_settings(path, [f"{key}={value}"]) == settings
+
+
+def test_an_unknown_setting_in_an_old_file_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "config.yaml"
+    save_settings(compose("quickstart"), path)
+    path.write_text(path.read_text().replace("env:\n", "env:\n  wind: 3\n"))
+    with pytest.raises(SettingError, match=r"there is no setting env\.wind"):
         load_settings(path)
