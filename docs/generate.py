@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 import re
 import sys
 from collections.abc import Callable, Iterable, Sequence
@@ -21,13 +20,13 @@ from pathlib import Path
 from typing import Any
 
 from collector_proc.simulators.registry import BACKENDS
+from launcher.setting_words import bounds_of, type_of, value_in_words
 from shared.compose import config_names, setting_keys
 from shared.metrics import FAMILIES, METRICS, Metric, MetricFamily
 
 DOCS = Path(__file__).resolve().parent
 REPO = DOCS.parent
 PART = re.compile(r"(<!-- generated: (\w+) ?(\S*) -->\n).*?(<!-- end of generated part -->)", re.DOTALL)
-SMALLEST = 1e-5  # a minimum below this stands for "above 0"
 LANGUAGES = {".py": "python", ".yaml": "yaml", ".sh": "bash", ".sbatch": "bash"}
 
 
@@ -47,7 +46,7 @@ def settings(_: str) -> str:
     sections: dict[str, list[list[str]]] = {}
     for key, field in setting_keys():
         doc, unit = field.metadata["doc"], field.metadata.get("unit") or ""
-        row = [code(key), _type_of(field), code(_value(field.default)), _allowed(field), unit, doc]
+        row = [code(key), type_of(field), code(value_in_words(field.default)), _allowed(field), unit, doc]
         sections.setdefault(key.rpartition(".")[0], []).append(row)
     head = ["key", "type", "default", "allowed", "unit", "meaning"]
     return "\n\n".join(f"## {section}\n\n{table(head, rows)}" for section, rows in sections.items())
@@ -123,25 +122,9 @@ def _metric_table(members: Iterable[Metric | MetricFamily]) -> str:
     return table(["column", "tag", "unit", "meaning"], rows)
 
 
-def _type_of(field: dataclasses.Field[Any]) -> str:
-    text = str(field.type)
-    optional = re.fullmatch(r"Optional\[(.*)\]", text)
-    return f"{optional[1]} or null" if optional else text
-
-
-def _value(value: Any) -> str:
-    return value if isinstance(value, str) and value else json.dumps(value)
-
-
 def _allowed(field: dataclasses.Field[Any]) -> str:
-    low, high, choices = (field.metadata[name] for name in ("minimum", "maximum", "choices"))
-    if choices:
-        return ", ".join(map(code, choices))
-    if low is not None and high is not None:
-        return f"{low:g} to {high:g}"
-    if low is not None and 0 < low < SMALLEST:
-        return "above 0"
-    return f"at least {low:g}" if low is not None else ""
+    choices = field.metadata["choices"]
+    return ", ".join(map(code, choices)) if choices else bounds_of(field)
 
 
 def _first_sentence(text: str) -> str:

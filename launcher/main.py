@@ -1,11 +1,12 @@
 """The entry of the command line: check that Python finds our own modules, then run. Torch-free.
 
-The options of the command line are in launcher/options.py; a run, from its folder to its summary, is in
-launcher/run.py.
+The commands are in launcher/commands/. Without a command, a run is trained: its options are in launcher/options.py, and
+the run, from its folder to its summary, is in launcher/run.py.
 """
 
 from __future__ import annotations
 
+import importlib
 import os
 import sys
 from collections.abc import Mapping, Sequence
@@ -28,21 +29,33 @@ def main(argv: Sequence[str] | None = None, *, commands: Mapping[str, Sequence[s
         sys.stderr.write(f"error: {conflict}\n")
         return 2
     # These imports must follow the check: until then, a module of the user could be imported in place of ours.
-    from launcher.children import COMMANDS
-    from launcher.options import parse_options
-    from launcher.run import run
+    from launcher.commands.table import find_command
     from shared.errors import SettingError
     from shared.lifetime import ExitCode
     from shared.output import write_error
 
+    interrupted = "interrupted before anything was started"
     try:
-        return run(parse_options(argv), argv, COMMANDS if commands is None else commands)
+        command = find_command(argv)
+        if command is None:
+            return _train(argv, commands)
+        interrupted = "interrupted"
+        return importlib.import_module(command.module).main(argv[1:])
     except SettingError as error:
         write_error(f"error: {error}\n")
         return ExitCode.REFUSED
-    except KeyboardInterrupt:  # before the run installed its own handling of signals
-        write_error("interrupted before anything was started\n")
+    except KeyboardInterrupt:  # a run has its own handling of signals, which it installs before it starts a process
+        write_error(f"{interrupted}\n")
         return 130
+
+
+def _train(argv: list[str], commands: Mapping[str, Sequence[str]] | None) -> int:
+    """Start or resume a run, and return its exit code."""
+    from launcher.children import COMMANDS
+    from launcher.options import parse_options
+    from launcher.run import run
+
+    return run(parse_options(argv), argv, COMMANDS if commands is None else commands)
 
 
 def find_name_conflict(folders: Sequence[Path]) -> str | None:

@@ -3,25 +3,26 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import NoReturn
 
+from launcher.commands.table import command_list
 from launcher.main import ROOT
+from launcher.parser import Parser, command_name, path_argument
 from shared.compose import config_names
 from shared.errors import SettingError
-from shared.words import nearest
 
 DEFAULT_CONFIG = "dm_control"
-EVALUATION = "no option evaluates: collector.eval_envs=N environments act without noise during the training"
 DISTRIBUTION = "tandem-dreamer"
 EPILOG = """\
+other commands ({command} COMMAND --help explains each):
+{commands}
+
 Settings are given as key=value. They replace values of the config:
   {command} env.name=walker env.task=walk optimization.autocast=false
-Every key, with its unit and its default, is in docs/settings.md.
+Every key, with its unit and its default, is in docs/settings.md; `{command} settings` prints them.
 
 configs (configs/*.yaml): {configs}
 
@@ -51,10 +52,10 @@ def parse_options(argv: Sequence[str]) -> Options:
 
     Raises: SettingError on unknown options, missing values and options that exclude each other.
     """
-    parser = _Parser(
+    parser = Parser(
         prog=command_name(),
         description="Train Dreamer with two processes: a collector, which runs the simulator, and a learner.",
-        epilog=EPILOG.format(command=command_name(), configs=", ".join(config_names())),
+        epilog=EPILOG.format(command=command_name(), commands=command_list(), configs=", ".join(config_names())),
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
@@ -71,8 +72,8 @@ def parse_options(argv: Sequence[str]) -> Options:
         type=int,
         help="GPU of the learner (default: another GPU than the simulator's, if there is one)",
     )
-    parser.add_argument("--run-dir", metavar="DIR", type=_path, help="run folder (default: runs/ENV-TASK-TIME)")
-    parser.add_argument("--resume", metavar="DIR", type=_path, help="continue the run in this folder")
+    parser.add_argument("--run-dir", metavar="DIR", type=path_argument, help="run folder (default: runs/ENV-TASK-TIME)")
+    parser.add_argument("--resume", metavar="DIR", type=path_argument, help="continue the run in this folder")
     parser.add_argument("--version", action="version", version=version_text(), help="print the version and exit")
     parser.add_argument("overrides", metavar="key=value", nargs="*", help="settings, see below")
     parsed = parser.parse_intermixed_args(list(argv))
@@ -84,36 +85,9 @@ def parse_options(argv: Sequence[str]) -> Options:
     return Options(**vars(parsed))
 
 
-def _path(text: str) -> Path:
-    """Return the path in an argument. An empty one would mean the current folder."""
-    if not text:
-        raise argparse.ArgumentTypeError("the path is empty")
-    return Path(text)
-
-
-def command_name() -> str:
-    """Return the command that the user typed to start this program."""
-    return "tandem" if Path(sys.argv[0]).name == "tandem" else "python launch.py"
-
-
 def version_text() -> str:
     """Return the name and version of the installed distribution, or that there is none."""
     try:
         return f"{DISTRIBUTION} {metadata.version(DISTRIBUTION)}"
     except metadata.PackageNotFoundError:
         return f"{DISTRIBUTION} is not installed: this is the source tree {ROOT}"
-
-
-class _Parser(argparse.ArgumentParser):
-    """A parser that raises SettingError instead of printing its usage and exiting."""
-
-    def error(self, message: str) -> NoReturn:
-        hint = "see --help"
-        if message.startswith("unrecognized arguments:"):
-            flag = message.split()[2].split("=")[0]
-            known = [option for action in self._actions for option in action.option_strings]
-            similar = nearest(flag, known)
-            hint = f"write {similar[0]}" if similar else "give settings as key=value, such as env.seed=3"
-            if flag.startswith("--eval"):
-                hint = EVALUATION
-        raise SettingError(f"cannot read the command line: {message}; expected the options that --help lists; {hint}")

@@ -1,4 +1,4 @@
-"""Check one simulator on this machine: `python -m launcher.probe --config isaaclab [key=value ...]`.
+"""Check one simulator on this machine: `python launch.py probe --config isaaclab [key=value ...]`.
 
 The probe starts the simulator as the collector would, takes random actions, checks the arrivals and closes the
 simulator. There is no learner and no network. The output can be pasted into an issue.
@@ -57,9 +57,12 @@ class ProbeLog:
         self.line(f"{'ok    ' if passed else 'FAILED'} {text}")
 
 
-def main() -> int:
-    """Run the probe and return its exit code."""
-    options = _parse_options()
+def main(arguments: list[str] | None = None, *, prog: str = "python -m launcher.probe") -> int:
+    """Run the probe and return its exit code.
+
+    arguments: by default those of this process. prog: the command that the user typed, for the help.
+    """
+    options = _parse_options(arguments, prog)
     assert "torch" not in sys.modules, "torch was imported before the simulator started"
     log = ProbeLog()
     try:
@@ -127,14 +130,19 @@ class StreamCheck:
         self.highest_reward = max(self.highest_reward, float(arrival.reward.max()))
 
 
-def _parse_options() -> argparse.Namespace:
+def _parse_options(arguments: list[str] | None, prog: str) -> argparse.Namespace:
     """Return the options. If one is wrong, print why and raise SystemExit with code 2."""
-    parser = argparse.ArgumentParser(prog="python -m launcher.probe", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog=prog,
+        description=__doc__,
+        epilog=f"example:\n  {prog} --config quickstart --ticks 50",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("--config", required=True, help="a file of configs/, as for launch.py")
     parser.add_argument("--device", help="cpu or cuda:0; default: cuda:0 if there is a GPU, as launch.py chooses")
     parser.add_argument("--ticks", type=int, default=100, help="number of steps of all environments")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings that replace those of the config")
-    options = parser.parse_intermixed_args()
+    options = parser.parse_intermixed_args(arguments)
     if options.ticks < 1:
         parser.error(f"--ticks {options.ticks} takes no step; expected at least 1; leave it out to take 100 steps")
     try:

@@ -19,7 +19,7 @@ from launcher.display import Display, duration
 from launcher.ending import Outcome
 from launcher.forwarding import FallibleForwarder, RowRelay, last_row, open_forwarder, summarize
 from launcher.main import ROOT
-from launcher.options import command_name
+from launcher.parser import command_name
 from launcher.provenance import describe_run
 from launcher.run_folder import ResumeUndo, create_run_folder, make_default_run_dir, open_run_folder
 from launcher.settings import check_gpu_compiler, read_settings

@@ -291,7 +291,7 @@ def _check_key(key: str, origin: str) -> None:
     reason = replacement(key)
     if reason is not None:
         raise SettingError(f"there is no setting {key} (in {origin}), {reason}")
-    similar = _nearest_key(key, known)
+    similar = nearest_key(key, known)
     if similar is None:
         fix = "remove it, or look for the key in docs/settings.md"
     else:
@@ -299,7 +299,7 @@ def _check_key(key: str, origin: str) -> None:
     raise SettingError(f"there is no setting {key} (in {origin}); expected a key of shared/config.py; {fix}")
 
 
-def _nearest_key(key: str, known: Iterable[str]) -> str | None:
+def nearest_key(key: str, known: Iterable[str]) -> str | None:
     """Return the setting that the user probably means, or None if none is near.
 
     It is a key that is spelled almost the same; otherwise one with the same name in another section; otherwise one with

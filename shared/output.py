@@ -28,9 +28,16 @@ def lost_output_ignored(stream: IO[str] | None) -> Iterator[None]:
 
 def write_error(text: str) -> None:
     """Write a text to stderr if that is possible."""
-    # Python sets sys.stderr to None if the process was started with a closed stderr.
-    stream: IO[str] | None = sys.stderr
-    if stream is None:
+    _write(sys.stderr, text)
+
+
+def write_output(text: str) -> None:
+    """Write a text to stdout if that is possible."""
+    _write(sys.stdout, text)
+
+
+def _write(stream: IO[str] | None, text: str) -> None:
+    if stream is None:  # Python sets it to None if the process was started with a closed stream
         return
     with lost_output_ignored(stream):
         stream.write(text)

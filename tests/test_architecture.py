@@ -23,6 +23,7 @@ TORCH_FREE = [
     "launch",
     *sorted(f"shared.{path.stem}" for path in (REPO / "shared").glob("*.py") if path.stem != "__init__"),
     *sorted(f"launcher.{path.stem}" for path in (REPO / "launcher").glob("*.py")),
+    *sorted(f"launcher.commands.{path.stem}" for path in (REPO / "launcher" / "commands").glob("*.py")),
     *sorted(f"collector_proc.simulators.{path.stem}" for path in SIMULATORS.glob("*.py") if path.stem != "__init__"),
     *sorted(f"collector_proc.simulators.{path.parent.name}.checks" for path in SIMULATORS.glob("*/checks.py")),
     *(

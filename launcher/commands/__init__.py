@@ -1,0 +1,1 @@
+"""The commands of `python launch.py COMMAND`: one module each, listed in table.py."""

@@ -1,0 +1,52 @@
+"""The parser of every command line: it raises SettingError instead of printing its usage and exiting. Torch-free."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import NoReturn
+
+from shared.errors import SettingError
+from shared.words import nearest
+
+EVALUATION = "no option evaluates: collector.eval_envs=N environments act without noise during the training"
+
+
+def command_name() -> str:
+    """Return the command that the user typed to start this program."""
+    return "tandem" if Path(sys.argv[0]).name == "tandem" else "python launch.py"
+
+
+def command_parser(word: str, description: str, example: str) -> Parser:
+    """Return the parser of a command. example: the arguments of an example that works, for the help."""
+    return Parser(
+        prog=f"{command_name()} {word}",
+        description=description,
+        epilog=f"example:\n  {command_name()} {word} {example}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+
+
+def path_argument(text: str) -> Path:
+    """Return the path in an argument. An empty one would mean the current folder."""
+    if not text:
+        raise argparse.ArgumentTypeError("the path is empty")
+    return Path(text)
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser that raises SettingError instead of printing its usage and exiting."""
+
+    def error(self, message: str) -> NoReturn:
+        """Raise SettingError with the message of argparse and a fix."""
+        hint = "see --help"
+        if message.startswith("unrecognized arguments:"):
+            flag = message.split()[2].split("=")[0]
+            known = [option for action in self._actions for option in action.option_strings]
+            similar = nearest(flag, known)
+            hint = f"write {similar[0]}" if similar else "give settings as key=value, such as env.seed=3"
+            if flag.startswith("--eval"):
+                hint = EVALUATION
+        raise SettingError(f"cannot read the command line: {message}; expected the options that --help lists; {hint}")
