@@ -30,10 +30,10 @@ def command_parser(word: str, description: str, example: str) -> Parser:
 
 
 def path_argument(text: str) -> Path:
-    """Return the path in an argument. An empty one would mean the current folder."""
+    """Return the path in an argument; a shell expands `~` only in front. An empty one would mean the current folder."""
     if not text:
         raise argparse.ArgumentTypeError("the path is empty")
-    return Path(text)
+    return Path(text).expanduser()
 
 
 class Parser(argparse.ArgumentParser):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
@@ -21,7 +20,14 @@ from launcher.forwarding import FallibleForwarder, RowRelay, last_row, open_forw
 from launcher.main import ROOT
 from launcher.parser import command_name
 from launcher.provenance import describe_run
-from launcher.run_folder import ResumeUndo, create_run_folder, make_default_run_dir, open_run_folder
+from launcher.run_folder import (
+    ResumeUndo,
+    RunIsComplete,
+    create_run_folder,
+    discard_run_folder,
+    make_default_run_dir,
+    open_run_folder,
+)
 from launcher.settings import check_gpu_compiler, read_settings
 from launcher.watch import run_processes
 from shared.compose import save_settings
@@ -55,10 +61,17 @@ def run(options: Options, argv: list[str], commands: Mapping[str, Sequence[str]]
     Raises: SettingError if the run cannot start as it is set; a new run then leaves no folder behind.
     """
     with ExitStack() as stack:
-        lock = None
+        lock, options = None, options.decided()
         if options.resume is not None:  # The lock comes first, because the checks of the settings may take long.
             lock = stack.enter_context(open_run_folder(options.resume))
-        settings = read_settings(options, Display(Console()).print_line)
+        show = Display(Console()).print_line
+        try:
+            settings = read_settings(options, show)
+        except RunIsComplete as complete:
+            if not options.auto:
+                raise
+            show(f"nothing is left to do: {complete}")
+            return ExitCode.FINISHED
         devices = find_devices(
             sim=options.sim_gpu,
             train=options.train_gpu,
@@ -68,7 +81,8 @@ def run(options: Options, argv: list[str], commands: Mapping[str, Sequence[str]]
         )
         check_gpu_compiler(settings, devices)
         if lock is None:
-            lock = stack.enter_context(create_run_folder(options.run_dir or make_default_run_dir(settings)))
+            path = options.run_dir or make_default_run_dir(settings)
+            lock = stack.enter_context(create_run_folder(path, set_aside=options.auto))
         starter = Starter(lock.folder, devices, os.environ, resume=options.resume is not None, commands=commands)
         return _train(starter, settings, argv)
 
@@ -81,7 +95,7 @@ def _train(starter: Starter, settings: Settings, argv: list[str]) -> int:
             prepared = _prepare(starter, settings, argv, stack)
         except (SettingError, OSError) as error:
             if not starter.resume:
-                shutil.rmtree(folder.path, ignore_errors=True)
+                discard_run_folder(folder)
             if isinstance(error, SettingError):
                 raise
             raise SettingError(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import shutil
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,12 @@ from shared.config import Settings
 from shared.errors import SettingError
 from shared.files import write_atomic
 from shared.run_folder import RunFolder, checkpoint_step, damaged_checkpoints, newest_checkpoint
+
+EARLIER = "earlier-"  # the subfolders with the files of attempts that saved no checkpoint
+
+
+class RunIsComplete(SettingError):
+    """A run that is to be resumed has made all its gradient steps."""
 
 
 @dataclass
@@ -83,9 +90,22 @@ def _made(path: Path) -> bool:
     return True
 
 
-def create_run_folder(path: Path) -> RunLock:
+def has_checkpoint(path: Path) -> bool:
+    """Return whether a folder holds a run that can be continued.
+
+    Raises: SettingError if the run has checkpoints and none of them is whole: to begin again would hide that loss.
+    """
+    folder = RunFolder(path.resolve())
+    if damaged_checkpoints(folder.checkpoints):
+        check_resumable(folder)
+    return newest_checkpoint(folder.checkpoints) is not None
+
+
+def create_run_folder(path: Path, *, set_aside: bool = False) -> RunLock:
     """Return a new run folder with its subfolders, locked.
 
+    set_aside: if the folder holds a run that saved no checkpoint, move its files into the subfolder `earlier-1` (or a
+    higher number).
     Raises: SettingError if the folder cannot be created, contains files already, or is locked by another launch.
     """
     try:
@@ -93,7 +113,10 @@ def create_run_folder(path: Path) -> RunLock:
         had_lock = folder.lock.exists()
         folder.path.mkdir(parents=True, exist_ok=True)
         lock = _take_lock(folder)
-        found = sorted(entry.name for entry in folder.path.iterdir() if entry != folder.lock)
+        if set_aside and folder.config.is_file() and newest_checkpoint(folder.checkpoints) is None:
+            _set_aside(folder)
+        ours = {folder.lock.name, *(earlier.name for earlier in folder.path.glob(f"{EARLIER}*") if set_aside)}
+        found = sorted(entry.name for entry in folder.path.iterdir() if entry.name not in ours)
     except OSError as error:
         raise _cannot("create", path, error) from error
     if found:
@@ -106,6 +129,31 @@ def create_run_folder(path: Path) -> RunLock:
         )
     _make_subfolders(folder)
     return lock
+
+
+def discard_run_folder(folder: RunFolder) -> None:
+    """Remove a run folder in which nothing could be started. The files of earlier attempts stay."""
+    if not any(folder.path.glob(f"{EARLIER}*")):
+        shutil.rmtree(folder.path, ignore_errors=True)
+        return
+    for entry in folder.path.iterdir():
+        if entry.is_dir() and not entry.name.startswith(EARLIER):
+            shutil.rmtree(entry, ignore_errors=True)
+        elif entry.is_file() and entry != folder.lock:
+            entry.unlink(missing_ok=True)
+
+
+def _set_aside(folder: RunFolder) -> None:
+    """Move the files of an attempt that saved no checkpoint into a subfolder of their own."""
+    found = [entry for entry in folder.path.iterdir() if entry != folder.lock and not entry.name.startswith(EARLIER)]
+    number = 1
+    while (folder.path / f"{EARLIER}{number}").exists():
+        number += 1
+    earlier = folder.path / f"{EARLIER}{number}"
+    earlier.mkdir()
+    # config.yaml moves last: if this is interrupted, the next attempt moves the rest.
+    for entry in sorted(found, key=lambda entry: entry == folder.config):
+        entry.rename(earlier / entry.name)
 
 
 def _cannot(verb: str, path: Path, error: OSError) -> SettingError:
@@ -147,11 +195,11 @@ def check_resumable(folder: RunFolder) -> None:
 
 
 def check_unfinished(folder: RunFolder, settings: Settings) -> None:
-    """Raise SettingError if the newest checkpoint already has every gradient step that the settings ask for."""
+    """Raise RunIsComplete if the newest checkpoint already has every gradient step that the settings ask for."""
     saved, total = newest_checkpoint(folder.checkpoints), settings.optimization.total_optim_steps
     done = checkpoint_step(saved) if saved is not None else 0
     if done >= total:
-        raise SettingError(
+        raise RunIsComplete(
             f"the run in {folder.path} has made {done} of optimization.total_optim_steps={total} gradient steps; "
             f"expected a higher total; add optimization.total_optim_steps={2 * done} to continue it"
         )

@@ -549,6 +549,46 @@ def _finished_run(run: Path) -> None:
     save_checkpoint(run, 20)
 
 
+def _requeue(run: Path, *settings: str, learner: str = "finish") -> int:
+    """Start the command line that is the same at every start of a job."""
+    words = [*QUICK, "--run-dir", str(run), "--resume", "auto", *settings]
+    return launch.main(words, commands=_commands(learner, "serve"))
+
+
+def test_a_requeued_command_line_begins_continues_and_ends_the_run(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    assert _requeue(run) == 0
+    assert _requeue(run, "env.seed=4") == 0, "an attempt that saved no checkpoint is begun again"
+    assert "seed: 0\n" in (run / "earlier-1" / "config.yaml").read_text()
+    save_checkpoint(run, 20)
+    capsys.readouterr()
+    assert _requeue(run, "env.seed=4") == 0
+    assert "continuing from step 20" in capsys.readouterr().out
+    assert json.loads((run / "run.json").read_text())["num_resumes"] == 1
+    save_checkpoint(run, 40)
+    before = _summary(run)
+    assert _requeue(run, "env.seed=4") == 0, "all steps were done"
+    assert "nothing is left to do: " in capsys.readouterr().out and _summary(run) == before
+
+
+def test_a_requeued_command_line_hides_no_loss_and_takes_no_foreign_folder(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    _finished_run(run)
+    (run / "checkpoints" / "00000020" / "state.pt").write_text("cut")
+    assert _requeue(run) == 2
+    assert "00000020 is damaged: state.pt has 3 bytes" in capsys.readouterr().err
+    foreign = tmp_path / "thesis"
+    foreign.mkdir()
+    (foreign / "chapter.tex").touch()
+    assert _requeue(foreign) == 2
+    assert "is not empty: it contains chapter.tex" in capsys.readouterr().err
+    assert (foreign / "chapter.tex").exists()
+
+
 def _resume(run: Path, *settings: str) -> int:
     return launch.main(["--resume", str(run), *settings], commands=_commands("finish", "serve"))
 

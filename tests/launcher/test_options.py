@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import sys
 from importlib import metadata
+from pathlib import Path
 
 import pytest
 
 from launcher.options import parse_options, version_text
 from shared.errors import SettingError
+from tests.fakes.child import save_checkpoint
 
 
 def _printed(argument: str, capsys: pytest.CaptureFixture[str]) -> str:
@@ -77,3 +79,26 @@ def test_a_resume_takes_settings_but_no_other_config_or_folder() -> None:
     for other in (["--config", "quickstart"], ["--run-dir", "b"]):
         with pytest.raises(SettingError, match=r"--resume runs/a is given together with.*expected --resume alone"):
             parse_options(["--resume", "runs/a", *other])
+
+
+def test_resume_auto_needs_the_folder_of_the_run() -> None:
+    with pytest.raises(SettingError, match=r"--resume auto is given without --run-dir; expected .*; add --run-dir"):
+        parse_options(["--resume", "auto", "--config", "quickstart"])
+    folder = parse_options(["--resume", "./auto"])
+    assert (folder.resume, folder.auto) == (Path("auto"), False)
+
+
+def test_resume_auto_begins_a_run_until_it_has_a_checkpoint_and_then_continues_it(tmp_path: Path) -> None:
+    words = ["--resume", "auto", "--run-dir", str(tmp_path), "--config", "quickstart", "env.seed=3"]
+    begun = parse_options(words).decided()
+    assert (begun.resume, begun.run_dir, begun.config) == (None, tmp_path, "quickstart")
+    save_checkpoint(tmp_path, 20)
+    continued = parse_options(words).decided()
+    assert (continued.resume, continued.run_dir, continued.config) == (tmp_path, None, None)
+    assert continued.overrides == ["env.seed=3"]
+
+
+def test_a_tilde_in_a_path_is_the_home_of_the_user(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/user")
+    assert parse_options(["--run-dir=~/x"]).run_dir == Path("/home/user/x")
+    assert parse_options(["--resume", "~/x"]).resume == Path("/home/user/x")
