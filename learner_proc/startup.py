@@ -32,14 +32,15 @@ def allocate_replay(
 
     on_gpu: put it on `device` if that is a GPU; otherwise it is in host memory, which is pinned for a GPU.
     Call it before anything else is allocated on the GPU, so that the slab has a segment of GPU memory of its own.
-    Raises: SettingError if it is larger than the memory of this machine.
+    Raises: SettingError if it is larger than the memory of this machine or GPU.
     """
     layout = plan_layout(spec, geometry.capacity)
     fd = None
     if device.type == "cuda" and on_gpu:
+        _check_memory(layout.num_bytes, torch.cuda.mem_get_info(device)[1], settings, "GPU")
         slab = torch.zeros(layout.num_bytes, dtype=torch.uint8, device=device)
     else:
-        _check_host_memory(layout.num_bytes, settings)
+        _check_memory(layout.num_bytes, total_bytes(), settings, "host")
         slab, fd = create_memfd_slab(layout.num_bytes)
         if device.type == "cuda":
             pin_slab(slab)
@@ -47,14 +48,13 @@ def allocate_replay(
     return replay, fd
 
 
-def _check_host_memory(num_bytes: int, settings: Settings) -> None:
+def _check_memory(num_bytes: int, total: int | None, settings: Settings, kind: str) -> None:
     """Raise SettingError if a replay of this size can never fit: the kernel would only notice it when rows arrive."""
-    total = total_bytes()
     if total is not None and num_bytes > total:
         size = settings.replay_buffer.buffer_size
         half = size * total // num_bytes // 2
         raise SettingError(
-            f"replay_buffer.buffer_size={size} takes {num_bytes / 1e9:.1f} GB of host memory, and this machine has "
+            f"replay_buffer.buffer_size={size} takes {num_bytes / 1e9:.1f} GB of {kind} memory, and this machine has "
             f"{total / 1e9:.1f} GB; expected a replay that fits; set replay_buffer.buffer_size={half}"
         )
 

@@ -28,6 +28,7 @@ from shared.geometry import Geometry
 from shared.gpu import describe_gpu
 from shared.process import Process
 from shared.run_folder import RunFolder
+from shared.socket_folder import WEIGHTS_SOCKET, obtain_secret
 from shared.stream import StreamSpec
 
 # A collector may take this many times deadlines.start_s until its self-test arrives. It is more than 1, so that launch
@@ -63,6 +64,7 @@ class WaitingLearner:
         geometry, counters, pacing = self._geometry, self.counters, self.pacing
         handshake = Handshake(
             run_id=process.run.run_id,
+            secret=obtain_secret(process.run.socket_dir),
             num_envs=geometry.num_envs,
             allocate=partial(
                 allocate_and_restore, process, geometry, device=device, pacing=pacing, folder=self._folder
@@ -74,7 +76,11 @@ class WaitingLearner:
             self_test_s=SELF_TEST_STARTS * settings.deadlines.start_s,
         )
         self.link = CollectorLink(
-            process.run.socket_dir, handshake, check_sums=settings.replay_buffer.checksum, log=process.log
+            process.run.socket_dir,
+            handshake,
+            check_sums=settings.replay_buffer.checksum,
+            log=process.log,
+            newest_version=lambda: counters.policy_version,
         )
         self._early: list[Chunk] = []  # chunks that were committed before the networks existed
 
@@ -152,6 +158,7 @@ class WaitingLearner:
                 version=self.counters.policy_version,
             ),
         )
+        self.link.listener.watch.add(WEIGHTS_SOCKET, learner.publisher.bind_again)
         for chunk in self._early:
             learner.take(chunk)
         learner.publish()

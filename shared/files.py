@@ -5,9 +5,21 @@ from __future__ import annotations
 import errno
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+
+@contextmanager
+def private_files() -> Iterator[None]:
+    """Give no rights to other users on the files that this process, and processes that it starts, create meanwhile."""
+    before = os.umask(0o077)
+    os.umask(before | 0o077)
+    try:
+        yield
+    finally:
+        os.umask(before)
 
 
 def write_atomic(path: Path, content: str | bytes) -> None:

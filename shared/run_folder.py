@@ -6,26 +6,18 @@
     logs/, crash/                        written by every process; crash/ holds stack dumps
     tb/, summary.json                    written by launch; summary.json when the run ends
 
-Only the sockets are somewhere else, in a folder with a short path: Linux limits the path of a Unix socket to 107 bytes.
+Only the sockets are somewhere else, in a folder with a short path (`shared.socket_folder`).
 """
 
 from __future__ import annotations
 
 import json
-import os
-import shutil
-import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from shared.errors import SettingError
-
-SOCKET_PREFIX = "tandem-"
-# Linux limits the path of a Unix socket to 107 bytes. The slash and the socket's name take at most 24 of them.
-MAX_SOCKET_DIR_BYTES = 107 - 24
-_RANDOM_BYTES = 8  # of the folder's name, as tempfile.mkdtemp chooses it
 
 
 @dataclass(frozen=True)
@@ -175,25 +167,3 @@ def checkpoint_damage(checkpoint: Path) -> str | None:
 def checkpoint_step(checkpoint: Path) -> int:
     """Return the number of gradient steps that were done when a whole checkpoint was written."""
     return json.loads((checkpoint / "manifest.json").read_bytes())["step"]
-
-
-def make_socket_dir() -> Path:
-    """Return a new folder that only this user may enter (mode 0700). The caller removes it.
-
-    Raises: SettingError if there is no writable folder with a path short enough for sockets.
-    """
-    # On some clusters TMPDIR is too long for a socket path, so /tmp comes next.
-    longest = MAX_SOCKET_DIR_BYTES - len(SOCKET_PREFIX) - _RANDOM_BYTES - 1
-    for parent in (tempfile.gettempdir(), "/tmp"):
-        if len(os.fsencode(parent)) <= longest and os.access(parent, os.W_OK):
-            return Path(tempfile.mkdtemp(prefix=SOCKET_PREFIX, dir=parent))
-    raise SettingError(
-        f"no folder for sockets: TMPDIR={tempfile.gettempdir()} is too long or not writable, and /tmp is not writable; "
-        f"expected a writable folder whose path has at most {longest} bytes; set TMPDIR to one"
-    )
-
-
-def remove_socket_dir(path: Path) -> None:
-    """Remove a folder if its name starts with SOCKET_PREFIX; otherwise do nothing."""
-    if path.name.startswith(SOCKET_PREFIX):
-        shutil.rmtree(path, ignore_errors=True)

@@ -1,20 +1,16 @@
-"""Where the files of a run are: its newest complete checkpoint, its sockets and its run.json."""
+"""Where the files of a run are: its newest complete checkpoint and its run.json."""
 
 from __future__ import annotations
 
-import stat
 from pathlib import Path
 
 import pytest
 
-from shared import handover, weights
 from shared.errors import SettingError
 from shared.run_folder import (
     checkpoint_step,
-    make_socket_dir,
     newest_checkpoint,
     read_run,
-    remove_socket_dir,
 )
 from tests.fakes.child import save_checkpoint
 
@@ -41,33 +37,6 @@ def test_if_latest_names_no_complete_checkpoint_the_one_with_the_highest_step_is
     if latest is not None:
         (checkpoints / "latest").write_text(latest)
     assert newest_checkpoint(checkpoints) == checkpoints / "00000020"
-
-
-def test_the_socket_folder_is_private_and_short_even_under_a_long_tmpdir(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    long = tmp_path / ("x" * 100)
-    long.mkdir()
-    monkeypatch.setattr("tempfile.tempdir", str(long))
-    path = make_socket_dir()
-    assert stat.S_IMODE(path.stat().st_mode) == 0o700
-    for name in (weights.SOCKET_NAME, handover.SOCKET_NAME):
-        assert len(str(path / name)) < 107
-    (path / "learner.sock").write_text("")
-    remove_socket_dir(path)
-    assert not path.exists()
-
-
-def test_without_a_short_writable_folder_the_error_names_tmpdir(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tempfile.tempdir", "/" + "x" * 100)
-    monkeypatch.setattr("os.access", lambda path, mode: False)
-    with pytest.raises(SettingError, match=r"no folder for sockets: TMPDIR=/x+ .*at most 67 bytes; set TMPDIR"):
-        make_socket_dir()
-
-
-def test_a_folder_that_is_no_socket_folder_is_not_removed(tmp_path: Path) -> None:
-    remove_socket_dir(tmp_path)
-    assert tmp_path.is_dir()
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{}", '{"run_id": "a"}'])
