@@ -22,10 +22,7 @@ class FakeWeights:
     """A receiver of weights. `arriving`: the versions that the next calls of `adopt` find."""
 
     def __init__(self) -> None:
-        self.version, self.num_refused, self.arriving, self.last_refusal = 0, 0, [], ""
-
-    def reconnect_if_silent(self) -> None:
-        return None
+        self.version, self.num_refused, self.arriving = 0, 0, []
 
     def adopt(self) -> bool:
         if not self.arriving:

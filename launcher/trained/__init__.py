@@ -1,1 +1,0 @@
-"""What the commands do with a trained policy. These files import torch: import them after the simulator has started."""
