@@ -37,7 +37,7 @@ from shared.handover import (
     map_memfd_slab,
 )
 from shared.messages import PROTOCOL, Commit, Grant, Hello, SelfTest, Welcome
-from shared.run_folder import make_socket_dir, remove_socket_dir
+from shared.socket_folder import make_socket_dir, read_secret, remove_socket_dir
 from shared.stream import DTYPE_BYTES, Layout, ObsSpec, StreamSpec, plan_layout, ring_views
 
 KINDS = ("ring", "tensor queue", "tensordict queue", "pickle queue")
@@ -118,6 +118,7 @@ class _Ring:
             self._sockets,
             Handshake(
                 run_id="benchmark",
+                secret=read_secret(self._sockets),
                 num_envs=shape.num_envs,
                 allocate=self._allocate,
                 random_frames=lambda: 0,
@@ -167,7 +168,7 @@ class _Ring:
         if self._descriptor is not None:
             os.close(self._descriptor)
         _end(self._child)
-        remove_socket_dir(self._sockets)
+        remove_socket_dir(self._sockets, is_own=True)
 
     def _allocate(self, spec: StreamSpec, on_gpu: bool) -> tuple[Replay, int | None]:
         slab, self._descriptor = _slab(self._shape, self._device)
@@ -211,7 +212,7 @@ def _send_to_ring(shape: ChunkShape, sockets: str, device: str) -> None:
     """Run the collector's side of the handover and its writer, with a chunk that is already gathered."""
     torch.set_num_threads(1)
     channel = connect(sockets, deadline_s=SECONDS, alive=lambda: None)
-    channel.send(Hello(PROTOCOL, "benchmark", 0, 1, shape.spec.to_dict()))
+    channel.send(Hello(PROTOCOL, "benchmark", read_secret(sockets), 0, 1, shape.spec.to_dict()))
     welcome, descriptors = channel.receive_within(SECONDS, waiting_for="the welcome", alive=lambda: None)
     assert isinstance(welcome, Welcome), welcome
     if descriptors:

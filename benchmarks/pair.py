@@ -27,7 +27,7 @@ from shared.geometry import Geometry
 from shared.logs import configure
 from shared.messages import Commit
 from shared.model.policy import Policy
-from shared.run_folder import make_socket_dir, remove_socket_dir
+from shared.socket_folder import make_socket_dir, read_secret, remove_socket_dir
 from shared.stream import StreamSpec
 
 START_S = 600.0  # some simulators compile their kernels when they start
@@ -68,6 +68,7 @@ class LearnerEnd:
             self._sockets,
             Handshake(
                 run_id="benchmark",
+                secret=read_secret(self._sockets),
                 num_envs=self.geometry.num_envs,
                 allocate=self._allocate,
                 random_frames=lambda: 0,
@@ -122,7 +123,7 @@ class LearnerEnd:
         self.link.close()
         self._output.close()
         self._lock.release()
-        remove_socket_dir(self._sockets)
+        remove_socket_dir(self._sockets, is_own=True)
         self._temporary.cleanup()
 
     @property

@@ -21,6 +21,7 @@ from shared.handover import Disconnected, connect
 from shared.lifetime import ExitCode, StopRequested, die_first_when_memory_ends
 from shared.output import write_error
 from shared.process import Process, start_process
+from shared.socket_folder import read_secret
 
 if TYPE_CHECKING:
     from collector_proc.simulators.base import Simulator
@@ -116,7 +117,8 @@ def _collect(process: Process, simulator: Simulator, *, device: str, incarnation
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
     connection = open_replay(
         channel, simulator.spec, settings.deadlines,
-        run_id=run.run_id, incarnation=incarnation, device=acting_device, alive=process.alive,
+        run_id=run.run_id, secret=read_secret(run.socket_dir), incarnation=incarnation, device=acting_device,
+        alive=process.alive,
     )  # fmt: skip
     ticks = Geometry.of(settings).ticks_per_chunk
     collector = Collector(

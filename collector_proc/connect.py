@@ -15,6 +15,7 @@ Afterwards the learner sends grants (`learner_input`), and the collector answers
 from __future__ import annotations
 
 import gc
+import hmac
 import os
 import time
 from collections.abc import Callable
@@ -26,7 +27,7 @@ from collector_proc.copies import Copier
 from collector_proc.writer import ChunkWriter
 from shared.config import DeadlineSettings
 from shared.errors import HandoverError, TransportError
-from shared.handover import HOST_REPLAY, Channel, import_cuda_slab, map_memfd_slab, pin_slab
+from shared.handover import HOST_REPLAY, Channel, close_descriptors, import_cuda_slab, map_memfd_slab, pin_slab
 from shared.messages import (
     MAX_REASON_CHARS,
     PROTOCOL,
@@ -48,17 +49,25 @@ class Connection:
     """A connection that the learner has accepted, and its replay, mapped into this process."""
 
     def __init__(
-        self, channel: Channel, spec: StreamSpec, *, device: torch.device, answer_s: float, alive: Callable[[], None]
+        self,
+        channel: Channel,
+        spec: StreamSpec,
+        *,
+        secret: bytes,
+        device: torch.device,
+        answer_s: float,
+        alive: Callable[[], None],
     ) -> None:
         """Receive the learner's offer and map it. The hello must have been sent.
 
-        device: the acting device; if it is a GPU, a replay in host memory is page-locked. answer_s: the longest time
-        until an answer of the learner. alive: called while waiting.
+        secret: of the run. device: the acting device; if it is a GPU, a replay in host memory is page-locked.
+        answer_s: the longest time until an answer of the learner. alive: called while waiting.
         Raises: HandoverError if the learner refuses or its offer does not fit; TransportError if it does not answer in
         time; Disconnected.
         """
         self.channel = channel
-        self._spec, self._device, self._answer_s, self._alive = spec, device, answer_s, alive
+        self._spec, self._secret, self._device = spec, secret, device
+        self._answer_s, self._alive = answer_s, alive
         self._abandoned: list[ChunkWriter] = []  # their copies never finished, so their memory must stay mapped
         self._map(*self._offer())
 
@@ -92,7 +101,7 @@ class Connection:
             if reason:
                 self.channel.send(MappingFailed(reason[:MAX_REASON_CHARS]))
                 answer, descriptors = self._receive("the learner's second welcome")
-            self._map(_expect_welcome(answer), descriptors)
+            self._map(self._expect_welcome(answer), descriptors)
 
     def close(self, writer: ChunkWriter) -> None:
         """Unmap the replay, if the writer has no copy into it left, then close the connection.
@@ -125,7 +134,7 @@ class Connection:
     def _offer(self) -> tuple[Welcome, tuple[int, ...]]:
         """Return the next offer of the learner."""
         answer, descriptors = self._receive("the learner's welcome")
-        return _expect_welcome(answer), descriptors
+        return self._expect_welcome(answer), descriptors
 
     def _receive(self, waiting_for: str) -> tuple[Message, tuple[int, ...]]:
         """Return the next message and its descriptors. Raises: HandoverError if it is a refusal."""
@@ -133,6 +142,20 @@ class Connection:
         if isinstance(answer, Refusal):
             raise HandoverError(f"the learner refused this collector: {answer.reason}")
         return answer, descriptors
+
+    def _expect_welcome(self, answer: Message | None) -> Welcome:
+        """Return the answer if it is a Welcome of this run's learner. Raises: HandoverError, TransportError."""
+        if not isinstance(answer, Welcome):
+            raise HandoverError(
+                f"the learner answered with {type(answer).__name__}; expected Welcome; start both processes from the "
+                "same checkout"
+            )
+        if not hmac.compare_digest(answer.secret, self._secret):
+            raise TransportError(
+                "another process than this run's learner answers at the socket of the replay: its welcome lacks the "
+                "secret of the run; expected the learner; end that process"
+            )
+        return answer
 
     def _map(self, welcome: Welcome, descriptors: tuple[int, ...]) -> None:
         """Map the memory of an offer, or, if that fails, that of the next offer.
@@ -142,6 +165,7 @@ class Connection:
         while True:
             layout = plan_layout(self._spec, welcome.capacity)
             if layout.num_bytes != welcome.num_bytes:
+                close_descriptors(descriptors)
                 raise HandoverError(
                     f"the learner's replay has {welcome.num_bytes} bytes; expected {layout.num_bytes} for this "
                     "simulator's stream; start both processes from the same checkout and run folder"
@@ -162,19 +186,20 @@ def open_replay(
     deadlines: DeadlineSettings,
     *,
     run_id: str,
+    secret: bytes,
     incarnation: int,
     device: torch.device,
     alive: Callable[[], None],
 ) -> Connection:
     """Introduce this collector to the learner and map the learner's replay into this process.
 
-    device: the acting device. alive: called while waiting.
+    secret: of the run; the learner must send it too. device: the acting device. alive: called while waiting.
     Raises: HandoverError if the learner refuses or its offer does not fit; TransportError if it does not answer in
-    time; Disconnected if it ends.
+    time, or if another process answers in its place; Disconnected if it ends.
     """
-    channel.send(Hello(PROTOCOL, run_id, incarnation, os.getpid(), spec.to_dict()))
+    channel.send(Hello(PROTOCOL, run_id, secret, incarnation, os.getpid(), spec.to_dict()))
     answer_s = deadlines.start_s + deadlines.compile_s  # the learner may be compiling
-    return Connection(channel, spec, device=device, answer_s=answer_s, alive=alive)
+    return Connection(channel, spec, secret=secret, device=device, answer_s=answer_s, alive=alive)
 
 
 def run_self_test(
@@ -211,22 +236,19 @@ def _may_still_copy(writer: ChunkWriter) -> bool:
         return True
 
 
-def _expect_welcome(answer: Message | None) -> Welcome:
-    """Return the answer if it is a Welcome. Raises: HandoverError if it is not."""
-    if isinstance(answer, Welcome):
-        return answer
-    raise HandoverError(
-        f"the learner answered with {type(answer).__name__}; expected Welcome; start both processes from the same "
-        "checkout"
-    )
-
-
 def _map_slab(welcome: Welcome, descriptors: tuple[int, ...], device: torch.device) -> Tensor:
-    """Return the replay's memory, (num_bytes,) uint8."""
-    if welcome.transport != "memfd":
-        return import_cuda_slab(welcome.uuid, welcome.handle, welcome.num_bytes, writer=device)
-    slab = map_memfd_slab(descriptors[0], welcome.num_bytes)
-    os.close(descriptors[0])
+    """Return the replay's memory, (num_bytes,) uint8, and close the descriptors. Raises: HandoverError."""
+    try:
+        if welcome.transport != "memfd":
+            return import_cuda_slab(welcome.uuid, welcome.handle, welcome.num_bytes, writer=device)
+        if not descriptors:
+            raise HandoverError(
+                "the welcome came without the descriptor of the replay; expected one; this process may have too many "
+                "open files: raise `ulimit -n`"
+            )
+        slab = map_memfd_slab(descriptors[0], welcome.num_bytes)
+    finally:
+        close_descriptors(descriptors)
     if device.type == "cuda":
         pin_slab(slab)
     return slab

@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from collector_proc.status import StatusReporter
 from collector_proc.weights_receiver import WeightsReceiver
 from shared.errors import HandoverError, TransportError
-from shared.handover import Channel
+from shared.handover import Channel, close_descriptors
 from shared.messages import Grant, Refusal
 from shared.process import Process
 
@@ -36,7 +36,8 @@ class LearnerInput:
         Raises: Disconnected if the learner has ended; HandoverError if it refuses this collector.
         """
         while (received := self._channel.receive()) is not None:
-            message, _ = received
+            message, descriptors = received
+            close_descriptors(descriptors)
             if isinstance(message, Refusal):
                 raise HandoverError(f"the learner refused this collector: {message.reason}")
             if isinstance(message, Grant):
@@ -74,9 +75,14 @@ class LearnerInput:
             if time.monotonic() > end:
                 raise TransportError(
                     f"after {limit:.0f} s the newest weights from the learner have version {self.weights.version} "
-                    f"(unsuitable messages: {self.weights.num_refused}); expected version {version} or later; look at "
-                    "logs/learner.jsonl, and raise deadlines.compile_s if the learner was still compiling"
+                    f"(unsuitable messages: {self.weights.num_refused}{self._last_refusal()}); expected version "
+                    f"{version} or later; look at logs/learner.jsonl, and raise deadlines.compile_s if the learner was "
+                    "still compiling"
                 )
             if not self.weights.adopt():
                 self.read_grants()  # raises Disconnected if the learner has ended
+                self.weights.reconnect_if_silent()
                 time.sleep(0.002)
+
+    def _last_refusal(self) -> str:
+        return f", the last one: {self.weights.last_refusal}" if self.weights.last_refusal else ""

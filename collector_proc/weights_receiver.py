@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 
 import numpy as np
@@ -9,15 +10,21 @@ import torch
 import zmq
 from torch import nn
 
+from shared.logs import LimitedLog
+from shared.socket_folder import read_secret
 from shared.weights import (
+    ForeignWeightsError,
     WeightsError,
     acting_tensors,
+    endpoint,
     flat_bytes,
     flat_views,
     manifest_of,
     subscriber_socket,
     unpack_frame,
 )
+
+RECONNECT_S = 2.0  # least time between two connections to the endpoint
 
 
 class WeightsReceiver:
@@ -37,10 +44,13 @@ class WeightsReceiver:
         self._flat = torch.zeros_like(self._host, device=device) if cuda else self._host
         self._copied = torch.cuda.Event() if cuda else None  # passed once the GPU no longer reads the host memory
         self._views = flat_views(self._flat, self._targets)
-        self._run_id, self._manifest = run_id, manifest_of(tensors)
+        self._run_id, self._manifest, self._secret = run_id, manifest_of(tensors), read_secret(socket_dir)
+        self._endpoint, self._log = endpoint(socket_dir), LimitedLog()
+        self._reconnected_at = time.monotonic()
         self._socket = subscriber_socket(socket_dir, max_bytes=self._num_bytes)
         self.version = 0  # 0: no weights have been adopted yet
         self.num_refused = 0
+        self.last_refusal = ""  # why the last unsuitable message was dropped
 
     def adopt(self) -> bool:
         """Copy the newest waiting weights into the policy, and return whether there were any. This never blocks.
@@ -59,10 +69,14 @@ class WeightsReceiver:
             return False
         try:
             version, raw = unpack_frame(
-                frame.buffer, run_id=self._run_id, manifest=self._manifest, num_bytes=self._num_bytes
+                frame.buffer,
+                run_id=self._run_id,
+                secret=self._secret,
+                manifest=self._manifest,
+                num_bytes=self._num_bytes,
             )
-        except WeightsError:
-            self.num_refused += 1
+        except WeightsError as error:
+            self._refuse(error)
             return False
         if version <= self.version:
             return False
@@ -70,6 +84,26 @@ class WeightsReceiver:
         self._copy_to_policy()
         self.version = version
         return True
+
+    def reconnect_if_silent(self) -> None:
+        """Connect again if RECONNECT_S have passed since the last time. Call it while weights are missing.
+
+        The endpoint may have been taken over by another process when this one connected. The learner notices that and
+        binds the endpoint again, but existing connections do not change.
+        """
+        if time.monotonic() - self._reconnected_at > RECONNECT_S:
+            self._reconnected_at = time.monotonic()
+            self._socket.disconnect(self._endpoint)
+            self._socket.connect(self._endpoint)
+
+    def _refuse(self, error: WeightsError) -> None:
+        """Count a message that was dropped, and log the reason at a limited rate."""
+        self.num_refused += 1
+        self.last_refusal = str(error)
+        self._log.warning("unsuitable weights dropped", reason=self.last_refusal)
+        if isinstance(error, ForeignWeightsError):
+            self._log.warning("another process has bound the endpoint of the weights", endpoint=self._endpoint)
+            self.reconnect_if_silent()
 
     @torch.no_grad()
     def _copy_to_policy(self) -> None:

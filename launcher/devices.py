@@ -145,6 +145,21 @@ def _parse_gpu(line: str) -> Gpu | None:
     return Gpu(int(index), uuid, name, compute_mode)
 
 
+def choose_torch_device(given: str | None) -> str:
+    """Return the torch device of a single process: the one that --device names, else the first GPU, else the CPU.
+
+    Raises: SettingError if this machine has no such device, or if CUDA_VISIBLE_DEVICES names a GPU that does not exist.
+    """
+    gpus = visible_gpus(list_gpus()[0], os.environ.get("CUDA_VISIBLE_DEVICES"))
+    devices = [*(f"cuda:{index}" for index in range(len(gpus))), "cpu"]
+    if given is not None and given not in devices:
+        raise SettingError(
+            f"--device {given} is not a device of this machine; expected one of {', '.join(devices)}; leave it out to "
+            f"use {devices[0]}, or look at the GPUs that 'nvidia-smi -L' lists"
+        )
+    return given or devices[0]
+
+
 def visible_gpus(gpus: list[Gpu], mask: str | None) -> list[Gpu]:
     """Return the GPUs that CUDA_VISIBLE_DEVICES, given as `mask`, leaves visible, in its order.
 

@@ -28,7 +28,14 @@ def main(argv: Sequence[str] | None = None, *, commands: Mapping[str, Sequence[s
     if conflict is not None:
         sys.stderr.write(f"error: {conflict}\n")
         return 2
-    # These imports must follow the check: until then, a module of the user could be imported in place of ours.
+    # This import must follow the check: until then, a module of the user could be imported in place of ours.
+    from collector_proc.simulators.ending import guarded
+
+    return guarded(lambda: _do(argv, commands))  # some commands start a simulator
+
+
+def _do(argv: list[str], commands: Mapping[str, Sequence[str]] | None) -> int:
+    """Run the command, or train, and return the exit code. Errors of the user are printed."""
     from launcher.commands.table import find_command
     from shared.errors import SettingError
     from shared.lifetime import ExitCode

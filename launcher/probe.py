@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import os
 import platform
 import sys
 import tempfile
@@ -22,7 +21,7 @@ from typing import TYPE_CHECKING
 
 from collector_proc.simulators import ending
 from collector_proc.simulators.registry import build_simulator, check_env, find_backend
-from launcher.devices import list_gpus, visible_gpus
+from launcher.devices import choose_torch_device
 from launcher.provenance import package_versions
 from shared.compose import compose
 from shared.config import Settings
@@ -146,15 +145,9 @@ def _parse_options(arguments: list[str] | None, prog: str) -> argparse.Namespace
     if options.ticks < 1:
         parser.error(f"--ticks {options.ticks} takes no step; expected at least 1; leave it out to take 100 steps")
     try:
-        devices = _find_devices()
-    except SettingError as error:  # about CUDA_VISIBLE_DEVICES
+        options.device = choose_torch_device(options.device)
+    except SettingError as error:
         parser.error(str(error))
-    options.device = options.device or devices[0]
-    if options.device not in devices:
-        parser.error(
-            f"--device {options.device} is not a device of this machine; expected one of {', '.join(devices)}; leave "
-            f"it out to use {devices[0]}, or look at the GPUs that 'nvidia-smi -L' lists"
-        )
     return options
 
 
@@ -166,15 +159,6 @@ def _read_settings(options: argparse.Namespace, log: ProbeLog) -> Settings:
     if env.horizon is None and not find_backend(env.backend).horizon_may_be_refused:
         env.horizon = max(2, options.ticks // 3)  # so that episodes end while the probe runs
     return settings
-
-
-def _find_devices() -> list[str]:
-    """Return the devices of this machine as --device names them; the first is the default.
-
-    Raises: SettingError if CUDA_VISIBLE_DEVICES names a GPU that does not exist.
-    """
-    gpus = visible_gpus(list_gpus()[0], os.environ.get("CUDA_VISIBLE_DEVICES"))
-    return [*(f"cuda:{index}" for index in range(len(gpus))), "cpu"]
 
 
 def _probe(log: ProbeLog, settings: Settings, *, device: str, num_ticks: int) -> None:

@@ -30,19 +30,20 @@ from launcher.run_folder import (
 )
 from launcher.settings import check_gpu_compiler, read_settings
 from launcher.watch import run_processes
-from shared.checkpoints import damaged_checkpoints, newest_checkpoint
 from shared.compose import save_settings
 from shared.errors import SettingError
-from shared.files import write_json
+from shared.files import private_files, write_json
 from shared.geometry import geometry_notes
 from shared.lifetime import ExitCode, install_stop_flag
 from shared.logs import configure
 from shared.run_folder import (
     Run,
-    make_socket_dir,
+    checkpoint_step,
+    damaged_checkpoints,
+    newest_checkpoint,
     read_run,
-    remove_socket_dir,
 )
+from shared.socket_folder import make_socket_dir, remove_socket_dir
 
 if TYPE_CHECKING:
     from structlog.typing import FilteringBoundLogger
@@ -59,6 +60,7 @@ def run(options: Options, argv: list[str], commands: Mapping[str, Sequence[str]]
     Raises: SettingError if the run cannot start as it is set; a new run then leaves no folder behind.
     """
     with ExitStack() as stack:
+        stack.enter_context(private_files())
         lock, options = None, options.decided()
         if options.resume is not None:  # The lock comes first, because the checks of the settings may take long.
             lock = stack.enter_context(open_run_folder(options.resume))
@@ -120,7 +122,7 @@ def _prepare(starter: Starter, settings: Settings, argv: list[str], stack: ExitS
     folder = starter.folder
     log = configure(folder.path, "launch")
     socket_dir = make_socket_dir()
-    stack.callback(remove_socket_dir, socket_dir)
+    stack.callback(_remove_sockets, socket_dir, log, is_own=True)
     forwarder = FallibleForwarder(open_forwarder(settings, folder), settings.logger.backend, log)
     stack.callback(forwarder.close)
     relay = RowRelay(folder.metrics, forwarder, log)
@@ -139,7 +141,7 @@ def _describe(
         # If the previous launch was killed, its socket folder is still there. It has ended, because we have the lock.
         # But if this folder is a copy of a run, the launch that uses the original may still be active.
         if before.run_dir == str(folder.path):
-            remove_socket_dir(Path(before.socket_dir))
+            _remove_sockets(Path(before.socket_dir), log)
     save_settings(settings, folder.config)
     folder.summary.unlink(missing_ok=True)
     description = describe_run(
@@ -152,6 +154,13 @@ def _describe(
         repo=ROOT,
     )
     write_json(folder.run_json, description)
+
+
+def _remove_sockets(socket_dir: Path, log: FilteringBoundLogger, *, is_own: bool = False) -> None:
+    """Remove a folder of sockets if that is safe, and log why it was left if it is not."""
+    reason = remove_socket_dir(socket_dir, is_own=is_own)
+    if reason is not None:
+        log.info("a folder of sockets was left", folder=str(socket_dir), reason=reason)
 
 
 def _previous_launch(folder: RunFolder, log: FilteringBoundLogger) -> Run:
@@ -225,7 +234,7 @@ def _opening_lines(starter: Starter, settings: Settings) -> list[str]:
     if starter.resume and saved is not None:
         damaged = damaged_checkpoints(starter.folder.checkpoints)
         lines += [f"skipping the damaged checkpoint {path}: {damage}" for path, damage in damaged]
-        lines.append(f"continuing from step {saved.manifest.step:,}, checkpoint {saved.folder}")
+        lines.append(f"continuing from step {checkpoint_step(saved):,}")
     return [*lines, "Ctrl-C saves a checkpoint and ends the run"]
 
 
@@ -240,7 +249,7 @@ def _closing_lines(
     ended = f"ended after {duration(seconds)}"
     lines = [ended] if refused else [f"{ended}: {outcome.reason}", f"summary: {folder.summary}"]
     saved = newest_checkpoint(folder.checkpoints)
-    step = saved.manifest.step if saved is not None else 0
+    step = checkpoint_step(saved) if saved is not None else 0
     # A resume that failed before it trained would fail in the same way again.
     in_vain = starter.resume and not trained and outcome.exit_code in (ExitCode.FAILED, ExitCode.REFUSED)
     if 0 < step < settings.optimization.total_optim_steps and not in_vain:

@@ -14,7 +14,7 @@ from shared.lifetime import ExitCode
 from shared.memory import is_out_of_memory
 from shared.output import write_error
 from shared.process import Process, start_process
-from shared.run_folder import remove_socket_dir
+from shared.socket_folder import remove_socket_dir
 
 
 def main() -> int:
@@ -37,7 +37,7 @@ def main() -> int:
         return train(process, arguments.device, resume=arguments.resume)
     finally:
         if runs_alone:
-            remove_socket_dir(socket_dir)
+            remove_socket_dir(socket_dir, is_own=True)
 
 
 def train(process: Process, device: str, *, resume: bool) -> ExitCode:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hmac
 import secrets
 import time
 from collections.abc import Callable
@@ -12,7 +13,7 @@ import torch
 
 from learner_proc.replay import Replay
 from shared.checksum import checksum
-from shared.errors import HandoverError
+from shared.errors import HandoverError, SettingError
 from shared.handover import Channel, export_cuda_slab
 from shared.messages import PROTOCOL, Hello, SelfTest, Welcome
 from shared.model.encoder import check_entry
@@ -76,6 +77,7 @@ class Handshake:
         self,
         *,
         run_id: str,
+        secret: bytes,
         num_envs: int,
         allocate: Callable[[StreamSpec, bool], tuple[Replay, int | None]],
         random_frames: Callable[[], int],
@@ -86,6 +88,7 @@ class Handshake:
     ) -> None:
         """Prepare for the first hello.
 
+        secret: of the run; a hello without it is refused before anything else of it is read.
         allocate: make the replay for a stream, on the learner's GPU if it has one and the second argument is true;
         return it and its memfd, or None for one on a GPU.
         random_frames, agent_steps: return the numbers for the welcome: how many more agent steps a collector acts at
@@ -93,7 +96,7 @@ class Handshake:
         gpu_storage: the setting `replay_buffer.gpu_storage`.
         self_test_s: how long a collector that was sent the slab may take until its self-test arrives.
         """
-        self._run_id, self._num_envs, self._allocate = run_id, num_envs, allocate
+        self._run_id, self._secret, self._num_envs, self._allocate = run_id, secret, num_envs, allocate
         self._random_frames, self._agent_steps, self._log = random_frames, agent_steps, log
         self._gpu_storage, self._is_in_use, self._self_test_s = gpu_storage, False, self_test_s
         self.shared: SharedReplay | None = None  # None until the first valid hello
@@ -102,7 +105,10 @@ class Handshake:
         """Answer a hello: grant one chunk for the self-test and send the slab. Raises: Refused."""
         spec = self._checked_spec(hello)
         if self.shared is None:
-            self.shared = SharedReplay(spec, *self._allocate(spec, self._gpu_storage is not False))
+            try:
+                self.shared = SharedReplay(spec, *self._allocate(spec, self._gpu_storage is not False))
+            except SettingError as error:  # such a stream needs more memory than there is, or is not the checkpoint's
+                raise Refused(str(error)) from error
         return self._offer(self.shared, channel)
 
     def fall_back(self, channel: Channel, reason: str) -> Testing:
@@ -160,6 +166,7 @@ class Handshake:
                 raise
             return self.fall_back(channel, str(error))
         message = Welcome(
+            secret=self._secret,
             transport="cuda_ipc" if shared.fd is None else "memfd",
             num_bytes=replay.slab.numel(),
             capacity=replay.layout.capacity,
@@ -176,16 +183,7 @@ class Handshake:
 
     def _checked_spec(self, hello: Hello) -> StreamSpec:
         """Return what the collector streams. Raises: Refused if it does not fit this run."""
-        if hello.protocol != PROTOCOL:
-            raise Refused(
-                f"the collector speaks protocol {hello.protocol}; expected {PROTOCOL}; "
-                "start both processes from one checkout"
-            )
-        if hello.run_id != self._run_id:
-            raise Refused(
-                f"the collector belongs to run {hello.run_id}; expected {self._run_id}; "
-                "give both processes the same --run-dir"
-            )
+        check_identity(hello, run_id=self._run_id, secret=self._secret)
         try:
             spec = StreamSpec.from_dict(hello.spec)
             for name, entry in spec.obs.items():
@@ -203,3 +201,22 @@ class Handshake:
                 "start a new run for another stream"
             )
         return spec
+
+
+def check_identity(hello: Hello, *, run_id: str, secret: bytes) -> None:
+    """Raise Refused if a hello is not from a collector of this run."""
+    if hello.protocol != PROTOCOL:
+        raise Refused(
+            f"the collector speaks protocol {hello.protocol}; expected {PROTOCOL}; "
+            "start both processes from one checkout"
+        )
+    if hello.run_id != run_id:
+        raise Refused(
+            f"the collector belongs to run {hello.run_id!r}; expected {run_id!r}; "
+            "give both processes the same --run-dir"
+        )
+    if not hmac.compare_digest(hello.secret, secret):
+        raise Refused(
+            "the hello does not contain the secret of this run; expected the one in the run's folder of sockets; "
+            "only a collector that launch starts can join a run"
+        )

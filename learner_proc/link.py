@@ -12,14 +12,18 @@ from __future__ import annotations
 
 import itertools
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from learner_proc.handshake import Greeting, Handshake, Refused, SharedReplay, Testing
-from learner_proc.streaming import Chunk, Streaming
+from learner_proc.listener import Listener
+from learner_proc.streaming import REPAIR_S, Chunk, Streaming
 from shared.errors import HandoverError, TransportError
-from shared.handover import Channel, Disconnected, listen
+from shared.handover import Channel, Disconnected, close_descriptors
+from shared.logs import LimitedLog
 from shared.messages import MAX_REASON_CHARS, Commit, Hello, MappingFailed, Message, Refusal, SelfTest
+from shared.weights import MAX_VERSION
 
 if TYPE_CHECKING:
     from structlog.typing import FilteringBoundLogger
@@ -28,17 +32,32 @@ UNMAP_S = 1.0
 GREETING_S = 30.0  # a connection that has sent no hello by then is closed
 SECOND = "another collector is connected already; expected one at a time; stop the other collector first"
 REMINDER_S = 60.0  # between two log lines that no collector streams
+MAX_MESSAGES = 32  # that one `poll` takes, so that a collector that sends many cannot stop the gradient steps
 
 
 class CollectorLink:
-    """Serves one collector after the other without ever blocking the gradient step."""
+    """Serves one collector after the other without ever blocking the gradient step.
+
+    It is one class because any message, and any missing one, can change which of the states serves the collector.
+    """
 
     def __init__(
-        self, socket_dir: str | Path, handshake: Handshake, *, check_sums: bool, log: FilteringBoundLogger
+        self,
+        socket_dir: str | Path,
+        handshake: Handshake,
+        *,
+        check_sums: bool,
+        log: FilteringBoundLogger,
+        newest_version: Callable[[], int] = lambda: MAX_VERSION,
     ) -> None:
-        """Open the socket. check_sums: compare the checksum of every chunk with its commit."""
-        self._listener = listen(socket_dir)
+        """Open the socket.
+
+        check_sums: compare the checksum of every chunk with its commit. newest_version: returns the newest policy
+        version that was published; a commit with a later one is dropped.
+        """
+        self.listener = Listener(socket_dir, log)
         self._handshake, self._check_sums, self._log = handshake, check_sums, log
+        self._newest_version, self._limited = newest_version, LimitedLog(log)
         self._collector: Greeting | Testing | Streaming | None = None
         self._sequence = itertools.count(1)
         self.incarnation = -1  # of the collector that was welcomed last
@@ -65,7 +84,10 @@ class CollectorLink:
         """
         chunks: list[Chunk] = []
         try:
-            while self._collector is not None and (received := self._collector.channel.receive()) is not None:
+            for _ in range(MAX_MESSAGES):
+                if self._collector is None or (received := self._collector.channel.receive()) is None:
+                    break
+                close_descriptors(received[1])
                 chunk = self._handle(self._collector, received[0])
                 if chunk is not None:
                     chunks.append(chunk)
@@ -73,9 +95,9 @@ class CollectorLink:
             if chunks:
                 return chunks  # the caller counts them first; the next poll reads the end of file again
             self._lose()
-        if self._collector is not None:
-            self.num_dropped += take_malformed(self._collector.channel, self._log)
+        self._count_malformed()
         self._check_time()
+        self.listener.check_folder()
         self._accept()
         return chunks
 
@@ -100,7 +122,7 @@ class CollectorLink:
         on_gpu = self.shared is not None and self.shared.fd is None
         if self._collector is not None:
             self._collector.channel.close(wait_s=UNMAP_S if on_gpu else 0.0)
-        self._listener.close()
+        self.listener.close()
         if self.shared is not None and on_gpu:
             self.shared.replay.free()
 
@@ -108,28 +130,43 @@ class CollectorLink:
         """Close a connection that does not go on, and log from time to time that no collector streams."""
         reason = overdue(self._collector)
         if self._collector is not None and reason is not None:
-            refuse(self._collector.channel, reason, self._log)
+            refuse(self._collector.channel, reason, self._limited)
             self._lose()
+        self._limited.flush()
         self._reminder.check(streams=self.streaming is not None)
 
     def _accept(self) -> None:
-        """Take a waiting connection, or refuse it while another collector is connected."""
-        try:
-            sock, _ = self._listener.accept()
-        except BlockingIOError:
+        """Take a waiting connection, or refuse it while another collector is connected.
+
+        While a connection has not sent its hello, the next one waits: it may be the collector, and this one a stranger.
+        """
+        if isinstance(self._collector, Greeting):
             return
-        channel = Channel(sock)
+        channel = self.listener.accept()
+        if channel is None:
+            return
         if self._collector is None:
             self._collector = Greeting(channel, time.monotonic())
             return
-        refuse(channel, SECOND, self._log)
+        refuse(channel, SECOND, self._limited)
         channel.close()
+
+    def _count_malformed(self) -> None:
+        """Count the malformed messages that have arrived since the last call."""
+        if self._collector is None or self._collector.channel.num_malformed == 0:
+            return
+        number, self._collector.channel.num_malformed = self._collector.channel.num_malformed, 0
+        self.num_dropped += number
+        self._limited.warning("malformed messages dropped", number=number)
 
     def _handle(self, collector: Greeting | Testing | Streaming, message: Message) -> Chunk | None:
         """Act on one message; return the chunk if it commits one. A message that is not expected is dropped."""
         try:
-            if isinstance(collector, Streaming) and isinstance(message, Commit) and collector.expects(message):
-                return collector.take(message)
+            fault = f"it is not expected in the state {type(collector).__name__}"
+            if isinstance(collector, Streaming) and isinstance(message, Commit):
+                fault = collector.fault_of(message, newest_version=self._newest_version())
+                if fault is None:
+                    return collector.take(message)
             if isinstance(collector, Greeting) and isinstance(message, Hello):
                 self._collector = self._welcome(collector, message)
             elif isinstance(collector, Testing) and isinstance(message, SelfTest):
@@ -138,9 +175,9 @@ class CollectorLink:
                 self._collector = self._handshake.fall_back(collector.channel, message.reason)
             else:
                 self.num_dropped += 1
-                self._log.warning("message dropped", kind=type(message).__name__, state=type(collector).__name__)
+                self._limited.warning("message dropped", kind=type(message).__name__, reason=fault)
         except Refused as refused:
-            refuse(collector.channel, str(refused), self._log)
+            refuse(collector.channel, str(refused), self._limited)
             self._lose()
         return None
 
@@ -169,11 +206,11 @@ class CollectorLink:
         if self._collector is None:
             return
         self._collector.channel.close()
-        self.num_dropped += take_malformed(self._collector.channel, self._log)
+        self._count_malformed()
         if self.shared is not None:
             self.shared.replay.revoke()
         known = {} if isinstance(self._collector, Greeting) else {"incarnation": self.incarnation}
-        self._log.warning("collector lost", state=type(self._collector).__name__, **known)
+        self._limited.warning("collector lost", state=type(self._collector).__name__, **known)
         self._collector = None
 
 
@@ -195,28 +232,23 @@ class _Reminder:
 
 def overdue(collector: Greeting | Testing | Streaming | None) -> str | None:
     """Return why a collector whose next message has not arrived in time must be refused; None if it must not."""
-    if collector is None or isinstance(collector, Streaming):
+    if collector is None:
         return None
     limit, message, more = GREETING_S, "hello", ""
     if isinstance(collector, Testing):
         limit, message, more = collector.limit_s, "self-test", ", or raise deadlines.start_s"
-    if time.monotonic() - collector.since <= limit:
+    if isinstance(collector, Streaming):
+        limit, message = REPAIR_S, "valid commit after one that was dropped"
+    since = collector.dropped_since if isinstance(collector, Streaming) else collector.since
+    if since is None or time.monotonic() - since <= limit:
         return None
     return f"the {message} has not arrived within {limit:g} s; expected it sooner; look at logs/collector.out{more}"
 
 
-def refuse(channel: Channel, reason: str, log: FilteringBoundLogger) -> None:
+def refuse(channel: Channel, reason: str, log: LimitedLog) -> None:
     """Send the reason to a collector, which then ends."""
     log.error("collector refused", reason=reason)
     try:
         channel.send(Refusal(reason[:MAX_REASON_CHARS]), deadline_s=1.0)
     except TransportError:
         log.warning("the refusal could not be sent")
-
-
-def take_malformed(channel: Channel, log: FilteringBoundLogger) -> int:
-    """Return and log the number of malformed messages since the last call."""
-    number, channel.num_malformed = channel.num_malformed, 0
-    if number:
-        log.warning("malformed messages dropped", number=number)
-    return number

@@ -12,7 +12,16 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from shared.weights import acting_tensors, flat_bytes, flat_views, manifest_of, pack_header, publisher_socket
+from shared.socket_folder import obtain_secret
+from shared.weights import (
+    acting_tensors,
+    endpoint,
+    flat_bytes,
+    flat_views,
+    manifest_of,
+    pack_header,
+    publisher_socket,
+)
 
 REPUBLISH_S = 0.2  # time between two attempts to send a version that the collector has missed
 
@@ -36,6 +45,7 @@ class Publisher:
         self._flat = torch.zeros(self._num_bytes, dtype=torch.uint8, device=device)
         self._views = flat_views(self._flat, self._sources)
         self._run_id, self._manifest = run_id, manifest_of(self._tensors)
+        self._endpoint, self._secret = endpoint(socket_dir), obtain_secret(socket_dir)
         self._socket = publisher_socket(socket_dir)
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._free = (
@@ -95,6 +105,10 @@ class Publisher:
             self._sent_at = time.monotonic()
             self.republish()
 
+    def bind_again(self) -> None:
+        """Bind the endpoint once more, because its file is gone. Collectors that are connected stay connected."""
+        self._socket.bind(self._endpoint)
+
     def close(self) -> None:
         """Close the socket."""
         self._socket.close(linger=0)
@@ -121,5 +135,11 @@ class Publisher:
 
     def _send(self, version: int, buffer: torch.Tensor) -> None:
         """Send one version from host memory."""
-        header = pack_header(run_id=self._run_id, version=version, manifest=self._manifest, num_bytes=self._num_bytes)
+        header = pack_header(
+            run_id=self._run_id,
+            secret=self._secret,
+            version=version,
+            manifest=self._manifest,
+            num_bytes=self._num_bytes,
+        )
         self._socket.send(header + buffer.numpy().tobytes())

@@ -14,7 +14,6 @@ from learner_proc.captured_step import CapturedStep, SampledStep, Update
 from learner_proc.gradient_step import GradientStep
 from learner_proc.measurements import CapturedMeasurements, Measurements
 from learner_proc.replay import Replay
-from learner_proc.replay_files import load_replay
 from shared.compose import load_settings
 from shared.config import Settings
 from shared.errors import SettingError
@@ -33,14 +32,15 @@ def allocate_replay(
 
     on_gpu: put it on `device` if that is a GPU; otherwise it is in host memory, which is pinned for a GPU.
     Call it before anything else is allocated on the GPU, so that the slab has a segment of GPU memory of its own.
-    Raises: SettingError if it is larger than the memory of this machine.
+    Raises: SettingError if it is larger than the memory of this machine or GPU.
     """
     layout = plan_layout(spec, geometry.capacity)
     fd = None
     if device.type == "cuda" and on_gpu:
+        _check_memory(layout.num_bytes, torch.cuda.mem_get_info(device)[1], settings, "GPU")
         slab = torch.zeros(layout.num_bytes, dtype=torch.uint8, device=device)
     else:
-        _check_host_memory(layout.num_bytes, settings)
+        _check_memory(layout.num_bytes, total_bytes(), settings, "host")
         slab, fd = create_memfd_slab(layout.num_bytes)
         if device.type == "cuda":
             pin_slab(slab)
@@ -48,14 +48,13 @@ def allocate_replay(
     return replay, fd
 
 
-def _check_host_memory(num_bytes: int, settings: Settings) -> None:
+def _check_memory(num_bytes: int, total: int | None, settings: Settings, kind: str) -> None:
     """Raise SettingError if a replay of this size can never fit: the kernel would only notice it when rows arrive."""
-    total = total_bytes()
     if total is not None and num_bytes > total:
         size = settings.replay_buffer.buffer_size
         half = size * total // num_bytes // 2
         raise SettingError(
-            f"replay_buffer.buffer_size={size} takes {num_bytes / 1e9:.1f} GB of host memory, and this machine has "
+            f"replay_buffer.buffer_size={size} takes {num_bytes / 1e9:.1f} GB of {kind} memory, and this machine has "
             f"{total / 1e9:.1f} GB; expected a replay that fits; set replay_buffer.buffer_size={half}"
         )
 
@@ -97,11 +96,11 @@ def open_run(run_dir: Path) -> tuple[Settings, GradientStep, Replay]:
     """
     settings = load_settings(run_dir / "config.yaml")
     settings.optimization.compile.enabled = False
-    (saved, state), device = checkpoint.load_newest(run_dir / "checkpoints"), torch.device("cpu")
-    spec = checkpoint.stream_spec(saved)
+    (folder, state), device = checkpoint.load_newest(run_dir / "checkpoints"), torch.device("cpu")
+    spec = checkpoint.stream_spec(folder)
     geometry = Geometry.of(settings, spec.num_envs)
     replay, _ = allocate_replay(spec, settings, geometry, device=device)
-    load_replay(saved, replay, spec_digest=spec.digest())
+    checkpoint.load_replay(folder, replay, spec_digest=spec.digest())
     step = build_gradient_step(spec, settings, device=device)
     step.load_state_dict(state["gradient_step"])
     return settings, step, replay

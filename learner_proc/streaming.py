@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -18,6 +19,9 @@ from shared.messages import Commit, Grant
 if TYPE_CHECKING:
     from structlog.typing import FilteringBoundLogger
     from tensordict import TensorDict
+
+MAX_REPEAT = 10_000  # env frames in an agent step, the maximum of env.frame_skip
+REPAIR_S = 60.0  # a collector that had a commit dropped must make a valid one in this time
 
 
 @dataclass(frozen=True)
@@ -46,6 +50,8 @@ class Streaming:
         self._sequence, self._check_sums, self._log = sequence, check_sums, log
         self._unsent: deque[tuple[Grant, torch.cuda.Event | None]] = deque()
         self._open: deque[Grant] = deque()
+        self._num_commits = 0
+        self.dropped_since: float | None = None  # when a commit was dropped; None once a valid one has arrived
         self._unsent.append((Grant(next(sequence), testing.test_row, 0), None))
 
     def grant(self, version: int = 0) -> None:
@@ -76,13 +82,21 @@ class Streaming:
         except Disconnected:
             self._log.warning("grant not sent: the collector has disconnected")
 
-    def expects(self, commit: Commit) -> bool:
-        """Return whether the commit answers the oldest open grant: the same number and the same row of the ring."""
-        return bool(self._open) and (commit.seq, commit.row) == (self._open[0].seq, self._open[0].row)
+    def fault_of(self, commit: Commit, *, newest_version: int) -> str | None:
+        """Return why a commit must be dropped; None if it answers the oldest open grant and its counts are possible.
+
+        newest_version: the newest policy that was published.
+        """
+        fault = self._fault_of(commit, newest_version)
+        if fault is not None and self.dropped_since is None:
+            self.dropped_since = time.monotonic()
+        return fault
 
     def take(self, commit: Commit) -> Chunk:
         """Put an expected commit's chunk into the sampler's reach. Raises: TransportError if its checksum differs."""
         self._open.popleft()
+        self._num_commits += 1
+        self.dropped_since = None
         replay = self.shared.replay
         chunk = Chunk(commit, replay.commit(commit.row))
         if self._check_sums:
@@ -94,3 +108,23 @@ class Streaming:
                     "run both processes on one GPU"
                 )
         return chunk
+
+    def _fault_of(self, commit: Commit, newest_version: int) -> str | None:
+        if not self._open:
+            return "no grant is open"
+        grant, replay = self._open[0], self.shared.replay
+        if (commit.seq, commit.row) != (grant.seq, grant.row):
+            return f"it is for grant {commit.seq} at row {commit.row}; expected grant {grant.seq} at row {grant.row}"
+        rows = replay.ticks_per_chunk * replay.layout.num_envs
+        # The collector counts states that diverged since it began, and by then it may have gathered one chunk more.
+        limits = {
+            "agent_steps": rows,
+            "env_frames": commit.agent_steps * MAX_REPEAT,
+            "num_episodes": rows,
+            "num_diverged": (self._num_commits + 3) * rows,
+            "policy_version": newest_version,
+        }
+        for name, limit in limits.items():
+            if getattr(commit, name) > limit:
+                return f"its {name} is {getattr(commit, name)}; expected at most {limit}"
+        return None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,18 +18,17 @@ from learner_proc.metrics_writer import MetricsWriter
 from learner_proc.pacing import Pacing
 from learner_proc.publisher import Publisher
 from learner_proc.replay import Replay
-from learner_proc.replay_files import load_replay
 from learner_proc.saver import Saver, restore
 from learner_proc.startup import allocate_replay, build_gradient_step, build_measurements, build_step
 from learner_proc.streaming import Chunk
 from learner_proc.totals import Counters
 from shared import metrics
-from shared.checkpoints import Checkpoint, settle
 from shared.errors import TransportError
 from shared.geometry import Geometry
 from shared.gpu import describe_gpu
 from shared.process import Process
 from shared.run_folder import RunFolder
+from shared.socket_folder import WEIGHTS_SOCKET, obtain_secret
 from shared.stream import StreamSpec
 
 # A collector may take this many times deadlines.start_s until its self-test arrives. It is more than 1, so that launch
@@ -47,13 +47,11 @@ class WaitingLearner:
         """resume: continue from the newest checkpoint. Raises: SettingError if there is none."""
         settings = process.settings
         self._process, self._device, self._geometry = process, device, Geometry.of(settings)
-        self._checkpoint: Checkpoint | None = None
+        self._folder: Path | None = None
         self._saved: dict[str, Any] = {}
         if resume:
             process.progress.phase("resuming")
-            root, advance = RunFolder(process.run_dir).checkpoints, process.progress.advance
-            settle(root)
-            self._checkpoint, self._saved = checkpoint.load_newest(root, on_block=advance)
+            self._folder, self._saved = checkpoint.load_newest(RunFolder(process.run_dir).checkpoints)
         self.counters = Counters(**self._saved.get("counters", {}))
         self.pacing = Pacing(
             self._geometry.frames_per_chunk,
@@ -66,9 +64,10 @@ class WaitingLearner:
         geometry, counters, pacing = self._geometry, self.counters, self.pacing
         handshake = Handshake(
             run_id=process.run.run_id,
+            secret=obtain_secret(process.run.socket_dir),
             num_envs=geometry.num_envs,
             allocate=partial(
-                allocate_and_restore, process, geometry, device=device, pacing=pacing, saved=self._checkpoint
+                allocate_and_restore, process, geometry, device=device, pacing=pacing, folder=self._folder
             ),
             random_frames=partial(remaining_random_frames, counters=counters, pacing=pacing),
             agent_steps=lambda: counters.agent_steps,
@@ -77,7 +76,11 @@ class WaitingLearner:
             self_test_s=SELF_TEST_STARTS * settings.deadlines.start_s,
         )
         self.link = CollectorLink(
-            process.run.socket_dir, handshake, check_sums=settings.replay_buffer.checksum, log=process.log
+            process.run.socket_dir,
+            handshake,
+            check_sums=settings.replay_buffer.checksum,
+            log=process.log,
+            newest_version=lambda: counters.policy_version,
         )
         self._early: list[Chunk] = []  # chunks that were committed before the networks existed
 
@@ -131,8 +134,7 @@ class WaitingLearner:
         step = build_gradient_step(shared.spec, process.settings, device=self._device)
         update = build_step(step, shared.replay, process.settings, self._geometry, device=self._device)
         if self._saved:
-            assert self._checkpoint is not None
-            restore(self._saved, self._checkpoint.folder, step, shared.replay, device=self._device)
+            restore(self._saved, self._folder, step, shared.replay, device=self._device)
         measurements = build_measurements(step, shared.replay, process.settings, device=self._device)
         startup_s = time.monotonic() - began
         process.log.info("networks ready", seconds=round(startup_s, 2), parameters=step.parameter_counts())
@@ -148,7 +150,7 @@ class WaitingLearner:
             update=update,
             measurements=measurements,
             writer=writer,
-            saver=Saver(process, shared, step, self.counters, writer, device=self._device, saved=self._checkpoint),
+            saver=Saver(process, shared, step, self.counters, writer.episodes, device=self._device),
             publisher=Publisher(
                 step.policy,
                 socket_dir=process.run.socket_dir,
@@ -156,6 +158,7 @@ class WaitingLearner:
                 version=self.counters.policy_version,
             ),
         )
+        self.link.listener.watch.add(WEIGHTS_SOCKET, learner.publisher.bind_again)
         for chunk in self._early:
             learner.take(chunk)
         learner.publish()
@@ -190,20 +193,20 @@ def allocate_and_restore(
     *,
     device: torch.device,
     pacing: Pacing,
-    saved: Checkpoint | None,
+    folder: Path | None,
 ) -> tuple[Replay, int | None]:
-    """Allocate the replay and fill it from the checkpoint `saved`, if there is one. Return it and its memfd.
+    """Allocate the replay and fill it from the checkpoint in `folder`, if there is one. Return it and its memfd.
 
     Restored rows shorten the prefill.
     """
     replay, fd = allocate_replay(spec, process.settings, geometry, device=device, on_gpu=on_gpu)
-    if saved is not None:
+    if folder is not None:
         process.progress.phase("resuming")
         advance = process.progress.advance
-        rows = load_replay(saved, replay, spec_digest=spec.digest(), on_block=advance)
+        rows = checkpoint.load_replay(folder, replay, spec_digest=spec.digest(), on_block=advance)
         process.progress.phase("hello")
         pacing.prefill = max(0, geometry.prefill_frames - rows * spec.num_envs)
-        process.log.info("replay restored", rows=rows, checkpoint=str(saved.folder))
+        process.log.info("replay restored", rows=rows, checkpoint=str(folder))
     memory = describe_gpu(str(replay.slab.device))
     process.log.info(
         "replay allocated", num_bytes=replay.slab.numel(), memory=memory, trains_on=describe_gpu(str(device))

@@ -5,9 +5,21 @@ from __future__ import annotations
 import errno
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+
+@contextmanager
+def private_files() -> Iterator[None]:
+    """Give no rights to other users on the files that this process, and processes that it starts, create meanwhile."""
+    before = os.umask(0o077)
+    os.umask(before | 0o077)
+    try:
+        yield
+    finally:
+        os.umask(before)
 
 
 def write_atomic(path: Path, content: str | bytes) -> None:
@@ -27,14 +39,9 @@ def write_atomic(path: Path, content: str | bytes) -> None:
     except BaseException:
         partial.unlink(missing_ok=True)  # it may fill a disk that is full already
         raise
-    sync_folder(path.parent)
-
-
-def sync_folder(path: Path) -> None:
-    """Flush the names in a folder to the disk. Without this, a power failure could undo a rename."""
-    folder = os.open(path, os.O_RDONLY)
+    folder = os.open(path.parent, os.O_RDONLY)
     try:
-        os.fsync(folder)
+        os.fsync(folder)  # without this, a power failure could undo the rename
     finally:
         os.close(folder)
 

@@ -25,16 +25,17 @@ from typing import TYPE_CHECKING, Any
 import structlog
 
 from shared.errors import HandoverError, TransportError
-from shared.messages import MAX_MESSAGE_BYTES, MalformedMessage, Message, decode, encode
+from shared.messages import MAX_MESSAGE_BYTES, MalformedMessage, Message, Welcome, decode, encode
+from shared.socket_folder import REPLAY_SOCKET
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterable
 
     import torch
     from torch import Tensor
 
 HOST_REPLAY = "keep the replay in host memory with replay_buffer.gpu_storage=false"
-SOCKET_NAME = "replay.sock"
+MAX_MALFORMED = 8  # malformed messages that one call of `Channel.receive` drops; the others wait in the socket
 
 
 class Disconnected(TransportError):
@@ -44,7 +45,7 @@ class Disconnected(TransportError):
 def listen(socket_dir: str | Path) -> socket.socket:
     """Return the learner's listening socket, non-blocking, in the run's folder for sockets."""
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    listener.bind(str(Path(socket_dir) / SOCKET_NAME))
+    listener.bind(str(Path(socket_dir) / REPLAY_SOCKET))
     listener.listen(4)
     listener.setblocking(False)
     return listener
@@ -55,7 +56,7 @@ def connect(socket_dir: str | Path, *, deadline_s: float, alive: Callable[[], No
 
     Raises: TransportError if no process listens within `deadline_s` seconds.
     """
-    path, end = str(Path(socket_dir) / SOCKET_NAME), time.monotonic() + deadline_s
+    path, end = str(Path(socket_dir) / REPLAY_SOCKET), time.monotonic() + deadline_s
     while True:
         sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         sock.setblocking(False)  # otherwise connect() waits without a deadline while the learner's queue is full
@@ -127,27 +128,32 @@ class Channel:
     def receive(self) -> tuple[Message, tuple[int, ...]] | None:
         """Return the next message and the descriptors that came with it, or None if no message has arrived.
 
+        Only a Welcome may bring descriptors; those of other messages are closed. After MAX_MALFORMED malformed messages
+        the result is None too, so that a process that sends many of them cannot keep this one busy.
         Raises: Disconnected at end of file.
         """
-        while True:
+        for _ in range(MAX_MALFORMED):
             try:
-                raw, fds, _, _ = socket.recv_fds(self._socket, MAX_MESSAGE_BYTES + 1, 1)
+                raw, fds, _, _ = socket.recv_fds(self._socket, MAX_MESSAGE_BYTES + 1, 1, socket.MSG_CMSG_CLOEXEC)
             except BlockingIOError:
                 return None
             except ConnectionResetError:
                 # The other process ended with unread messages. The kernel reports this once, before the messages that
                 # it had sent: read on to the end of file, because commits among them count.
                 continue
-            if not raw:
-                for fd in fds:
-                    os.close(fd)
-                raise Disconnected("the other process closed the connection")
             try:
-                return decode(raw), tuple(fds)
+                if not raw:
+                    raise Disconnected("the other process closed the connection")
+                message = decode(raw)
+                if isinstance(message, Welcome):
+                    taken, fds = tuple(fds), []
+                    return message, taken
+                return message, ()
             except MalformedMessage:
                 self.num_malformed += 1
-                for fd in fds:
-                    os.close(fd)
+            finally:
+                close_descriptors(fds)
+        return None
 
     def wait(self, timeout_s: float) -> bool:
         """Return True as soon as a message or the end of file can be read, False after `timeout_s` seconds."""
@@ -189,6 +195,13 @@ class Channel:
         poller = select.poll()  # select() fails for descriptors above 1023, and a simulator may have that many open
         poller.register(self._socket, event)
         return bool(poller.poll(timeout_s * 1000.0))
+
+
+def close_descriptors(descriptors: Iterable[int]) -> None:
+    """Close descriptors that came with a message and are not used."""
+    for descriptor in descriptors:
+        with contextlib.suppress(OSError):
+            os.close(descriptor)
 
 
 def create_memfd_slab(num_bytes: int) -> tuple[Tensor, int]:

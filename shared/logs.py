@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import time
 from collections.abc import MutableMapping
 from contextlib import suppress
 from pathlib import Path
@@ -12,6 +14,8 @@ import structlog
 from shared.files import LineFile
 from shared.output import write_error
 
+EVERY_S = 10.0  # seconds between two lines of a `LimitedLog` about the same event
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 _SHOWN_LEVELS = ("warning", "error", "critical")
 
 
@@ -50,6 +54,47 @@ class _LogFile:
     debug = info = warning = error = critical = exception = msg
 
 
+class LimitedLog:
+    """Logs each event at once, and then at most once in EVERY_S seconds, with the number of times that it happened.
+
+    For events that another process can cause as often as it likes.
+    """
+
+    def __init__(self, log: structlog.typing.FilteringBoundLogger | None = None) -> None:
+        """log: by default, the logger of this process."""
+        self._log = structlog.get_logger() if log is None else log
+        self._logged_at: dict[str, float] = {}
+        self._kept: dict[str, tuple[str, int, dict[str, Any]]] = {}  # event -> level, number and newest details
+
+    def warning(self, event: str, *, number: int = 1, **details: Any) -> None:
+        """Log a warning that happened `number` times."""
+        self._note("warning", event, number, details)
+
+    def error(self, event: str, *, number: int = 1, **details: Any) -> None:
+        """Log an error that happened `number` times."""
+        self._note("error", event, number, details)
+
+    def flush(self, *, now: bool = False) -> None:
+        """Log what was kept back and is due. `now`: log all of it."""
+        for event in [event for event in self._kept if now or self._is_due(event)]:
+            level, number, details = self._kept.pop(event)
+            self._write(level, event, number, details)
+
+    def _note(self, level: str, event: str, number: int, details: dict[str, Any]) -> None:
+        if event in self._kept:
+            number += self._kept[event][1]
+        self._kept[event] = (level, number, details)
+        self.flush()
+
+    def _is_due(self, event: str) -> bool:
+        return time.monotonic() - self._logged_at.get(event, -EVERY_S) >= EVERY_S
+
+    def _write(self, level: str, event: str, number: int, details: dict[str, Any]) -> None:
+        self._logged_at[event] = time.monotonic()
+        times = {"number": number} if number > 1 else {}
+        getattr(self._log, level)(event, **times, **details)
+
+
 def _show_on_stderr(logger: Any, method: str, event: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
     """Write warnings and errors to stderr, and pass every event on unchanged."""
     if event["level"] in _SHOWN_LEVELS:
@@ -62,4 +107,5 @@ def human_line(event: MutableMapping[str, Any]) -> str:
     not_details = ("event", "level", "timestamp", "process", "exception")
     details = "".join(f" {key}={value}" for key, value in event.items() if key not in not_details)
     trace = f"\n{event['exception']}" if "exception" in event else ""
-    return f"{event.get('process', '?')} {event['level']}: {event['event']}{details}{trace}"
+    line = f"{event.get('process', '?')} {event['level']}: {event['event']}{details}{trace}"
+    return _CONTROL.sub("?", line)  # a text of another process could otherwise move the cursor of the terminal

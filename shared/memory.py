@@ -11,7 +11,7 @@ import contextlib
 import errno
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -72,10 +72,15 @@ def own_rss_bytes() -> int:
     return sum(_proportional_bytes(process) for process in (pid, *children))
 
 
-def total_bytes(meminfo: Path = Path("/proc/meminfo"), limit: Path = Path("/sys/fs/cgroup/memory.max")) -> int | None:
-    """Return how much memory this machine or container has, with its swap; None if that is not known.
+def total_bytes(
+    meminfo: Path = Path("/proc/meminfo"),
+    cgroups: Path = Path("/sys/fs/cgroup"),
+    own_groups: Path = Path("/proc/self/cgroup"),
+) -> int | None:
+    """Return how much memory this process may use: that of the machine, with its swap, or of its control group.
 
-    meminfo: lists the memory of the machine. limit: limits that of the container, in bytes; absent without a limit.
+    None if it is not known. meminfo: lists the memory of the machine. cgroups: the tree of control groups, of version 1
+    or 2. own_groups: names the groups of this process; the limit of each group above them counts too.
     """
     sizes = {}
     with contextlib.suppress(OSError):
@@ -85,9 +90,25 @@ def total_bytes(meminfo: Path = Path("/proc/meminfo"), limit: Path = Path("/sys/
                 sizes[name] = 1024 * int(size.split()[0])
     if "MemTotal" not in sizes:
         return None
-    with contextlib.suppress(OSError, ValueError):  # ValueError: the text "max", so there is no limit
-        return min(sum(sizes.values()), int(limit.read_text()))
-    return sum(sizes.values())
+    return min([sum(sizes.values()), *_group_limits(cgroups, own_groups)])
+
+
+def _group_limits(cgroups: Path, own_groups: Path) -> Iterator[int]:
+    """Yield the memory limit of every control group above this process. A group without a limit is left out."""
+    lines = ["0::/"]  # a container sees its own group as the root
+    with contextlib.suppress(OSError):
+        lines += own_groups.read_text().splitlines()
+    for line in lines:
+        _, controllers, path = (line.split(":", 2) + ["", ""])[:3]
+        if controllers and "memory" not in controllers.split(","):
+            continue
+        root, name = (cgroups / "memory", "memory.limit_in_bytes") if controllers else (cgroups, "memory.max")
+        group = root / path.lstrip("/")
+        for folder in (group, *group.parents):
+            with contextlib.suppress(OSError, ValueError):  # ValueError: the text "max", so there is no limit
+                yield int((folder / name).read_text())
+            if folder == root:
+                break
 
 
 def is_out_of_memory(error: BaseException) -> bool:

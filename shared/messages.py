@@ -14,10 +14,13 @@ from typing import Any
 
 import msgpack
 
-PROTOCOL = 4
+from shared.socket_folder import SECRET_BYTES
+
+PROTOCOL = 5
 MAX_MESSAGE_BYTES = 64 * 1024
 MAX_REASON_CHARS = 2048
 MAX_EPISODES = 2048  # finished episodes that one commit describes; it counts all of them
+MAX_DEPTH = 4  # of lists and maps inside each other: a stream has shapes in entries in a map of observations
 _COUNT = 1 << 48  # the largest count that a message may hold
 
 
@@ -30,9 +33,15 @@ def _int(maximum: int = _COUNT, minimum: int = 0, default: Any = MISSING) -> Any
     return field(default=default, metadata={"kind": int, "minimum": minimum, "maximum": maximum})
 
 
-def _bounded(kind: type, maximum: int, default: Any = MISSING) -> Any:
-    """Return the dataclass field of a float up to a maximum, or of a text, bytes, list or dict up to a length."""
-    return field(default=default, metadata={"kind": kind, "maximum": maximum})
+def _bounded(kind: type, maximum: int, default: Any = MISSING, minimum: int = 0) -> Any:
+    """Return the dataclass field of a float within bounds, or of a text, bytes, list or dict of a bounded length."""
+    return field(default=default, metadata={"kind": kind, "minimum": minimum, "maximum": maximum})
+
+
+def _secret() -> Any:
+    """Return the dataclass field of the run's secret (`shared.socket_folder`). It is never shown."""
+    metadata = {"kind": bytes, "minimum": SECRET_BYTES, "maximum": SECRET_BYTES}
+    return field(repr=False, metadata=metadata)
 
 
 @dataclass(frozen=True)
@@ -41,6 +50,7 @@ class Hello:
 
     protocol: int = _int(1 << 16)
     run_id: str = _bounded(str, 64)
+    secret: bytes = _secret()
     incarnation: int = _int(1 << 32)
     pid: int = _int(1 << 32)
     spec: dict = _bounded(dict, 64)
@@ -56,6 +66,7 @@ class Welcome:
     and `uuid` names the GPU.
     """
 
+    secret: bytes = _secret()
     transport: str = _bounded(str, 16)
     num_bytes: int = _int()
     capacity: int = _int()
@@ -157,7 +168,8 @@ def decode(raw: bytes) -> Message:
     name = values.pop("type", None) if isinstance(values, dict) else None
     cls = _TYPES.get(name) if isinstance(name, str) else None
     if cls is None:
-        raise MalformedMessage(f"a message has the type {name!r:.50}; expected one of {', '.join(_TYPES)}")
+        shown = repr(name[:50]) if isinstance(name, str) else f"of {type(name).__name__}"  # repr of it may not end
+        raise MalformedMessage(f"a message has the type {shown}; expected one of {', '.join(_TYPES)}")
     _check(cls, values)
     message = cls(**values)
     if isinstance(message, Commit):
@@ -184,7 +196,7 @@ def _check_episodes(commit: Commit) -> None:
 
 
 def _packed(values: dict) -> bytes:
-    raw = msgpack.packb(values)
+    raw = msgpack.packb(values, unicode_errors="replace")  # a reason may name a file whose name is not valid text
     assert raw is not None  # None is possible for packers with a buffer of their own
     return raw
 
@@ -205,3 +217,14 @@ def _check(cls: type, values: dict) -> None:
         if not lowest <= size <= highest:
             what = "is" if kind in (int, float) else "has the length"
             raise MalformedMessage(f"{cls.__name__}.{name} {what} {size}; expected {lowest} to {highest}")
+        if kind in (list, dict) and not _is_flat(value, MAX_DEPTH):
+            raise MalformedMessage(f"{cls.__name__}.{name} is nested deeper than {MAX_DEPTH} levels; expected less")
+
+
+def _is_flat(value: Any, depth: int) -> bool:
+    """Return whether lists and maps are nested at most `depth` levels deep."""
+    if not isinstance(value, list | dict):
+        return True
+    return depth > 0 and all(
+        _is_flat(part, depth - 1) for part in (value.values() if isinstance(value, dict) else value)
+    )

@@ -30,6 +30,8 @@ ALIGNMENT = 256
 # itself. An IPC handle exports a whole segment, so the slab must have one for itself.
 SLAB_UNIT = 2 * 1024 * 1024
 SLAB_MINIMUM = 20 * 1024 * 1024
+MAX_OBS = 256  # observation entries
+MAX_DIMS = 8  # dimensions of an entry
 MAX_ROW_VALUES = 1 << 32  # values in one row of all environments; no simulator has more
 DTYPE_BYTES = {"float32": 4, "int64": 8, "uint8": 1, "bool": 1}
 
@@ -101,12 +103,13 @@ class StreamSpec:
     def from_dict(raw: dict) -> StreamSpec:
         """Return the spec that `to_dict` gave. Raises: ValueError if it is malformed or out of bounds."""
         try:
-            obs = {str(k): ObsSpec(tuple(int(n) for n in v["shape"]), str(v["dtype"])) for k, v in raw["obs"].items()}
-            spec = StreamSpec(int(raw["num_envs"]), obs, int(raw["action_dim"]))
-        except (KeyError, TypeError, AttributeError, OverflowError, ValueError) as error:
+            obs = {name: ObsSpec(tuple(entry["shape"]), entry["dtype"]) for name, entry in raw["obs"].items()}
+            spec = StreamSpec(raw["num_envs"], obs, raw["action_dim"])
+            _check_types(spec)
+        except (KeyError, TypeError, AttributeError) as error:
             raise ValueError(
-                f"malformed stream spec {raw!r:.200}: {error!r}; expected num_envs, action_dim, and obs with a shape "
-                "and a dtype for each entry"
+                f"malformed stream spec {raw!r:.200}: {error!r:.200}; expected num_envs, action_dim, and obs with a "
+                "shape and a dtype for each entry"
             ) from error
         sizes = [spec.num_envs, spec.action_dim, *(n for o in obs.values() for n in o.shape)]
         row_values = spec.num_envs * (spec.action_dim + sum(math.prod(o.shape) for o in obs.values()))
@@ -125,6 +128,21 @@ class StreamSpec:
     def digest(self) -> str:
         """Return a short hash by which two specs are compared."""
         return hashlib.sha256(repr(self.to_dict()).encode()).hexdigest()[:16]
+
+
+def _check_types(spec: StreamSpec) -> None:
+    """Check names and types of a spec that another process sent. Raises: TypeError."""
+    if not 1 <= len(spec.obs) <= MAX_OBS:
+        raise TypeError(f"{len(spec.obs)} observation entries, expected 1 to {MAX_OBS}")
+    for name, entry in spec.obs.items():
+        # A dot would be read as one more level of the TensorDict, and the names are shown in a terminal.
+        if not isinstance(name, str) or not name.isprintable() or "." in name or not 0 < len(name) <= 200:
+            raise TypeError(f"an entry has the name {name!r:.50}, expected 1 to 200 printable characters without a dot")
+        if type(entry.dtype) is not str or len(entry.shape) > MAX_DIMS:
+            raise TypeError(f"{name!r} has the dtype {entry.dtype!r:.20} and {len(entry.shape)} dimensions")
+    sizes = [spec.num_envs, spec.action_dim, *(n for entry in spec.obs.values() for n in entry.shape)]
+    if any(type(size) is not int for size in sizes):
+        raise TypeError("a size that is not an integer")
 
 
 @dataclass(frozen=True)

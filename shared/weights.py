@@ -1,33 +1,43 @@
 """The weights of the acting policy in one ZeroMQ frame, with a version. The collector receives only the newest.
 
-    frame = uint32 header length | msgpack header {run_id, version, manifest, num_bytes} | raw bytes of every tensor
+    frame = uint32 header length | msgpack header | raw bytes of every tensor
+    header = {run_id, secret, version, manifest, num_bytes}
 
 The learner publishes (PUB) and the collector subscribes (SUB) over ipc. Both set CONFLATE, which keeps
 only the newest frame; with a high-water mark, ZeroMQ would drop new frames and keep the oldest. The manifest is a hash
 of the names, shapes and dtypes in order. Each process computes it from its own modules, so weights that do not fit are
-refused.
+refused. The secret of the run (`shared.socket_folder`) shows that this run's learner has sent them.
 """
 
 from __future__ import annotations
 
 import hashlib
+import hmac
 import struct
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import msgpack
 import zmq
 
+from shared.socket_folder import WEIGHTS_SOCKET
+
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-SOCKET_NAME = "weights.sock"
+MAX_VERSION = 1 << 48
+_HEADER = {"run_id": str, "secret": bytes, "version": int, "manifest": str, "num_bytes": int}
 _MAX_HEADER_BYTES = 1024
+_MAX_REQUEST_BYTES = 256  # the longest message that a subscriber may send to the learner
 
 
 class WeightsError(ValueError):
     """A frame that does not fit this run or its modules. The receiver counts and drops it."""
+
+
+class ForeignWeightsError(WeightsError):
+    """A frame of another run, or without this run's secret: another process has the endpoint of the weights."""
 
 
 def acting_tensors(module: nn.Module) -> dict[str, Tensor]:
@@ -56,15 +66,38 @@ def flat_bytes(tensors: Iterable[Tensor]) -> int:
     return sum(_aligned(tensor.nbytes) for tensor in tensors)
 
 
-def pack_header(*, run_id: str, version: int, manifest: str, num_bytes: int) -> bytes:
+def pack_header(*, run_id: str, secret: bytes, version: int, manifest: str, num_bytes: int) -> bytes:
     """Return the start of a frame, up to the raw bytes; `num_bytes` is their size."""
-    header = msgpack.packb({"run_id": run_id, "version": version, "manifest": manifest, "num_bytes": num_bytes})
-    assert header is not None  # None is possible for packers with a buffer of their own
-    return struct.pack("<I", len(header)) + header
+    header = {"run_id": run_id, "secret": secret, "version": version, "manifest": manifest, "num_bytes": num_bytes}
+    packed = msgpack.packb(header)
+    assert packed is not None  # None is possible for packers with a buffer of their own
+    return struct.pack("<I", len(packed)) + packed
 
 
-def unpack_frame(frame: memoryview, *, run_id: str, manifest: str, num_bytes: int) -> tuple[int, memoryview]:
-    """Return the version and the raw weights of a frame. Raises: WeightsError if it is not for this run and modules."""
+def unpack_frame(
+    frame: memoryview, *, run_id: str, secret: bytes, manifest: str, num_bytes: int
+) -> tuple[int, memoryview]:
+    """Return the version and the raw weights of a frame.
+
+    Raises: ForeignWeightsError if another process than this run's learner made it; WeightsError if it is malformed or
+    not for these modules.
+    """
+    header, weights = _split(frame)
+    if header["run_id"] != run_id or not hmac.compare_digest(header["secret"], secret):
+        raise ForeignWeightsError(
+            f"weights of run {header['run_id'][:64]!r} arrived, "
+            + ("without the secret of this run" if header["run_id"] == run_id else f"expected run {run_id!r}")
+        )
+    version, found = header["version"], (header["manifest"][:64], header["num_bytes"], len(weights))
+    if found != (manifest, num_bytes, num_bytes):
+        raise WeightsError(f"a frame is for the networks {found}; expected {(manifest, num_bytes, num_bytes)}")
+    if not 1 <= version <= MAX_VERSION:
+        raise WeightsError(f"a frame has version {version}; expected 1 to {MAX_VERSION}")
+    return version, weights
+
+
+def _split(frame: memoryview) -> tuple[dict[str, Any], memoryview]:
+    """Return the header of a frame, with fields of the right types, and the raw weights. Raises: WeightsError."""
     if len(frame) < 4:
         raise WeightsError(f"a frame has {len(frame)} bytes; expected at least 4")
     length = struct.unpack_from("<I", frame)[0]
@@ -75,14 +108,11 @@ def unpack_frame(frame: memoryview, *, run_id: str, manifest: str, num_bytes: in
         )
     try:
         header = msgpack.unpackb(frame[4 : 4 + length])
-        got = (header["run_id"], header["manifest"], header["num_bytes"], len(frame) - 4 - length)
-        version = header["version"]
     except Exception as error:  # msgpack raises many unrelated types
         raise WeightsError(f"a frame's header cannot be read: {error!r:.100}; expected msgpack") from error
-    expected = (run_id, manifest, num_bytes, num_bytes)
-    if got != expected or type(version) is not int:
-        raise WeightsError(f"a frame has version {version!r:.20} for {got!r:.200}; expected {expected!r:.200}")
-    return version, frame[4 + length :]
+    if not isinstance(header, dict) or {key: type(value) for key, value in header.items()} != _HEADER:
+        raise WeightsError(f"a frame's header has other fields than expected; expected {', '.join(_HEADER)}")
+    return header, frame[4 + length :]
 
 
 def publisher_socket(socket_dir: str | Path) -> zmq.Socket:
@@ -90,7 +120,8 @@ def publisher_socket(socket_dir: str | Path) -> zmq.Socket:
     socket = zmq.Context.instance().socket(zmq.PUB)
     socket.setsockopt(zmq.CONFLATE, 1)
     socket.setsockopt(zmq.LINGER, 0)
-    socket.bind(f"ipc://{Path(socket_dir) / SOCKET_NAME}")
+    socket.setsockopt(zmq.MAXMSGSIZE, _MAX_REQUEST_BYTES)  # of subscriptions: nothing else is ever received here
+    socket.bind(endpoint(socket_dir))
     return socket
 
 
@@ -101,8 +132,13 @@ def subscriber_socket(socket_dir: str | Path, *, max_bytes: int) -> zmq.Socket:
     socket.setsockopt(zmq.LINGER, 0)
     socket.setsockopt(zmq.MAXMSGSIZE, max_bytes + 4 + _MAX_HEADER_BYTES)
     socket.setsockopt(zmq.SUBSCRIBE, b"")
-    socket.connect(f"ipc://{Path(socket_dir) / SOCKET_NAME}")
+    socket.connect(endpoint(socket_dir))
     return socket
+
+
+def endpoint(socket_dir: str | Path) -> str:
+    """Return the address of the weights. A second process can bind it, without an error for the first one."""
+    return f"ipc://{Path(socket_dir) / WEIGHTS_SOCKET}"
 
 
 def _aligned(num_bytes: int) -> int:

@@ -18,6 +18,7 @@ import pytest
 import launch
 from launcher.forwarding import SUMMARY_KEYS
 from launcher.run_folder import create_run_folder, open_run_folder
+from shared.socket_folder import make_socket_dir
 from tests.fakes.child import ROW, save_checkpoint
 from tests.processes import exit_code_after_its_terminal_closes
 
@@ -427,17 +428,39 @@ def test_a_run_whose_folder_is_deleted_ends_with_that_reason(tmp_path: Path) -> 
 
 
 def test_the_resume_of_a_copy_leaves_the_sockets_of_the_original_alone(tmp_path: Path) -> None:
-    run, sockets = tmp_path / "run", tmp_path / "tandem-active"
+    run = tmp_path / "run"
     assert _launch(run, "finish", "serve") == 0
     save_checkpoint(run, 20)
+    sockets = make_socket_dir()
+    described = json.loads((run / "run.json").read_text()) | {"socket_dir": str(sockets)}
+    (run / "run.json").write_text(json.dumps(described))
+    shutil.copytree(run, tmp_path / "copy")
     for folder, kept in ((tmp_path / "copy", True), (run, False)):
-        sockets.mkdir(exist_ok=True)
-        described = json.loads((run / "run.json").read_text()) | {"socket_dir": str(sockets)}
-        (run / "run.json").write_text(json.dumps(described))
-        if folder != run:
-            shutil.copytree(run, folder)
         assert launch.main(["--resume", str(folder)], commands=_commands("finish", "serve")) == 0
         assert sockets.exists() == kept
+
+
+@pytest.mark.parametrize("precious", ["results", "tandem-results"])
+def test_a_resume_removes_no_folder_that_is_not_a_folder_of_sockets(precious: str, tmp_path: Path) -> None:
+    run, named = tmp_path / "run", tmp_path / precious
+    assert _launch(run, "finish", "serve") == 0
+    save_checkpoint(run, 20)
+    named.mkdir(mode=0o700)
+    (named / "results.csv").write_text("1, 2, 3")
+    described = json.loads((run / "run.json").read_text()) | {"socket_dir": str(named)}
+    (run / "run.json").write_text(json.dumps(described))
+    assert launch.main(["--resume", str(run)], commands=_commands("finish", "serve")) == 0
+    assert (named / "results.csv").read_text() == "1, 2, 3"
+
+
+def test_other_users_can_neither_read_nor_write_the_files_of_a_run(tmp_path: Path) -> None:
+    run, before = tmp_path / "run", os.umask(0)
+    try:
+        assert _launch(run, "finish", "serve") == 0
+    finally:
+        os.umask(before)
+    assert (run / "run.json").is_file() and (run / "logs").is_dir()
+    assert [path for path in (run, *run.rglob("*")) if path.stat().st_mode & 0o077] == []
 
 
 def test_an_interrupt_before_training_ends_the_run_within_seconds_even_if_the_learner_compiles(tmp_path: Path) -> None:

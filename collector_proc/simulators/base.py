@@ -46,8 +46,19 @@ class Arrival:
     diverged: Tensor | None = None
 
 
+@dataclass(frozen=True)
+class ActionRange:
+    """The simulator's own values of the actions -1 and 1, one number for each action value."""
+
+    low: tuple[float, ...]
+    high: tuple[float, ...]
+
+
 class Simulator(Protocol):
-    """E environments that are stepped together."""
+    """E environments that are stepped together.
+
+    It may also have an attribute `action_range`, an ActionRange. Then exported policies act in the simulator's units.
+    """
 
     spec: StreamSpec
     device: str  # where arrivals are, and where actions must be

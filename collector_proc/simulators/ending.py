@@ -25,6 +25,11 @@ def end_hard() -> None:
 
 def run(main: Callable[[], int]) -> NoReturn:
     """Run `main` and end the process with the exit code that it returns, or with 1 if it raises an exception."""
+    sys.exit(guarded(main))
+
+
+def guarded(main: Callable[[], int]) -> int:
+    """Run `main` and return its exit code. If `end_hard` was called meanwhile, end the process instead."""
     try:
         code = main()
     except SystemExit as asked:
@@ -38,7 +43,7 @@ def run(main: Callable[[], int]) -> NoReturn:
             traceback.print_exc()
         code = 1
     if not _state["hard"]:
-        sys.exit(code)
+        return code
     try:
         for stream in (sys.stdout, sys.stderr):
             with contextlib.suppress(Exception):

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from functools import partial
-
-from collector_proc.simulators import ending
 from launcher import probe
 from launcher.parser import command_name
 
 
 def main(arguments: list[str]) -> int:
-    """Run the probe and end this process with the probe's exit code."""
-    ending.run(partial(probe.main, arguments, prog=f"{command_name()} probe"))
+    """Run the probe and return its exit code."""
+    return probe.main(arguments, prog=f"{command_name()} probe")

@@ -24,6 +24,7 @@ from shared.lifetime import StopFlag
 from shared.memory import Memory, MemoryMeter, own_rss_bytes
 from shared.messages import Commit, Grant, Welcome
 from shared.model.policy import Policy
+from shared.socket_folder import obtain_secret
 from shared.stream import ObsSpec, StreamSpec, plan_layout, ring_views
 from tests.fakes.fake_process import FakeProgress, fake_process
 from tests.fakes.late_copier import LateCopier
@@ -101,8 +102,9 @@ class Scene:
         layout = plan_layout(SPEC, CAPACITY)
         slab, descriptor = create_memfd_slab(layout.num_bytes)
         self.ring = ring_views(slab, layout)
+        secret = obtain_secret(folder)
         welcome = Welcome(
-            "memfd", layout.num_bytes, CAPACITY, "", [], 0, random_frames=random_frames, agent_steps=agent_steps
+            secret, "memfd", layout.num_bytes, CAPACITY, "", [], 0, random_frames=random_frames, agent_steps=agent_steps
         )
         self.learner.send(welcome, (descriptor,))
         for seq, row in enumerate(ROWS):
@@ -115,6 +117,7 @@ class Scene:
             SPEC,
             chosen.deadlines,
             run_id="run",
+            secret=secret,
             incarnation=incarnation,
             device=CPU,
             alive=process.alive,

@@ -24,6 +24,7 @@ from shared.messages import PROTOCOL, Grant, Hello, MappingFailed, Message, Refu
 from shared.stream import ObsSpec, StreamSpec, plan_layout, ring_views
 
 E, K, CAPACITY = 2, 3, 12
+SECRET = bytes(range(32))
 CPU = torch.device("cpu")
 SPEC = StreamSpec(E, {"policy": ObsSpec((1,), "float32")}, 1)
 LAYOUT = plan_layout(SPEC, CAPACITY)
@@ -38,11 +39,11 @@ def channels() -> tuple[Channel, Channel]:
 
 
 def connect(channel: Channel, *, alive: Callable[[], None] = lambda: None) -> Connection:
-    return open_replay(channel, SPEC, NO_WAIT, run_id="run", incarnation=4, device=CPU, alive=alive)
+    return open_replay(channel, SPEC, NO_WAIT, run_id="run", secret=SECRET, incarnation=4, device=CPU, alive=alive)
 
 
 def welcome(num_bytes: int = LAYOUT.num_bytes, *, nonce: int = 0) -> Welcome:
-    return Welcome("memfd", num_bytes, CAPACITY, "", [], test_row=6, random_frames=51, agent_steps=70, nonce=nonce)
+    return Welcome(SECRET, "memfd", num_bytes, CAPACITY, "", [], 6, random_frames=51, agent_steps=70, nonce=nonce)
 
 
 def received(channel: Channel) -> Message:
@@ -121,7 +122,7 @@ def test_a_learner_that_refuses_the_pattern_is_an_error_with_its_reason(channels
 class GpuMemory:
     """Plays the memory of the learner's GPU. `mapping`: a weak reference to what the collector has mapped."""
 
-    welcome = Welcome("cuda_ipc", LAYOUT.num_bytes, CAPACITY, "GPU-1", [b"handle"], 6, 51, 70)
+    welcome = Welcome(SECRET, "cuda_ipc", LAYOUT.num_bytes, CAPACITY, "GPU-1", [b"handle"], 6, 51, 70)
 
     def __init__(self) -> None:
         self.mapping: Callable[[], mmap.mmap | None] = lambda: None

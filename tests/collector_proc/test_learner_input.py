@@ -22,7 +22,10 @@ class FakeWeights:
     """A receiver of weights. `arriving`: the versions that the next calls of `adopt` find."""
 
     def __init__(self) -> None:
-        self.version, self.num_refused, self.arriving = 0, 0, []
+        self.version, self.num_refused, self.arriving, self.last_refusal = 0, 0, [], ""
+
+    def reconnect_if_silent(self) -> None:
+        return None
 
     def adopt(self) -> bool:
         if not self.arriving:

@@ -11,7 +11,8 @@ from torch import nn
 from collector_proc.weights_receiver import WeightsReceiver
 from learner_proc.publisher import Publisher
 from shared.model.capture import capture
-from shared.weights import acting_tensors
+from shared.socket_folder import WEIGHTS_SOCKET, FolderWatch, read_secret
+from shared.weights import acting_tensors, flat_bytes, manifest_of, pack_header, publisher_socket
 
 
 class Network(nn.Module):
@@ -73,6 +74,50 @@ def test_weights_of_another_run_are_refused_and_counted(tmp_path):
         time.sleep(0.01)
     assert receiver.num_refused > 0 and receiver.version == 0
     assert torch.equal(target.first.weight, before)
+    publisher.close()
+    receiver.close()
+
+
+def test_an_endpoint_that_another_process_takes_over_is_named_and_taken_back(tmp_path, monkeypatch):
+    monkeypatch.setattr("collector_proc.weights_receiver.RECONNECT_S", 0.0)
+    source, target = Network(1), Network(2)
+    publisher = Publisher(source, socket_dir=tmp_path, run_id="run")
+    watch = FolderWatch(tmp_path, read_secret(tmp_path))
+    watch.add(WEIGHTS_SOCKET, publisher.bind_again)
+    (tmp_path / WEIGHTS_SOCKET).unlink()
+    thief = publisher_socket(tmp_path)
+    receiver = WeightsReceiver(target, socket_dir=tmp_path, run_id="run")
+    manifest, num_bytes = manifest_of(acting_tensors(target)), flat_bytes(acting_tensors(target).values())
+    header = pack_header(run_id="run", secret=bytes(32), version=99, manifest=manifest, num_bytes=num_bytes)
+    end = time.monotonic() + 300
+    while receiver.num_refused == 0 and time.monotonic() < end:
+        thief.send(header + bytes(num_bytes))
+        publisher.publish(step=0)
+        assert not receiver.adopt()
+        time.sleep(0.005)
+    assert "without the secret of this run" in receiver.last_refusal
+    assert "another process" in watch.check_now()[WEIGHTS_SOCKET]
+    while receiver.version == 0 and time.monotonic() < end:
+        publisher.publish(step=0)
+        if not receiver.adopt():
+            receiver.reconnect_if_silent()
+        time.sleep(0.02)
+    assert 0 < receiver.version < 99 and (target.first.weight == source.first.weight).all()
+    assert watch.check_now() == {}
+    for part in (publisher, receiver, thief):
+        part.close()
+
+
+def test_a_connected_collector_keeps_getting_weights_after_the_endpoint_was_bound_again(tmp_path):
+    publisher, receiver = connect_pair(tmp_path, Network(1), Network(2))
+    publisher.publish(step=0)
+    end = time.monotonic() + 300
+    while not receiver.adopt() and time.monotonic() < end:
+        publisher.republish()
+        time.sleep(0.01)
+    publisher.bind_again()
+    publisher.publish(step=1)
+    adopt_version(receiver, publisher, 2)
     publisher.close()
     receiver.close()
 

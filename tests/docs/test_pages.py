@@ -18,8 +18,14 @@ SUFFIXES = (".py", ".md", ".yaml", ".yml", ".json", ".sbatch", ".toml", ".txt")
 KEYS = {key for key, _ in setting_keys()}
 SECTIONS = {key.partition(".")[0] for key in KEYS}
 SETTING = re.compile(rf"((?:{'|'.join(sorted(SECTIONS))})\.[a-z_.]+)(?:=\S+)?")
-# Files of a run folder, not of the repository.
-OF_A_RUN = ("config.yaml", "run.json", "metrics.jsonl", "summary.json", "manifest.json")
+OF_A_RUN = (
+    "config.yaml",
+    "run.json",
+    "metrics.jsonl",
+    "summary.json",
+    "policy.json",
+    "run_policy.py",
+)  # of a run folder, not of the repository
 
 
 def _each(page: Path) -> str:

@@ -32,7 +32,8 @@ from shared.metrics import METRICS, NAN_SKIPS
 from shared.model.policy import Policy
 from shared.process import Process
 from shared.progress import Progress
-from shared.run_folder import make_socket_dir, read_run, remove_socket_dir
+from shared.run_folder import read_run
+from shared.socket_folder import make_socket_dir, remove_socket_dir
 from shared.stream import StreamSpec
 from tests.processes import mapped_shared_memory
 
@@ -210,7 +211,7 @@ def run_dir(tmp_path):
     socket_dir = make_socket_dir()
     write_json(lock.folder.run_json, {"run_id": "integrity", "socket_dir": str(socket_dir)})
     yield lock.folder.path
-    remove_socket_dir(socket_dir)
+    remove_socket_dir(socket_dir, is_own=True)
     lock.release()
 
 

@@ -26,7 +26,6 @@ import sys
 import time
 from pathlib import Path
 
-from shared.checkpoints import Manifest, StoredFile, file_crc32, write_manifest
 from shared.lifetime import ExitCode, StopFlag, die_with_parent, enable_stack_dumps, install_stop_flag
 from shared.metrics import CollectorStatus
 from shared.progress import Progress
@@ -59,8 +58,7 @@ def save_checkpoint(run_dir: Path, step: int) -> Path:
     folder = run_dir / "checkpoints" / f"{step:08d}"
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "state.pt").write_text("networks")
-    stored = StoredFile(8, file_crc32(folder / "state.pt"))
-    write_manifest(folder, Manifest(step=step, serial=step, files={"state.pt": stored}))
+    (folder / "manifest.json").write_text(json.dumps({"step": step, "files": {"state.pt": 8}}))
     (folder.parent / "latest").write_text(folder.name)
     return folder
 

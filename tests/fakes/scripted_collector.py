@@ -11,6 +11,7 @@ from collector_proc.simulators.base import Arrival
 from collector_proc.writer import ChunkWriter
 from shared.handover import Channel, connect, map_memfd_slab
 from shared.messages import PROTOCOL, Commit, Grant, Hello, Message, SelfTest, Welcome
+from shared.socket_folder import read_secret
 from shared.stream import ObsSpec, StreamSpec, plan_layout, ring_views
 
 SPEC = StreamSpec(2, {"policy": ObsSpec((3,), "float32")}, 1)
@@ -26,11 +27,18 @@ class ScriptedCollector:
 
     def __init__(self, socket_dir: Path, ticks_per_chunk: int = 8) -> None:
         self.channel: Channel = connect(socket_dir, deadline_s=DEADLINE_S, alive=nothing)
-        self._ticks = ticks_per_chunk
+        self._ticks, self._secret = ticks_per_chunk, read_secret(socket_dir)
 
     def send_hello(self, **changes) -> None:
         """Send a valid hello of incarnation 0, except for the fields in `changes`."""
-        values = {"protocol": PROTOCOL, "run_id": "run", "incarnation": 0, "pid": 1, "spec": SPEC.to_dict()}
+        values = {
+            "protocol": PROTOCOL,
+            "run_id": "run",
+            "secret": self._secret,
+            "incarnation": 0,
+            "pid": 1,
+            "spec": SPEC.to_dict(),
+        }
         self.channel.send(Hello(**(values | changes)))
 
     def receive(self) -> Message:

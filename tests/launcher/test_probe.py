@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from collector_proc.simulators.base import Arrival
-from launcher import probe
+from launcher import devices, probe
 from launcher.devices import Gpu
 from launcher.probe import StreamCheck
 from shared.stream import ObsSpec, StreamSpec
@@ -34,7 +34,7 @@ def test_an_option_that_cannot_work_ends_the_probe_with_2_before_the_simulator_s
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     gpus = [Gpu(index, f"GPU-{index}", "H100") for index in range(num_gpus)]
-    monkeypatch.setattr(probe, "list_gpus", lambda: (gpus, ()))
+    monkeypatch.setattr(devices, "list_gpus", lambda: (gpus, ()))
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     monkeypatch.setattr(sys, "argv", ["probe", "--config", "quickstart", *options])
     with pytest.raises(SystemExit) as ended:

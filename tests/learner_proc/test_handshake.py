@@ -23,6 +23,7 @@ from shared.geometry import Geometry
 from shared.handover import Disconnected
 from shared.messages import Grant, MappingFailed, Refusal, SelfTest, Welcome
 from shared.process import Process
+from shared.socket_folder import obtain_secret
 from shared.stream import StreamSpec, plan_layout
 from tests.fakes.scripted_collector import ScriptedCollector
 from tests.processes import DEADLINE_S
@@ -47,8 +48,8 @@ class Scene:
             return Replay(self.slabs[-1], layout, ticks_per_chunk=8, seed=0, device=CPU), None
 
         made = Handshake(
-            run_id="run", num_envs=2, allocate=allocate, random_frames=lambda: 0, agent_steps=lambda: 0,
-            gpu_storage=gpu_storage, log=process.log,
+            run_id="run", secret=obtain_secret(folder), num_envs=2, allocate=allocate, random_frames=lambda: 0,
+            agent_steps=lambda: 0, gpu_storage=gpu_storage, log=process.log,
         )  # fmt: skip
         self.link = CollectorLink(folder, made, check_sums=False, log=process.log)
 

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
+import errno
+import os
+import socket
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,19 +17,24 @@ from learner_proc.handshake import Handshake, SharedReplay
 from learner_proc.link import CollectorLink
 from learner_proc.startup import allocate_replay
 from learner_proc.streaming import Streaming
+from shared.checksum import checksum
 from shared.errors import TransportError
 from shared.geometry import Geometry
 from shared.handover import Disconnected
-from shared.messages import PROTOCOL, Grant, Refusal
+from shared.messages import PROTOCOL, Commit, Grant, Refusal, encode
 from shared.process import Process
+from shared.socket_folder import obtain_secret
 from shared.stream import ObsSpec, StreamSpec
 from tests.fakes.scripted_collector import SPEC, ScriptedCollector
+
+HUGE = {f"entry {number}": ObsSpec((1 << 24,), "float32") for number in range(100)}  # a replay of 1.7 TB
 
 
 def make_link(process: Process, folder: Path, **options: float) -> CollectorLink:
     settings, cpu = process.settings, torch.device("cpu")
     handshake = Handshake(
         run_id="run",
+        secret=obtain_secret(folder),
         num_envs=2,
         allocate=lambda spec, on_gpu: allocate_replay(spec, settings, Geometry.of(settings), device=cpu),
         random_frames=lambda: 32,
@@ -34,7 +43,7 @@ def make_link(process: Process, folder: Path, **options: float) -> CollectorLink
         log=process.log,
         **options,
     )
-    return CollectorLink(folder, handshake, check_sums=True, log=process.log)
+    return CollectorLink(folder, handshake, check_sums=True, log=process.log, newest_version=lambda: 3)
 
 
 @pytest.fixture
@@ -52,6 +61,11 @@ def shared_of(link: CollectorLink) -> SharedReplay:
 def streaming_of(link: CollectorLink) -> Streaming:
     assert link.streaming is not None
     return link.streaming
+
+
+def checksum_at(link: CollectorLink, row: int) -> int:
+    replay = shared_of(link).replay
+    return checksum(replay.chunk(row)[entry.key] for entry in replay.layout.fields)
 
 
 def poll(link: CollectorLink, times: int = 3) -> None:
@@ -73,8 +87,15 @@ def test_the_chunk_of_the_self_test_is_the_first_grant(link, join):
     [
         ({"protocol": PROTOCOL + 1}, "one checkout"),
         ({"run_id": "another"}, "same --run-dir"),
+        ({"secret": bytes(32)}, "does not contain the secret of this run"),
+        ({"secret": bytes(32), "spec": {}}, "does not contain the secret of this run"),
         ({"spec": {"num_envs": 2}}, "malformed stream spec"),
         ({"spec": SPEC.to_dict() | {"num_envs": float("inf")}}, "malformed stream spec"),
+        ({"spec": SPEC.to_dict() | {"num_envs": True}}, "malformed stream spec"),
+        ({"spec": SPEC.to_dict() | {"obs": {"a.b": {"shape": [3], "dtype": "float32"}}}}, "without a dot"),
+        ({"spec": SPEC.to_dict() | {"obs": {"\x1b[2J": {"shape": [3], "dtype": "float32"}}}}, "printable"),
+        ({"spec": SPEC.to_dict() | {"obs": {"x": {"shape": [1] * 9, "dtype": "float32"}}}}, "9 dimensions"),
+        ({"spec": StreamSpec(2, HUGE, 1).to_dict()}, "expected a replay that fits"),
         ({"spec": SPEC.to_dict() | {"action_dim": 1 << 23, "num_envs": 1 << 20}}, "out of bounds"),
         ({"spec": SPEC.to_dict() | {"num_envs": 4}}, "has 4 environments; expected 2"),
         ({"spec": StreamSpec(2, {"policy": ObsSpec((3, 4), "float32")}, 3).to_dict()}, "'policy'"),
@@ -110,15 +131,15 @@ def test_a_second_collector_is_refused_while_one_is_connected(link, join, tmp_pa
     assert link.streaming is not None and isinstance(first.receive(), Grant), "the first collector continues"
 
 
-def test_no_incarnation_is_stated_before_the_first_hello(link, process, tmp_path):
-    first = ScriptedCollector(tmp_path)
+def test_a_stranger_that_sends_no_hello_delays_the_collector_and_does_not_replace_it(link, process, tmp_path):
+    stranger = ScriptedCollector(tmp_path)
     poll(link)
-    second = ScriptedCollector(tmp_path)
+    collector = ScriptedCollector(tmp_path)
+    collector.send_hello()
     poll(link)
-    refusal = second.receive()
-    assert isinstance(refusal, Refusal) and "incarnation" not in refusal.reason
-    first.channel.close()
+    stranger.channel.close()
     poll(link)
+    collector.receive_welcome()
     lines = (process.run_dir / "logs" / "learner.jsonl").read_text().splitlines()
     (lost,) = [line for line in lines if "collector lost" in line]
     assert "Greeting" in lost and "incarnation" not in lost
@@ -207,3 +228,111 @@ def test_a_learner_without_a_collector_logs_that_it_waits(link, monkeypatch, cap
     monkeypatch.setattr(link_module, "REMINDER_S", -1.0)
     link.poll()
     assert "waiting for a collector" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"row": 128},
+        {"seq": 99},
+        {"agent_steps": 17},
+        {"agent_steps": 1 << 48},
+        {"env_frames": 1 << 48},
+        {"num_episodes": 17},
+        {"num_diverged": 1 << 48},
+        {"policy_version": 4},
+    ],
+    ids=str,
+)
+def test_a_commit_with_impossible_numbers_is_dropped_and_the_right_one_still_counts(process, tmp_path, join, changes):
+    link = make_link(process, tmp_path)
+    collector = join(link.poll)
+    grant = collector.receive_grant()
+    right = Commit(grant.seq, grant.row, 16, 32, 0, checksum_at(link, grant.row))
+    collector.channel.send(dataclasses.replace(right, **changes))
+    assert link.poll() == [] and link.num_dropped == 1
+    collector.channel.send(right)
+    assert [chunk.commit for chunk in link.poll()] == [right]
+    link.close()
+
+
+def test_a_collector_that_never_repairs_a_dropped_commit_is_refused(link, join, monkeypatch):
+    collector = join(link.poll)
+    grant = collector.receive_grant()
+    monkeypatch.setattr(link_module, "REPAIR_S", -1.0)
+    link.poll()
+    assert link.streaming is not None, "no commit was dropped yet"
+    collector.channel.send(Commit(grant.seq, grant.row, 17, 32, 0))
+    link.poll()
+    refusal = collector.receive()
+    assert isinstance(refusal, Refusal) and "valid commit after one that was dropped" in refusal.reason
+
+
+def test_descriptors_that_come_with_any_message_are_closed(link, join):
+    collector = join(link.poll)
+    grant = collector.receive_grant()
+    before = len(os.listdir("/proc/self/fd"))
+    with open(os.devnull) as file:
+        for number in range(20):
+            collector.channel.send(Grant(number, 0, 0), (file.fileno(),))
+            socket.send_fds(collector.channel._socket, [b"no message"], [file.fileno()])  # not one of the protocol
+            socket.send_fds(collector.channel._socket, [encode(Grant(1, 1, 1))], [file.fileno()] * 5)
+            poll(link)
+    assert len(os.listdir("/proc/self/fd")) == before
+    assert link.num_dropped == 60
+    collector.commit(grant)
+    assert len(link.poll()) == 1, "the collector goes on"
+
+
+def test_a_process_without_free_descriptors_accepts_the_collector_later(link, join, tmp_path, monkeypatch):
+    class Full:
+        def accept(self):
+            raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+        def close(self):
+            return None
+
+    listener = link.listener._socket
+    link.listener._socket = Full()
+    for _ in range(3):
+        link.poll()
+    link.listener._socket = listener
+    join(link.poll)
+    assert link.streaming is not None
+
+
+def test_a_flood_of_malformed_messages_is_counted_at_once_and_logged_once(link, join, process):
+    collector = join(link.poll)
+    grant = collector.receive_grant()
+    log = process.run_dir / "logs" / "learner.jsonl"
+    before = len(log.read_text().splitlines())
+    for number in range(1, 101):
+        collector.channel._socket.send(b"\xc1garbage")
+        link.poll()
+        assert link.num_dropped == number
+    assert len(log.read_text().splitlines()) == before + 1
+    collector.commit(grant)
+    assert len(link.poll()) == 1
+
+
+def test_one_poll_takes_a_bounded_number_of_messages(link, join):
+    collector = join(link.poll)
+    for _ in range(60):
+        collector.channel.send(Grant(1, 1, 1))
+    link.poll()
+    assert link.num_dropped == link_module.MAX_MESSAGES
+
+
+def test_sockets_that_are_deleted_in_mid_run_are_made_again_and_named(link, join, process, tmp_path):
+    first = join(link.poll)
+    first.receive_grant()
+    (tmp_path / "replay.sock").unlink()
+    (tmp_path / "secret").unlink()
+    link.listener.watch._looked_at = -1e9  # the next look is due
+    link.poll()
+    lines = (process.run_dir / "logs" / "learner.jsonl").read_text()
+    assert "the folder of sockets was damaged" in lines and "was deleted" in lines
+    first.channel.close()
+    poll(link)
+    join(link.poll)
+    assert link.streaming is not None

@@ -40,7 +40,7 @@ def pair(folder) -> tuple[Channel, Channel, socket.socket]:
 def test_a_slab_sent_as_a_descriptor_is_one_memory_in_both_processes(tmp_path):
     client, server, _ = pair(tmp_path)
     slab, fd = create_memfd_slab(1 << 21)
-    server.send(Welcome("memfd", 1 << 21, 8, "", [], 0, 0, 0), (fd,))
+    server.send(Welcome(bytes(32), "memfd", 1 << 21, 8, "", [], 0, 0, 0), (fd,))
     message, fds = client.receive_within(DEADLINE_S, waiting_for="the welcome", alive=nothing)
     assert isinstance(message, Welcome)
     other = map_memfd_slab(fds[0], message.num_bytes)
@@ -135,7 +135,7 @@ def test_a_killed_process_that_mapped_the_slab_leaves_nothing_in_dev_shm(tmp_pat
             time.sleep(0.01)
     slab, fd = create_memfd_slab(1 << 21)
     server = Channel(sock)
-    server.send(Welcome("memfd", 1 << 21, 8, "", [], 0, 0, 0), (fd,))
+    server.send(Welcome(bytes(32), "memfd", 1 << 21, 8, "", [], 0, 0, 0), (fd,))
     assert child.stdout is not None and child.stdout.readline() == "mapped\n"
     assert not mapped_shared_memory(child.pid), "the slab has no name that a killed process could leave behind"
     child.kill()
@@ -229,7 +229,7 @@ def test_another_process_writes_into_a_cuda_slab(tmp_path):
         except BlockingIOError:
             assert time.monotonic() < end
             time.sleep(0.01)
-    Channel(sock).send(Welcome("cuda_ipc", 1 << 21, 8, uuid, handle, 0, 0, 0))
+    Channel(sock).send(Welcome(bytes(32), "cuda_ipc", 1 << 21, 8, uuid, handle, 0, 0, 0))
     assert child.stdout is not None and child.stdout.readline() == "written\n"
     assert slab[7:10].tolist() == [1, 2, 3]
     child.kill()

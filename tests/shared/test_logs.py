@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import structlog
 
-from shared.logs import configure
+from shared.logs import LimitedLog, configure, human_line
 
 
 def _lines(path: Path) -> list[dict]:
@@ -51,3 +51,26 @@ def test_a_log_that_cannot_be_written_raises_no_error(tmp_path: Path, monkeypatc
         log.exception("it still is")
     monkeypatch.setattr("sys.stderr", None)
     log.error("closed")
+
+
+def test_an_event_that_happens_often_is_logged_at_once_and_then_seldom_with_its_number(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "logs").mkdir()
+    now = [100.0]
+    monkeypatch.setattr("time.monotonic", lambda: now[0])
+    log = LimitedLog(configure(tmp_path, "learner"))
+    for number in range(50):
+        log.warning("message dropped", kind=number)
+    log.error("collector refused")
+    log.flush()
+    now[0] += 11.0
+    log.flush()
+    lines = [(line["event"], line.get("kind"), line.get("number")) for line in _lines(tmp_path / "logs/learner.jsonl")]
+    assert lines == [("message dropped", 0, None), ("collector refused", None, None), ("message dropped", 49, 49)]
+
+
+def test_text_of_another_process_cannot_control_the_terminal() -> None:
+    assert human_line({"process": "learner", "level": "warning", "event": "\x1b[2Ja\x9bb\nc", "x": "\x07"}) == (
+        "learner warning: ?[2Ja?b\nc x=?"
+    )

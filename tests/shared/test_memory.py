@@ -157,14 +157,37 @@ def test_measuring_the_memory_of_a_gpu_does_not_wait_for_it(monkeypatch: pytest.
 
 
 def test_the_memory_of_a_machine_counts_its_swap_and_the_limit_of_its_container(tmp_path: Path) -> None:
-    meminfo, limit = tmp_path / "meminfo", tmp_path / "memory.max"
-    assert total_bytes(meminfo, limit) is None
+    meminfo, groups, own = tmp_path / "meminfo", tmp_path / "cgroup", tmp_path / "own"
+    groups.mkdir()
+    assert total_bytes(meminfo, groups, own) is None
     meminfo.write_text("MemTotal:   1000 kB\nMemFree:  10 kB\nSwapTotal:   24 kB\n")
-    assert total_bytes(meminfo, limit) == 1024 * 1024
-    limit.write_text("max\n")
-    assert total_bytes(meminfo, limit) == 1024 * 1024
-    limit.write_text("5000\n")
-    assert total_bytes(meminfo, limit) == 5000
+    assert total_bytes(meminfo, groups, own) == 1024 * 1024
+    (groups / "memory.max").write_text("max\n")
+    assert total_bytes(meminfo, groups, own) == 1024 * 1024
+    (groups / "memory.max").write_text("5000\n")
+    assert total_bytes(meminfo, groups, own) == 5000
+
+
+@pytest.mark.parametrize(
+    ("line", "folder", "name"),
+    [
+        ("0::/slurm/job_7/step_0\n", "", "memory.max"),
+        ("4:memory:/slurm/job_7/step_0\n", "memory", "memory.limit_in_bytes"),
+    ],
+    ids=["version 2", "version 1"],
+)
+@pytest.mark.parametrize("level", ["slurm", "slurm/job_7/step_0"])
+def test_the_limits_of_all_control_groups_above_a_process_count(
+    level: str, line: str, folder: str, name: str, tmp_path: Path
+) -> None:
+    meminfo, groups, own = tmp_path / "meminfo", tmp_path / "cgroup", tmp_path / "own"
+    meminfo.write_text("MemTotal:   1000 kB\n")
+    own.write_text("1:cpu:/slurm\n" + line)
+    limited, other = groups / folder / level, groups / folder / "another"
+    for path, limit in ((limited, 7000), (other, 5)):
+        path.mkdir(parents=True)
+        (path / name).write_text(f"{limit}\n")
+    assert total_bytes(meminfo, groups, own) == 7000
 
 
 @pytest.mark.parametrize(

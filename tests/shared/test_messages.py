@@ -35,8 +35,8 @@ COMMIT = Commit(
     rss_bytes=10**9,
 )
 EVERY = [
-    Hello(1, "run", 0, 4242, {"num_envs": 8, "obs": {}, "action_dim": 2}),
-    Welcome("cuda_ipc", 1 << 21, 100, "GPU-1", [b"\1" * 66, 5, 0, b"x", 1, b"y", True], 0, 10_000, 0),
+    Hello(1, "run", bytes(32), 0, 4242, {"num_envs": 8, "obs": {}, "action_dim": 2}),
+    Welcome(bytes(32), "cuda_ipc", 1 << 21, 100, "GPU-1", [b"\1" * 66, 5, 0, b"x", 1, b"y", True], 0, 10_000, 0),
     MappingFailed("because"),
     SelfTest(-(1 << 40), 1 << 21, 0.25),
     Grant(1, 20, 3),
@@ -67,6 +67,14 @@ def pack(value: Any) -> bytes:
     return raw
 
 
+def nested(levels: int) -> Any:
+    value: Any = 1
+    for _ in range(levels):
+        value = [value]
+    return value
+
+
+HELLO = [entry.name for entry in fields(Hello)]
 GRANT = {"type": "Grant", "seq": 1, "row": 20, "version": 0}
 
 
@@ -86,6 +94,12 @@ GRANT = {"type": "Grant", "seq": 1, "row": 20, "version": 0}
         pack(GRANT | {"extra": 1}),
         pack({"type": "Grant", "seq": 1}),
         pack({"type": ["Grant"]}),
+        pack({"type": nested(400)}),
+        pack({"type": "Hello", **{name: getattr(EVERY[0], name) for name in HELLO}, "spec": {"obs": nested(400)}}),
+        pack({"type": "Hello", **{name: getattr(EVERY[0], name) for name in HELLO}, "spec": {"a": nested(4)}}),
+        pack({"type": "Hello", **{name: getattr(EVERY[0], name) for name in HELLO}, "secret": b"short"}),
+        b"\x81" * 1000 + b"\xc0",
+        b"\x91" * 60_000 + b"\xc0",
         pack({"type": "Refusal", "reason": "x" * 3000}),
         b"\0" * (MAX_MESSAGE_BYTES + 1),
     ],

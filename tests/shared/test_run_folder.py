@@ -1,46 +1,42 @@
-"""Where the files of a run are: its sockets and its run.json."""
+"""Where the files of a run are: its newest complete checkpoint and its run.json."""
 
 from __future__ import annotations
 
-import stat
 from pathlib import Path
 
 import pytest
 
-from shared import handover, weights
 from shared.errors import SettingError
 from shared.run_folder import (
-    make_socket_dir,
+    checkpoint_step,
+    newest_checkpoint,
     read_run,
-    remove_socket_dir,
 )
+from tests.fakes.child import save_checkpoint
 
 
-def test_the_socket_folder_is_private_and_short_even_under_a_long_tmpdir(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_the_newest_checkpoint_is_the_one_that_latest_names_if_it_is_complete(tmp_path: Path) -> None:
+    checkpoints = tmp_path / "checkpoints"
+    assert newest_checkpoint(checkpoints) is None
+    for step in (9, 20):
+        save_checkpoint(tmp_path, step)
+    (checkpoints / "latest").write_text("00000009")
+    assert newest_checkpoint(checkpoints) == checkpoints / "00000009"
+    assert checkpoint_step(checkpoints / "00000009") == 9
+
+
+@pytest.mark.parametrize("latest", ["00000030", "00000040", "", None])
+def test_if_latest_names_no_complete_checkpoint_the_one_with_the_highest_step_is_taken(
+    latest: str | None, tmp_path: Path
 ) -> None:
-    long = tmp_path / ("x" * 100)
-    long.mkdir()
-    monkeypatch.setattr("tempfile.tempdir", str(long))
-    path = make_socket_dir()
-    assert stat.S_IMODE(path.stat().st_mode) == 0o700
-    for name in (weights.SOCKET_NAME, handover.SOCKET_NAME):
-        assert len(str(path / name)) < 107
-    (path / "learner.sock").write_text("")
-    remove_socket_dir(path)
-    assert not path.exists()
-
-
-def test_without_a_short_writable_folder_the_error_names_tmpdir(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tempfile.tempdir", "/" + "x" * 100)
-    monkeypatch.setattr("os.access", lambda path, mode: False)
-    with pytest.raises(SettingError, match=r"no folder for sockets: TMPDIR=/x+ .*at most 67 bytes; set TMPDIR"):
-        make_socket_dir()
-
-
-def test_a_folder_that_is_no_socket_folder_is_not_removed(tmp_path: Path) -> None:
-    remove_socket_dir(tmp_path)
-    assert tmp_path.is_dir()
+    checkpoints = tmp_path / "checkpoints"
+    for step in (9, 20):
+        save_checkpoint(tmp_path, step)
+    (checkpoints / "00000030").mkdir()  # no manifest.json: incomplete
+    (checkpoints / "latest").unlink()
+    if latest is not None:
+        (checkpoints / "latest").write_text(latest)
+    assert newest_checkpoint(checkpoints) == checkpoints / "00000020"
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{}", '{"run_id": "a"}'])

@@ -5,6 +5,8 @@ from torch import nn
 
 from shared.weights import WeightsError, acting_tensors, manifest_of, pack_header, unpack_frame
 
+SECRET = bytes(range(32))
+
 
 def network(width: int = 5) -> nn.Module:
     return nn.Sequential(nn.Linear(3, width), nn.BatchNorm1d(width))
@@ -16,8 +18,8 @@ def test_the_manifest_differs_for_modules_of_different_shape():
 
 
 def test_a_frame_for_this_run_and_these_modules_gives_its_version_and_its_weights():
-    frame = pack_header(run_id="run", version=7, manifest="m", num_bytes=8) + b"12345678"
-    version, weights = unpack_frame(memoryview(frame), run_id="run", manifest="m", num_bytes=8)
+    frame = pack_header(run_id="run", secret=SECRET, version=7, manifest="m", num_bytes=8) + b"12345678"
+    version, weights = unpack_frame(memoryview(frame), run_id="run", secret=SECRET, manifest="m", num_bytes=8)
     assert (version, bytes(weights)) == (7, b"12345678")
 
 
@@ -27,13 +29,19 @@ def test_a_frame_for_this_run_and_these_modules_gives_its_version_and_its_weight
         b"",
         b"\0\0",
         b"\xff\xff\xff\xff" + b"x" * 20,
-        pack_header(run_id="run", version=1, manifest="m", num_bytes=8) + b"1234567",
-        pack_header(run_id="run", version=1, manifest="n", num_bytes=8) + b"12345678",
-        pack_header(run_id="nur", version=1, manifest="m", num_bytes=8) + b"12345678",
-        pack_header(run_id="run", version="1", manifest="m", num_bytes=8) + b"12345678",  # type: ignore[arg-type]
+        pack_header(run_id="run", secret=SECRET, version=1, manifest="m", num_bytes=8) + b"1234567",
+        pack_header(run_id="run", secret=SECRET, version=1, manifest="n", num_bytes=8) + b"12345678",
+        pack_header(run_id="nur", secret=SECRET, version=1, manifest="m", num_bytes=8) + b"12345678",
+        pack_header(run_id="run", secret=SECRET, version="1", manifest="m", num_bytes=8) + b"12345678",  # type: ignore[arg-type]
+        pack_header(run_id="run", secret=SECRET, version=0, manifest="m", num_bytes=8) + b"12345678",
+        pack_header(run_id="run", secret=SECRET, version=-1, manifest="m", num_bytes=8) + b"12345678",
+        pack_header(run_id="run", secret=SECRET, version=2**64 - 1, manifest="m", num_bytes=8) + b"12345678",
+        pack_header(run_id="run", secret=bytes(32), version=1, manifest="m", num_bytes=8) + b"12345678",
+        pack_header(run_id="run", secret=b"", version=1, manifest="m", num_bytes=8) + b"12345678",
+        b"\xf4\1\0\0" + b"\x91" * 499 + b"\xc0" + b"12345678",
         b"\x05\0\0\0\xc1\xc1\xc1\xc1\xc1" + b"12345678",
     ],
 )
 def test_a_frame_that_does_not_fit_is_refused(frame):
     with pytest.raises(WeightsError):
-        unpack_frame(memoryview(frame), run_id="run", manifest="m", num_bytes=8)
+        unpack_frame(memoryview(frame), run_id="run", secret=SECRET, manifest="m", num_bytes=8)

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from collector_proc.simulators.base import ActionRange
 from collector_proc.simulators.setting_checks import unknown
 from shared.errors import SettingError, SimulatorError
 from shared.stream import ObsSpec
@@ -156,6 +157,12 @@ class ActionMap:
     def __call__(self, action: Tensor) -> Tensor:
         """Return the simulator's action. Shapes: (E, A) in [-1, 1] to (E, A)."""
         return action * self._factor + self._offset
+
+    @property
+    def range(self) -> ActionRange:
+        """The simulator's values of the actions -1 and 1."""
+        bounds = (self._offset - self._factor, self._offset + self._factor)
+        return ActionRange(*(tuple(bound.tolist()) for bound in bounds))
 
 
 def chosen_groups(sample: Mapping[str, Any], groups: Sequence[str] | None) -> list[str]:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from collector_proc.simulators.base import ActionRange
 from collector_proc.simulators.dm_control import egl
 from shared.errors import SimulatorError
 from shared.lifetime import SIM_GPU_INDEX
@@ -149,6 +150,12 @@ class SuiteEnvironment:
     def action_dim(self) -> int:
         """Return the number of action values."""
         return self._scale.size
+
+    @property
+    def action_range(self) -> ActionRange:
+        """The actuators' values of the actions -1 and 1."""
+        bounds = (self._center - self._scale, self._center + self._scale)
+        return ActionRange(*(tuple(bound.ravel().tolist()) for bound in bounds))
 
     @property
     def obs(self) -> dict[str, ObsSpec]:

@@ -11,7 +11,7 @@ import importlib
 import mmap
 from typing import TYPE_CHECKING
 
-from collector_proc.simulators.base import Arrival
+from collector_proc.simulators.base import ActionRange, Arrival
 from collector_proc.simulators.dm_control.environment import SuiteEnvironment, SuitePlan, run_tick
 from collector_proc.simulators.dm_control.tick_buffer import TickBuffer, tick_bytes
 from collector_proc.simulators.dm_control.workers import WorkerPool
@@ -34,6 +34,7 @@ class LocalPool:
         self._environments = [SuiteEnvironment(plan, index) for index in range(num_envs)]
         self.spec = StreamSpec(num_envs, self._environments[0].obs, self._environments[0].action_dim)
         self.tick = TickBuffer(self.spec, mmap.mmap(-1, tick_bytes(self.spec)))
+        self.action_range = self._environments[0].action_range
 
     def run(self, *, reset: bool) -> None:
         """Step or reset every environment. Raises: SimulatorError."""
@@ -95,6 +96,11 @@ class DmControlSimulator:
             is_last=torch.from_numpy(tick.is_last),
             is_terminal=torch.from_numpy(tick.is_terminal),
         )
+
+    @property
+    def action_range(self) -> ActionRange | None:
+        """The actuators' values of the actions -1 and 1, or None if worker processes have the environments."""
+        return getattr(self._pool, "action_range", None)
 
     @property
     def num_diverged(self) -> int:

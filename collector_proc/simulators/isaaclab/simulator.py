@@ -169,6 +169,7 @@ class IsaacLabSimulator:
         self._entries = ObservationMap(sample, env)
         self._terminal = TerminalObservations(self._env, self._entries)
         self._actions = self._action_map(env.action_scale)
+        self.action_range = self._actions.range
         where = torch.device(self.device)
         factor = 1 / self._env.step_dt if env.reward_per_second else 1.0
         self._steps = BatchedStep(

@@ -49,6 +49,7 @@ class MjlabSimulator:
         space = self._env.single_action_space
         low, high = (torch.as_tensor(bound).expand(space.shape) for bound in (space.low, space.high))
         self._act = ActionMap(low, high, scale=env.action_scale, device=self._torch_device)
+        self.action_range = self._act.range
         self._tick = BatchedStep(
             env.num_envs,
             device=self._torch_device,

@@ -17,7 +17,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
-from collector_proc.simulators.base import Arrival
+from collector_proc.simulators.base import ActionRange, Arrival
 from shared.stream import ObsSpec, StreamSpec
 
 if TYPE_CHECKING:
@@ -68,6 +68,7 @@ class PendulumSimulator:
     """env.num_envs pendulums. One random generator on the device draws every start state, so the seed fixes the run."""
 
     num_diverged = 0
+    action_range = ActionRange((-MAX_TORQUE,), (MAX_TORQUE,))  # N m
 
     def __init__(self, settings: Settings, *, seed: int, device: str, crash_dir: Path | None = None) -> None:
         """crash_dir has no effect: the state of a pendulum is always finite."""

@@ -172,6 +172,7 @@ class TorchrlSimulator:
         self.device = str(first.device)
         self._observe = ObservationMap(sample, env)
         self._act = ActionMap(*self._rows[0].bounds(), scale=env.action_scale, device=first.device)
+        self.action_range = self._act.range
         self._tick = BatchedStep(env.num_envs, device=first.device, crash_dir=crash_dir, images=self._observe)
         # the number of agent steps of each current episode
         self._steps = torch.zeros(env.num_envs, dtype=torch.int64, device=first.device)
