@@ -51,7 +51,7 @@ def count_step(frames: int, *, compiled: bool) -> dict[str, float]:
     """Return the figures of our captured step with the sizes of TorchRL's recipe, and of a row of metrics."""
     settings = settings_for(frames, precision="bfloat16", compiled=compiled)
     spec = StreamSpec(STATE_ENVS, {OBS_NAME: ObsSpec((OBS_DIM,), "float32")}, ACTION_DIM)
-    geometry = Geometry(STATE_ENVS, TICKS, ROWS, 2, frames // settings.replay_buffer.batch_length, TICKS)
+    geometry = Geometry(STATE_ENVS, STATE_ENVS, TICKS, ROWS, 2, frames // settings.replay_buffer.batch_length, TICKS)
     learner = _Learner(spec, settings, geometry)
     measured = learner.figures()
     measured["kernels_of_a_row"] = _total(count_kernels(learner.measure))

@@ -26,9 +26,11 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+import numpy as np
 
 from benchmarks.provenance import cpu_name
 from benchmarks.published import DREAMER_V1_PIXELS, ENV_FRAMES
+from learner_proc.evaluation import read_evaluations
 from shared.compose import load_settings
 
 REPO = Path(__file__).resolve().parent.parent
@@ -37,6 +39,8 @@ COLUMNS = (
     *("wall_s", "env_frames", "agent_steps", "gradient_steps"),
     *("eval_return_mean", "episode_return_mean", "random_return_mean"),
 )
+EVALUATION_COLUMNS = ("version", "gradient_steps", "agent_steps", "env_frames", "episodes", "mean", "median", "iqm")
+EVALUATION_COLUMNS += ("low", "high")
 
 
 def train(config: str, seed: int, arguments: list[str], runs: Path, *, threads: int | None) -> Path:
@@ -59,13 +63,17 @@ def train(config: str, seed: int, arguments: list[str], runs: Path, *, threads: 
 
 
 def read_run(folder: Path) -> dict[str, Any]:
-    """Return a run's curve (the rows that have an evaluation), its seed and its summary."""
+    """Return a run's curve (the rows that have an evaluation), its evaluations, its seed and its summary."""
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     rows = [row for row in rows if row.get("eval_return_mean") is not None]
     summary = json.loads((folder / "summary.json").read_text())
     return {
         "seed": load_settings(folder / "config.yaml").env.seed,
         "curve": {key: [_rounded(row[key]) for row in rows] for key in COLUMNS},
+        "evaluations": {
+            key: [_rounded(line[f"evaluation_{key}"]) for line in read_evaluations(folder / "evaluations.jsonl")]
+            for key in EVALUATION_COLUMNS
+        },
         "summary": {
             key: summary[key] for key in ("wall_s", "collect_fps", "updates_per_s", "replay_ratio", "eval_return_mean")
         },
@@ -96,8 +104,14 @@ def draw(result: dict[str, Any], out: Path) -> None:
     for run in result["runs"]:
         curve = run["curve"]
         random += [value for value in curve["random_return_mean"][-1:] if value is not None]
-        axes[0].plot([s / 60 for s in curve["wall_s"]], curve["eval_return_mean"], label=f"seed {run['seed']}")
-        axes[1].plot([n / 1000 for n in curve["env_frames"]], curve["eval_return_mean"], label=f"seed {run['seed']}")
+        label, evaluations = f"seed {run['seed']}", run.get("evaluations") or {}
+        if evaluations.get("version"):
+            wall_s = np.interp(evaluations["gradient_steps"], curve["gradient_steps"], curve["wall_s"])
+            _draw_evaluations(axes[0], wall_s / 60, evaluations, label=label)
+            _draw_evaluations(axes[1], np.array(evaluations["env_frames"]) / 1000, evaluations, label=label)
+        else:  # a result that is older than evaluations.jsonl: means over episodes of several versions
+            axes[0].plot([s / 60 for s in curve["wall_s"]], curve["eval_return_mean"], label=label)
+            axes[1].plot([n / 1000 for n in curve["env_frames"]], curve["eval_return_mean"], label=label)
     published = DREAMER_V1_PIXELS.get(result["task"])
     longest = max((run["curve"]["env_frames"] or [0])[-1] for run in result["runs"])
     if published is not None and result["observations"] == "pixels":
@@ -113,12 +127,19 @@ def draw(result: dict[str, Any], out: Path) -> None:
         axis.set_xlim(left=0)
     axes[0].set_xlabel("wall time, minutes")
     axes[1].set_xlabel("env frames, thousands")
-    axes[0].set_ylabel("evaluation return\n(mean of up to 20 episodes)")
+    axes[0].set_ylabel("evaluation return")
     axes[1].legend(frameon=False)
     figure.suptitle(f"{result['task']} from {result['observations']}: {result['name']}")
     figure.tight_layout()
     figure.savefig(out, dpi=110)
     plt.close(figure)
+
+
+def _draw_evaluations(axis: Any, x: Any, evaluations: dict[str, list[Any]], *, label: str) -> None:
+    """Draw the mean of every evaluation, and its interval where it has one. x: where each evaluation is drawn."""
+    (line,) = axis.plot(x, evaluations["mean"], label=label, linewidth=1.3)
+    low, high = (np.array(evaluations[name], dtype=float) for name in ("low", "high"))
+    axis.fill_between(x, low, high, color=line.get_color(), alpha=0.15, linewidth=0)
 
 
 def _rounded(value: float | None) -> float | None:

@@ -61,7 +61,7 @@ class Collector:
         if device.type == "cuda":
             torch.cuda.empty_cache()  # the self-test needed memory that the simulator can use better
         self._tracker = EpisodeTracker(
-            spec, ticks=ticks, evaluation=self._acting.evaluation, copier=self._writer.copier
+            spec, ticks=ticks, evaluations=self._acting.evaluations, copier=self._writer.copier
         )
         self._memory_limit = MemoryLimit(meter, settings.collector.max_rss_gb, incarnation=incarnation)
         agent_steps = connection.welcome.agent_steps

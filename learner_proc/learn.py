@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
+from functools import partial
 
 import torch
 
@@ -78,6 +79,7 @@ class Learner:
         self._options = process.settings.optimization
         self._step, self._update, self.measurements, self._writer = step, update, measurements, writer
         self._saver, self._queue, self._status_at = saver, StepQueue(device), time.monotonic()
+        self._replay_ratio = partial(counters.replay_ratio, pacing.step_frames, eval_in_replay=replay.columns is None)
 
     def run(self) -> None:
         """Train. Raises: TransportError, FloatingPointError, CheckpointError."""
@@ -109,9 +111,8 @@ class Learner:
 
     def take(self, chunk: Chunk) -> None:
         """Update the statistics that normalise observations, the metrics, and what is known of the collector."""
-        vectors = {name: x for name, x in chunk.rows.get("obs").to_dict().items() if x.is_floating_point()}
-        self._step.observe_statistics({name: x.to(self._device, non_blocking=True) for name, x in vectors.items()})
-        self._writer.add_commit(chunk.commit, newest_version=self.publisher.version)
+        self._step.observe_statistics(self.replay.vectors(chunk.rows, self._device))
+        self._writer.add_commit(chunk.commit, newest_version=self.publisher.version, collector=self.link.num_welcomed)
         self.publisher.collector_has(chunk.commit.policy_version)
 
     def may_step(self) -> bool:
@@ -147,6 +148,7 @@ class Learner:
         """Send the present weights to the collector as a new version."""
         self.publisher.publish(step=self.counters.gradient_steps)
         self.counters.policy_version = self.publisher.version
+        self._writer.evaluations.published(self.publisher.version, self.counters)
 
     def request_row(self) -> None:
         """Ask for a row of metrics.jsonl. It is written once its numbers have left the GPU."""
@@ -179,10 +181,6 @@ class Learner:
             self.publish()
         return self.publisher.version
 
-    def _replay_ratio(self) -> float:
-        """Return the replay ratio since the run began. The counters of `Pacing` start again at every resume."""
-        return self.counters.gradient_steps * self.pacing.step_frames / max(self.counters.agent_steps, 1)
-
     def _is_finished(self) -> bool:
         """Return whether all gradient steps are made or the process was asked to stop."""
         return self._process.stop.requested or self.counters.gradient_steps >= self._options.total_optim_steps
@@ -197,8 +195,8 @@ class Learner:
             self._progress.phase("stopping")
             for part in (self._writer, self.publisher, self.link):
                 part.close()
-        asked = self._process.stop.requested
-        self._process.log.info("ended", gradient_steps=self.counters.gradient_steps, asked_to_stop=asked)
+        steps, asked = self.counters.gradient_steps, self._process.stop.requested
+        self._process.log.info("ended", gradient_steps=steps, asked_to_stop=asked)
 
 
 def check_gradients(skipped_in_a_row: int, step: int) -> None:

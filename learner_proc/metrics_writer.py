@@ -13,6 +13,7 @@ import structlog
 import torch
 
 from learner_proc.device_sums import DeviceSums
+from learner_proc.evaluation import EvaluationLog
 from learner_proc.numbers import Numbers
 from learner_proc.totals import TRAIN_WINDOW, Counters, Episodes, Pace, mean
 from shared import metrics
@@ -39,11 +40,13 @@ class MetricsWriter:
         constants: Mapping[Metric, Value],
         once_per_row: tuple[Metric, ...],
         streaming_since: float,
+        evaluations: EvaluationLog,
     ) -> None:
         """Open the file and delete the rows that are newer than `counters`, that is, than the checkpoint of a resume.
 
         constants: numbers that are the same in every row. once_per_row: the metrics that `request_row` is given from
-        the device. streaming_since: when the collector began to stream, time.monotonic() seconds.
+        the device. streaming_since: when the collector began to stream, time.monotonic() seconds. evaluations: is
+        closed with this writer.
         """
         cut_after(path, counters.gradient_steps)
         self._file = LineFile(path)
@@ -51,6 +54,7 @@ class MetricsWriter:
         self._counters, self._constants = counters, constants
         self._sums = DeviceSums(device, once_per_window=once_per_row)
         self._requested: dict[Metric, Value] = {}  # the host's numbers of the row whose other numbers are being copied
+        self.evaluations = evaluations
         self.episodes, self._pace = Episodes(), Pace(counters, streaming_since=streaming_since)
         self._lags: deque[int] = deque(maxlen=TRAIN_WINDOW)
         self._began = time.monotonic() - counters.wall_s
@@ -58,15 +62,21 @@ class MetricsWriter:
         self._diverged_before = 0
         self.skipped_in_a_row = 0  # steps in the newest windows in which no step had a finite gradient
 
-    def add_commit(self, commit: Commit, *, newest_version: int) -> None:
-        """Count a commit. newest_version: the version that was published last when it arrived."""
+    def add_commit(self, commit: Commit, *, newest_version: int, collector: int) -> None:
+        """Count a commit.
+
+        newest_version: the version that was published last when it arrived. collector: number of the process that sent
+        it.
+        """
         counters = self._counters
         counters.agent_steps += commit.agent_steps
+        counters.eval_agent_steps += commit.eval_steps
         counters.env_frames += commit.env_frames
         counters.episodes += commit.num_episodes
         counters.num_diverged += max(0, commit.num_diverged - self._diverged_before)  # a restart counts from 0 again
         self._diverged_before = commit.num_diverged
         self.episodes.add(commit)
+        self.evaluations.add(commit, collector=collector)
         self._collector_memory = Memory(commit.rss_bytes, commit.gpu_bytes, commit.device_bytes)
         if commit.policy_version > 0:
             self._lags.append(newest_version - commit.policy_version)
@@ -127,8 +137,9 @@ class MetricsWriter:
         )
 
     def close(self) -> None:
-        """Close metrics.jsonl."""
+        """Close metrics.jsonl and evaluations.jsonl."""
         self._file.close()
+        self.evaluations.close()
 
     def _host_numbers(self) -> dict[Metric, Value]:
         """Return the numbers of a row that are known on the host."""
@@ -139,6 +150,7 @@ class MetricsWriter:
             metrics.WALL_S: counters.wall_s,
             metrics.GRADIENT_STEPS: counters.gradient_steps,
             metrics.AGENT_STEPS: counters.agent_steps,
+            metrics.EVAL_AGENT_STEPS: counters.eval_agent_steps,
             metrics.ENV_FRAMES: counters.env_frames,
             metrics.EPISODES: counters.episodes,
             metrics.NUM_DIVERGED: counters.num_diverged,
@@ -150,6 +162,7 @@ class MetricsWriter:
             metrics.COLLECTOR_GPU_GB: gigabytes(collector.gpu_bytes),
             metrics.SIM_GPU_USED_GB: gigabytes(collector.device_bytes),
             **self.episodes.means(),
+            **self.evaluations.newest,
             **self._pace.rates(),
         }
 
@@ -170,19 +183,22 @@ def in_order(row: Mapping[Metric, Value]) -> dict[Metric, Value]:
     return {metric: row[metric] for metric in METRICS.values()} | dict(row)
 
 
-def cut_after(path: Path, gradient_steps: int) -> None:
-    """Delete the rows that a resume has undone: those with more gradient steps than the checkpoint it starts from."""
+def cut_after(path: Path, gradient_steps: int, *, column: Metric = metrics.GRADIENT_STEPS) -> None:
+    """Delete the rows that a resume has undone: those with more gradient steps than the checkpoint it starts from.
+
+    column: the one that has the gradient steps of a row.
+    """
     if not path.exists():
         return
     lines = path.read_bytes().splitlines(keepends=True)
-    kept = [line for line in lines if line.endswith(b"\n") and _steps_of(line) <= gradient_steps]
+    kept = [line for line in lines if line.endswith(b"\n") and _steps_of(line, column) <= gradient_steps]
     if len(kept) != len(lines):
         write_atomic(path, b"".join(kept))
 
 
-def _steps_of(line: bytes) -> float:
+def _steps_of(line: bytes, column: Metric) -> float:
     """Return the gradient steps of a row; infinity for a line that is not a row."""
     try:
-        return json.loads(line)[metrics.GRADIENT_STEPS.name]
+        return json.loads(line)[column.name]
     except (ValueError, KeyError, TypeError):
         return math.inf

@@ -15,6 +15,7 @@ could never be sampled.
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Sequence
 
 import torch
 from tensordict import TensorDict
@@ -26,17 +27,27 @@ from shared.stream import Layout, ring_views
 class Replay:
     """T_cap rows of E environments in one slab of memory, sampled as windows of consecutive rows."""
 
-    def __init__(self, slab: Tensor, layout: Layout, *, ticks_per_chunk: int, seed: int, device: torch.device) -> None:
+    def __init__(
+        self,
+        slab: Tensor,
+        layout: Layout,
+        *,
+        ticks_per_chunk: int,
+        seed: int,
+        device: torch.device,
+        columns: Sequence[int] | None = None,
+    ) -> None:
         """Use the slab as an empty ring.
 
         slab: uint8 (layout.num_bytes,), on the train device or in host memory. device: where samples are put. seed: of
-        the sampler's random generator.
+        the sampler's random generator. columns: the environments to sample from; None means all of them.
         """
         assert layout.capacity % ticks_per_chunk == 0, (layout.capacity, ticks_per_chunk)
         self.slab, self.layout, self.ticks_per_chunk, self.device = slab, layout, ticks_per_chunk, device
         self.views = ring_views(slab, layout)
         self.generator = torch.Generator(slab.device).manual_seed(seed)
         self.first = self.committed = self.promised = 0
+        self.columns = None if columns is None else torch.tensor(columns, dtype=torch.int64, device=slab.device)
         self._granted: deque[int] = deque()
         self._bounds = torch.zeros(2, dtype=torch.int64, device=slab.device)  # `first`, `num_rows`
         self._flat: dict[tuple[str, ...], Tensor] = {
@@ -90,7 +101,7 @@ class Replay:
         return self.views[row : row + self.ticks_per_chunk]
 
     def sample(self, num_sequences: int, length: int, *, generator: torch.Generator | None = None) -> TensorDict:
-        """Return windows that are drawn uniformly over environments and first rows.
+        """Return windows that are drawn uniformly over the sampled environments and first rows.
 
         A window never contains a granted row; it may contain the newest committed one. generator: use it instead of the
         generator that training uses. Does not synchronise.
@@ -111,7 +122,9 @@ class Replay:
         # of a division of a number below 2^62 has a bias below 1e-9.
         start = torch.randint(0, 2**62, (num_sequences, 1), device=device, generator=generator)
         start = start % (num_rows - length + 1)
-        env = torch.randint(0, self.layout.num_envs, (num_sequences, 1), device=device, generator=generator)
+        num_envs = self.layout.num_envs if self.columns is None else len(self.columns)
+        env = torch.randint(0, num_envs, (num_sequences, 1), device=device, generator=generator)
+        env = env if self.columns is None else self.columns[env]
         rows = (first + start + torch.arange(length, device=device)) % self.layout.capacity  # (B, L)
         index = {True: (rows * self.layout.num_envs + env).view(-1), False: rows.view(-1)}
         batch = {key: flat.index_select(0, index[self._per_env[key]]) for key, flat in self._flat.items()}
@@ -121,6 +134,13 @@ class Replay:
         obs = {key[1]: value for key, value in shaped.items() if len(key) == 2}
         rest = {key[0]: value for key, value in shaped.items() if len(key) == 1}
         return TensorDict({"obs": TensorDict(obs, [num_sequences, length]), **rest}, [num_sequences, length])
+
+    def vectors(self, rows: TensorDict, device: torch.device) -> dict[str, Tensor]:
+        """Return the vector observations of a chunk on a device, without the environments that are not sampled."""
+        found = {name: x for name, x in rows.get("obs").to_dict().items() if x.is_floating_point()}
+        if self.columns is not None:
+            found = {name: x.index_select(1, self.columns) for name, x in found.items()}
+        return {name: x.to(device, non_blocking=True) for name, x in found.items()}
 
     def restore(self, num_rows: int) -> None:
         """Declare that the first `num_rows` ring rows were filled from a checkpoint. They must be whole chunks."""

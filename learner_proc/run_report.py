@@ -18,15 +18,17 @@ from typing import Any
 import torch
 
 from learner_proc.diagnostics import WINDOW_LENGTH, Diagnostics, OpenLoop
+from learner_proc.evaluation import read_evaluations
 from learner_proc.startup import open_run
 from shared import metrics
 from shared.errors import SettingError
 from shared.lifetime import ExitCode
-from shared.metrics import GRADIENT_STEPS, KL, LOSS_MODEL, OPEN_LOOP, REPEAT_LAST, Metric, find, parse_row
+from shared.metrics import GRADIENT_STEPS, KL, LOSS_MODEL, METRICS, OPEN_LOOP, REPEAT_LAST, Metric, find, parse_row
 from shared.run_folder import RunFolder
 
+RETURNS = "returns"  # the panel in which the evaluations are drawn too
 PANELS: dict[str, tuple[Metric, ...]] = {
-    "returns": (metrics.EVAL_RETURN_MEAN, metrics.EPISODE_RETURN_MEAN, metrics.RANDOM_RETURN_MEAN),
+    RETURNS: (metrics.EPISODE_RETURN_MEAN, metrics.RANDOM_RETURN_MEAN),
     "imagined against recorded return (scaled, discounted)": (
         metrics.IMAGINED_RETURN,
         metrics.IMAGINED_VALUE,
@@ -70,7 +72,8 @@ def write_report(run_dir: Path) -> Path:
     _, step, replay = open_run(run_dir)
     length = min(WINDOW_LENGTH, replay.num_rows)
     diagnostics = Diagnostics(step.spec, step.world_model, step.policy.normaliser, length=length)
-    _draw_curves(rows, step.world_model.free_nats, folder / f"{CURVES}.png")
+    evaluations = read_evaluations(RunFolder(run_dir).evaluations)
+    _draw_curves(rows, evaluations, step.world_model.free_nats, folder / f"{CURVES}.png")
     _draw_errors(rows, sorted(step.spec.obs), diagnostics.horizons, folder / f"{ERRORS}.png")
     rollout = diagnostics.rollout(replay.sample(NUM_WINDOWS, length), num_windows=NUM_DRAWN)
     for name, observed in rollout.observed.items():
@@ -111,14 +114,16 @@ def _pyplot() -> Any:
     return plt
 
 
-def _draw_curves(rows: list[dict], free_nats: float, out: Path) -> None:
-    """Draw every panel of PANELS over the gradient steps."""
+def _draw_curves(rows: list[dict], evaluations: list[dict], free_nats: float, out: Path) -> None:
+    """Draw every panel of PANELS over the gradient steps, and the evaluations in the panel of the returns."""
     plt = _pyplot()
     figure, axes = plt.subplots(4, 2, figsize=(11, 11), sharex=True)
     for axis, (title, panel) in zip(axes.flat, PANELS.items(), strict=True):
         for metric in panel:
             points = [(GRADIENT_STEPS.of(row), metric.of(row)) for row in rows if metric.of(row) is not None]
             _plot_points(axis, points, label=metric.name, linewidth=1.3)
+        if title == RETURNS and evaluations:
+            _draw_evaluations(axis, evaluations)
         if panel == (KL,):
             axis.axhline(free_nats, color="grey", linestyle=":", label="free nats")
         axis.set_title(title, fontsize=10)
@@ -128,6 +133,15 @@ def _draw_curves(rows: list[dict], free_nats: float, out: Path) -> None:
     for axis in axes[-1]:
         axis.set_xlabel("gradient steps")
     _save(figure, out)
+
+
+def _draw_evaluations(axis: Any, evaluations: list[dict]) -> None:
+    """Draw the mean of every evaluation, and its interval if it has one, where its policy version was published."""
+    names = ("gradient_steps", "mean", "low", "high")
+    steps, mean, low, high = ([METRICS[f"evaluation_{name}"].of(row) for row in evaluations] for name in names)
+    axis.plot(steps, mean, color="black", linewidth=1.3, label="evaluation")
+    if None not in low:
+        axis.fill_between(steps, low, high, color="black", alpha=0.15, linewidth=0)
 
 
 def _draw_errors(rows: list[dict], entries: Iterable[str], horizons: Iterable[int], out: Path) -> None:

@@ -17,6 +17,7 @@ from learner_proc.replay import Replay
 from shared.compose import load_settings
 from shared.config import Settings
 from shared.errors import SettingError
+from shared.evaluation import EvaluationPlan
 from shared.geometry import Geometry
 from shared.handover import create_memfd_slab, pin_slab
 from shared.memory import total_bytes
@@ -44,7 +45,15 @@ def allocate_replay(
         slab, fd = create_memfd_slab(layout.num_bytes)
         if device.type == "cuda":
             pin_slab(slab)
-    replay = Replay(slab, layout, ticks_per_chunk=geometry.ticks_per_chunk, seed=settings.env.seed, device=device)
+    plan = EvaluationPlan.of(settings.collector, spec.num_envs)
+    replay = Replay(
+        slab,
+        layout,
+        ticks_per_chunk=geometry.ticks_per_chunk,
+        seed=settings.env.seed,
+        device=device,
+        columns=None if settings.collector.eval_in_replay else plan.training_columns(spec.num_envs),
+    )
     return replay, fd
 
 

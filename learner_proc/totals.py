@@ -32,12 +32,21 @@ class Counters:
 
     gradient_steps: int = 0
     agent_steps: int = 0
+    eval_agent_steps: int = 0  # those of `agent_steps` that evaluation environments made
     env_frames: int = 0
     episodes: int = 0
     nan_skips: int = 0
     policy_version: int = 0
     num_diverged: int = 0
     wall_s: float = 0.0
+
+    def learned_steps(self, *, eval_in_replay: bool) -> int:
+        """Return the agent steps that can be learned from: all, or those of the training environments."""
+        return self.agent_steps if eval_in_replay else self.agent_steps - self.eval_agent_steps
+
+    def replay_ratio(self, step_frames: int, *, eval_in_replay: bool) -> float:
+        """Return the replay ratio since the run began. The counts of `Pacing` start again at every resume."""
+        return self.gradient_steps * step_frames / max(self.learned_steps(eval_in_replay=eval_in_replay), 1)
 
 
 class Episodes:

@@ -10,11 +10,12 @@ from typing import Any
 import torch
 
 from learner_proc import checkpoint
+from learner_proc.evaluation import EvaluationLog
 from learner_proc.handshake import Handshake, SharedReplay
 from learner_proc.learn import IDLE_S, Learner
 from learner_proc.link import CollectorLink
 from learner_proc.measurements import Measurements
-from learner_proc.metrics_writer import MetricsWriter
+from learner_proc.metrics_writer import MetricsWriter, cut_after
 from learner_proc.pacing import Pacing
 from learner_proc.publisher import Publisher
 from learner_proc.replay import Replay
@@ -24,6 +25,7 @@ from learner_proc.streaming import Chunk
 from learner_proc.totals import Counters
 from shared import metrics
 from shared.errors import TransportError
+from shared.evaluation import EvaluationPlan
 from shared.geometry import Geometry
 from shared.gpu import describe_gpu
 from shared.process import Process
@@ -54,10 +56,10 @@ class WaitingLearner:
             self._folder, self._saved = checkpoint.load_newest(RunFolder(process.run_dir).checkpoints)
         self.counters = Counters(**self._saved.get("counters", {}))
         self.pacing = Pacing(
-            self._geometry.frames_per_chunk,
+            self._geometry.replayed_per_chunk,
             self._geometry.frames_per_step,
             settings.optimization.replay_ratio,
-            self._geometry.prefill_frames,
+            self._geometry.replayed_prefill,
             lockstep=settings.collector.mode == "lockstep",
         )
         # No callback refers to `self`: the link exists until the process ends, and `self` holds the loaded checkpoint.
@@ -69,7 +71,7 @@ class WaitingLearner:
             allocate=partial(
                 allocate_and_restore, process, geometry, device=device, pacing=pacing, folder=self._folder
             ),
-            random_frames=partial(remaining_random_frames, counters=counters, pacing=pacing),
+            random_frames=partial(remaining_random_frames, geometry.frames_per_chunk, counters=counters, pacing=pacing),
             agent_steps=lambda: counters.agent_steps,
             gpu_storage=settings.replay_buffer.gpu_storage,
             log=process.log,
@@ -180,9 +182,18 @@ class WaitingLearner:
             },
             once_per_row=measurements.metrics,
             streaming_since=streaming_since,
+            evaluations=open_evaluations(self._process, self.counters, num_envs=shared.spec.num_envs),
         )
         writer.episodes.load_state(self._saved.get("episodes", {}))  # older checkpoints do not have them
         return writer
+
+
+def open_evaluations(process: Process, counters: Counters, *, num_envs: int) -> EvaluationLog:
+    """Open evaluations.jsonl; in a resumed run, without the evaluations of what the resume has undone."""
+    path, collector = RunFolder(process.run_dir).evaluations, process.settings.collector
+    cut_after(path, counters.gradient_steps, column=metrics.EVALUATION_GRADIENT_STEPS)
+    plan = EvaluationPlan.of(collector, num_envs)
+    return EvaluationLog(path, num_episodes=plan.num_episodes, eval_in_replay=collector.eval_in_replay)
 
 
 def allocate_and_restore(
@@ -205,7 +216,7 @@ def allocate_and_restore(
         advance = process.progress.advance
         rows = checkpoint.load_replay(folder, replay, spec_digest=spec.digest(), on_block=advance)
         process.progress.phase("hello")
-        pacing.prefill = max(0, geometry.prefill_frames - rows * spec.num_envs)
+        pacing.prefill = max(0, geometry.replayed_prefill - rows * geometry.num_replayed)
         process.log.info("replay restored", rows=rows, checkpoint=str(folder))
     memory = describe_gpu(str(replay.slab.device))
     process.log.info(
@@ -214,9 +225,10 @@ def allocate_and_restore(
     return replay, fd
 
 
-def remaining_random_frames(*, counters: Counters, pacing: Pacing) -> int:
+def remaining_random_frames(frames_per_chunk: int, *, counters: Counters, pacing: Pacing) -> int:
     """Return how many more agent steps a new collector acts at random.
 
-    It is the rest of the prefill, which restored rows shorten, and 0 once training has begun.
+    It is the rest of the prefill, in whole chunks, which restored rows shorten, and 0 once training has begun.
     """
-    return 0 if counters.gradient_steps > 0 else max(0, pacing.prefill - pacing.collected)
+    chunks = max(0, -(-(pacing.prefill - pacing.collected) // pacing.chunk_frames))
+    return 0 if counters.gradient_steps > 0 else chunks * frames_per_chunk

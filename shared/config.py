@@ -129,10 +129,21 @@ class CollectorSettings:
     )
     eval_envs: int = setting(
         1,
-        "Environments that act without noise; their returns are reported as evaluation.",
+        "Environments that evaluate: they act without noise, with weights that change only between evaluations.",
         unit="environments",
         minimum=0,
         maximum=10_000_000,
+    )
+    eval_episodes: Optional[int] = setting(
+        None,
+        "Episodes of one evaluation, all of one policy version; rounded up to as many in each environment. null: one "
+        "in each.",
+        unit="episodes",
+        minimum=1,
+        maximum=500,
+    )
+    eval_in_replay: bool = setting(
+        True, "Learn from the rows of evaluation environments too; false: never sample them, and count them apart."
     )
     eval_action: str = setting(
         "mode",

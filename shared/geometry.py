@@ -23,6 +23,7 @@ class Geometry:
     """The sizes of a run, rounded to whole ticks, chunks and windows."""
 
     num_envs: int  # E
+    num_replayed: int  # environments whose rows are sampled
     ticks_per_chunk: int  # K
     capacity: int  # T_cap, in rows for each environment
     prefill_chunks: int
@@ -37,6 +38,7 @@ class Geometry:
         ticks = max(1, round(collector.frames_per_batch / envs))
         return Geometry(
             num_envs=envs,
+            num_replayed=envs if collector.eval_in_replay else envs - collector.eval_envs,
             ticks_per_chunk=ticks,
             capacity=replay.buffer_size // envs // ticks * ticks,
             prefill_chunks=math.ceil(collector.init_random_frames / (ticks * envs)),
@@ -48,6 +50,16 @@ class Geometry:
     def frames_per_chunk(self) -> int:
         """Return the agent steps in a chunk, K * E."""
         return self.ticks_per_chunk * self.num_envs
+
+    @property
+    def replayed_per_chunk(self) -> int:
+        """Return the agent steps in a chunk that can be sampled."""
+        return self.ticks_per_chunk * self.num_replayed
+
+    @property
+    def replayed_prefill(self) -> int:
+        """Return the agent steps of the prefill that can be sampled."""
+        return self.prefill_chunks * self.replayed_per_chunk
 
     @property
     def frames_per_step(self) -> int:

@@ -113,8 +113,9 @@ class Grant:
 class Commit:
     """A granted chunk is complete in the replay.
 
-    `num_episodes` episodes finished in it. Three packed arrays of equal length describe the newest of them, at most
-    MAX_EPISODES, oldest first: float32 returns, int32 lengths in agent steps, and uint8 indices into EPISODE_KINDS.
+    `num_episodes` episodes finished in it. Four packed arrays of equal length describe the newest of them, at most
+    MAX_EPISODES, oldest first: float32 returns, int32 lengths in agent steps, uint8 indices into EPISODE_KINDS, and
+    int64 policy versions: the one that is evaluated, or 0 if the episode belongs to no evaluation.
     """
 
     seq: int = _int()
@@ -126,8 +127,10 @@ class Commit:
     returns: bytes = _bounded(bytes, 4 * MAX_EPISODES, default=b"")
     lengths: bytes = _bounded(bytes, 4 * MAX_EPISODES, default=b"")
     kinds: bytes = _bounded(bytes, MAX_EPISODES, default=b"")
+    versions: bytes = _bounded(bytes, 8 * MAX_EPISODES, default=b"")
     num_episodes: int = _int(default=0)
     num_diverged: int = _int(default=0)
+    eval_steps: int = _int(default=0)  # agent steps of evaluation environments in this chunk
     rss_bytes: int = _int(default=0)  # these three: the collector's memory, see `shared.memory.Memory`
     gpu_bytes: int = _int(default=0)
     device_bytes: int = _int(default=0)
@@ -140,7 +143,9 @@ class Refusal:
     reason: str = _bounded(str, MAX_REASON_CHARS)
 
 
-EPISODE_KINDS = ("train", "eval", "random")  # random: at least one action was chosen before weights arrived
+# random: at least one action was chosen before weights arrived; waiting: of an evaluation environment, but of no
+# evaluation
+EPISODE_KINDS = ("train", "eval", "random", "waiting")
 Message = Hello | Welcome | MappingFailed | SelfTest | Grant | Commit | Refusal
 _TYPES: dict[str, type] = {
     cls.__name__: cls for cls in (Hello, Welcome, MappingFailed, SelfTest, Grant, Commit, Refusal)
@@ -180,10 +185,10 @@ def decode(raw: bytes) -> Message:
 def _check_episodes(commit: Commit) -> None:
     """Check that the episode arrays have one length. Raises: MalformedMessage."""
     count = len(commit.kinds)
-    if not len(commit.returns) == len(commit.lengths) == 4 * count:
+    if not 2 * len(commit.returns) == 2 * len(commit.lengths) == len(commit.versions) == 8 * count:
         raise MalformedMessage(
-            f"a commit has {len(commit.returns)} bytes of returns, {len(commit.lengths)} of lengths and {count} of "
-            "kinds; expected 4, 4 and 1 bytes for each episode"
+            f"a commit has {len(commit.returns)} bytes of returns, {len(commit.lengths)} of lengths, {count} of kinds "
+            f"and {len(commit.versions)} of versions; expected 4, 4, 1 and 8 bytes for each episode"
         )
     if max(commit.kinds, default=0) >= len(EPISODE_KINDS):
         raise MalformedMessage(

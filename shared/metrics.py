@@ -60,6 +60,9 @@ AGENT_STEPS = declare(
     "agent_steps", "run/agent_steps", "agent steps", "Decisions of all environments since the run began."
 )
 ENV_FRAMES = declare("env_frames", "run/env_frames", "env frames", "Agent steps times the action repeat.")
+EVAL_AGENT_STEPS = declare(
+    "eval_agent_steps", "run/eval_agent_steps", "agent steps", "Those of agent_steps that evaluation environments made."
+)
 EPISODES = declare("episodes", "run/episodes", "episodes", "Finished episodes since the run began.")
 STARTUP_S = declare("startup_s", "run/startup_s", "s", "Time to build and compile the networks in this launch.")
 
@@ -68,13 +71,45 @@ EPISODE_RETURN_MEAN = declare(
     "episode_return_mean", "return/train_mean", "reward", "Mean return of the newest 100 training episodes."
 )
 EVAL_RETURN_MEAN = declare(
-    "eval_return_mean", "return/eval_mean", "reward", "Mean return of the newest 20 evaluation episodes (no noise)."
+    "eval_return_mean", "return/eval_mean", "reward", "Mean return of the newest 20 episodes of evaluations."
 )
 RANDOM_RETURN_MEAN = declare(
     "random_return_mean", "return/random_mean", "reward", "Mean return of the newest 100 episodes of random actions."
 )
 EPISODE_LENGTH_MEAN = declare(
     "episode_length_mean", "return/length_mean", "agent steps", "Mean length of the newest 100 episodes of any kind."
+)
+
+# ---- evaluation: the newest complete one, which is a number of whole episodes of one policy version ------------------
+EVALUATIONS = declare("evaluations", "evaluation/number", "evaluations", "Complete evaluations since the run began.")
+EVALUATION_VERSION = declare(
+    "evaluation_version", "evaluation/version", "versions", "Policy version of the newest complete evaluation."
+)
+EVALUATION_GRADIENT_STEPS = declare(
+    "evaluation_gradient_steps", "evaluation/gradient_steps", "steps", "Updates before that version was published."
+)
+EVALUATION_AGENT_STEPS = declare(
+    "evaluation_agent_steps",
+    "evaluation/agent_steps",
+    "agent steps",
+    "Agent steps before that version was published; without eval_agent_steps if collector.eval_in_replay is false.",
+)
+EVALUATION_ENV_FRAMES = declare(
+    "evaluation_env_frames", "evaluation/env_frames", "env frames", "The same steps times the action repeat."
+)
+EVALUATION_EPISODES = declare(
+    "evaluation_episodes", "evaluation/episodes", "episodes", "Episodes of the newest complete evaluation."
+)
+EVALUATION_MEAN = declare("evaluation_mean", "evaluation/mean", "reward", "Mean of their returns.")
+EVALUATION_MEDIAN = declare("evaluation_median", "evaluation/median", "reward", "Median of their returns.")
+EVALUATION_IQM = declare(
+    "evaluation_iqm", "evaluation/iqm", "reward", "Mean of their returns without the lowest and highest quarter."
+)
+EVALUATION_LOW = declare(
+    "evaluation_low", "evaluation/low", "reward", "Lower end of the mean's 95 % interval (bootstrap over episodes)."
+)
+EVALUATION_HIGH = declare(
+    "evaluation_high", "evaluation/high", "reward", "Upper end of the mean's 95 % interval (bootstrap over episodes)."
 )
 
 # ---- pace ---------------------------------------------------------------------------------------------------------

@@ -2,7 +2,8 @@
 
     config.yaml, run.json, lock          written by launch when it starts
     collector.progress learner.progress  written by each process (`shared.progress`)
-    metrics.jsonl, checkpoints/          written by the learner
+    metrics.jsonl, evaluations.jsonl     written by the learner
+    checkpoints/                         written by the learner
     logs/, crash/                        written by every process; crash/ holds stack dumps
     tb/, summary.json                    written by launch; summary.json when the run ends
 
@@ -40,6 +41,11 @@ class RunFolder:
     def metrics(self) -> Path:
         """The rows of metrics that the learner writes."""
         return self.path / "metrics.jsonl"
+
+    @property
+    def evaluations(self) -> Path:
+        """The evaluations that the learner writes, one line for each."""
+        return self.path / "evaluations.jsonl"
 
     @property
     def summary(self) -> Path:

@@ -65,36 +65,39 @@ class Policy(nn.Module):
         return self.rssm.initial(num_envs)
 
     @torch.no_grad()
-    def act(
-        self,
-        obs: dict[str, Tensor],
-        belief: Belief,
-        prev_action: Tensor,
-        reset: Tensor,
-        *,
-        noise_std: float,
-        evaluation: Tensor,
-        eval_action: str,
+    def explore(
+        self, obs: dict[str, Tensor], belief: Belief, prev_action: Tensor, reset: Tensor, *, noise_std: float
     ) -> tuple[Tensor, Belief]:
         """Return the actions to execute, (E, A) float32 in [-1, 1], and the beliefs in which they were chosen.
 
-        Where `reset` is true, belief and previous action are set to zero before the step. The rows `evaluation` get an
-        action without noise: the most likely of 100 samples if `eval_action` is "mode", tanh of the mean if it is
-        "mean". The other rows get a sample plus N(0, noise_std), clipped. Pass the returned action as `prev_action` in
-        the next call, because it is the one that is executed.
-        Shapes: obs entries (E, *shape), not normalised; prev_action (E, A); reset (E,) bool; evaluation (n,) int64,
-        indices of rows.
+        An action is a sample plus N(0, noise_std), clipped. Where `reset` is true, belief and previous action are set
+        to zero before the step. Pass the returned action as `prev_action` in the next call, because it is the one that
+        is executed.
+        Shapes: obs entries (E, *shape), not normalised; prev_action (E, A); reset (E,) bool.
         """
+        mean, std, belief = self._observe(obs, belief, prev_action, reset)
+        sample = torch.tanh(mean + std * torch.randn_like(mean))
+        return (sample + noise_std * torch.randn_like(mean)).clamp(-1.0, 1.0), belief
+
+    @torch.no_grad()
+    def evaluate(
+        self, obs: dict[str, Tensor], belief: Belief, prev_action: Tensor, reset: Tensor, *, eval_action: str
+    ) -> tuple[Tensor, Belief]:
+        """Return actions without noise, and the beliefs in which they were chosen.
+
+        An action is the most likely of 100 samples if `eval_action` is "mode", tanh of the mean if it is "mean".
+        Shapes: as for `explore`.
+        """
+        mean, std, belief = self._observe(obs, belief, prev_action, reset)
+        return tanh_normal_mode(mean, std) if eval_action == "mode" else torch.tanh(mean), belief
+
+    def _observe(
+        self, obs: dict[str, Tensor], belief: Belief, prev_action: Tensor, reset: Tensor
+    ) -> tuple[Tensor, Tensor, Belief]:
+        """Return the mean and std of the actions before the tanh, and the beliefs."""
         num_envs = reset.shape[0]
         assert prev_action.shape[0] == belief.deter.shape[0] == num_envs, (prev_action.shape, belief.deter.shape)
         embed_share = self.rssm.embed_share(self.encoder(self.normaliser(obs)))
         noise = torch.randn_like(belief.stoch)
         belief = self.rssm.posterior_step(belief, prev_action, embed_share, reset[:, None], noise).belief
-        mean, std = self.actor(feat(belief))
-        sample = torch.tanh(mean + std * torch.randn_like(mean))
-        noisy = (sample + noise_std * torch.randn_like(mean)).clamp(-1.0, 1.0)
-        if not len(evaluation):
-            return noisy, belief
-        mean, std = mean[evaluation], std[evaluation]
-        best = tanh_normal_mode(mean, std) if eval_action == "mode" else torch.tanh(mean)
-        return noisy.index_copy(0, evaluation, best), belief
+        return *self.actor(feat(belief)), belief

@@ -71,8 +71,8 @@ def play(acting: ActingPolicy, rows: list[Arrival], monkeypatch) -> tuple[list[t
 
 
 def test_evaluation_environments_are_spread_evenly():
-    assert make_acting(eval_envs=2).evaluation.tolist() == [False, True, False, True]
-    assert not make_acting(eval_envs=0).evaluation.any()
+    assert make_acting(eval_envs=2).evaluations.mask.tolist() == [False, True, False, True]
+    assert not make_acting(eval_envs=0).evaluations.mask.any()
 
 
 @pytest.mark.parametrize("resets_inside", [False, True])

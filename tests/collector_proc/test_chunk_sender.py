@@ -22,6 +22,7 @@ from shared.lifetime import StopFlag
 from shared.memory import Memory
 from shared.messages import EPISODE_KINDS, Commit, Grant
 from shared.stream import ObsSpec, StreamSpec, plan_layout, ring_views
+from tests.fakes.evaluating import evaluations_in
 from tests.fakes.fake_process import FakeProgress, fake_process
 from tests.fakes.late_copier import LateCopier
 
@@ -51,8 +52,8 @@ class Scene:
         self.ring = ring_views(torch.zeros(LAYOUT.num_bytes, dtype=torch.uint8), LAYOUT)
         device = torch.device("cpu")
         self.writer = ChunkWriter(self.ring, LAYOUT, ticks=K, device=device, copier=self.copier)
-        evaluation = torch.tensor([False, True])
-        self.tracker = EpisodeTracker(SPEC, ticks=K, evaluation=evaluation, copier=self.copier)
+        evaluations = evaluations_in((1,), E, version=4)
+        self.tracker = EpisodeTracker(SPEC, ticks=K, evaluations=evaluations, copier=self.copier)
         self.reported: list[int] = []
         learner: Any = SimpleNamespace(read_grants=lambda: None)
         meter: Any = SimpleNamespace(read=lambda: Memory(10, 20, 30))
@@ -88,6 +89,7 @@ def test_a_commit_describes_the_chunk_its_episodes_and_the_memory():
     assert (commit.agent_steps, commit.env_frames, commit.num_diverged) == (2 * E, 2 * E * 4, 3)
     assert struct.unpack("<2f", commit.returns) == (2.0, 2.0) and struct.unpack("<2i", commit.lengths) == (2, 2)
     assert [EPISODE_KINDS[kind] for kind in commit.kinds] == ["train", "eval"] and commit.num_episodes == 2
+    assert struct.unpack("<2q", commit.versions) == (0, 4) and commit.eval_steps == 2
     assert (commit.rss_bytes, commit.gpu_bytes, commit.device_bytes) == (10, 20, 30)
     assert scene.ring["obs", "policy"][6:9, 0, 0].tolist() == [0.0, 1.0, 2.0] and scene.reported == [2 * E]
 

@@ -201,7 +201,7 @@ def test_on_a_gpu_no_tick_waits_for_the_device():
     acting = ActingPolicy(
         SPEC, NetworkSettings(), CollectorSettings(eval_envs=4), device=device, seed=0, random_ticks=2
     )
-    tracker = EpisodeTracker(SPEC, ticks=K, evaluation=acting.evaluation, copier=copier)
+    tracker = EpisodeTracker(SPEC, ticks=K, evaluations=acting.evaluations, copier=copier)
     mover, action = ArrivalMover(device), torch.zeros(E, 4, device=device)
     arrivals = [gpu_arrival(tick, device) for tick in range(2 * K)]
     for chunk in range(2):

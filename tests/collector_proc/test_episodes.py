@@ -11,6 +11,7 @@ from collector_proc.episodes import EpisodeTracker
 from collector_proc.simulators.base import Arrival
 from shared.messages import EPISODE_KINDS, MAX_EPISODES
 from shared.stream import ObsSpec, StreamSpec
+from tests.fakes.evaluating import evaluations_in
 from tests.fakes.late_copier import LateCopier
 
 E = 3
@@ -27,8 +28,8 @@ def arrival(*, first=(), last=(), reward: float = 1.0, acting: bool = False) -> 
 
 def track(ticks: list[Arrival], *, random=lambda tick: False, evaluation=(2,)) -> EpisodeTracker:
     """Return a tracker that has sent the numbers of one chunk."""
-    mask = torch.tensor([env in evaluation for env in range(E)])
-    tracker = EpisodeTracker(SPEC, ticks=len(ticks), evaluation=mask)
+    evaluations = evaluations_in(evaluation, E, version=7)
+    tracker = EpisodeTracker(SPEC, ticks=len(ticks), evaluations=evaluations)
     for tick, now in enumerate(ticks):
         tracker.add(now, random=random(tick))
     tracker.send()
@@ -45,11 +46,13 @@ EPISODES = [
 
 
 def test_returns_lengths_and_agent_steps_leave_out_resets():
-    returns, lengths, kinds, num_episodes, steps = track(EPISODES).take(100)
+    returns, lengths, kinds, versions, num_episodes, steps, eval_steps = track(EPISODES).take(100)
     assert returns == [5.0, 5.0, 17.0]  # environments 0 and 2 end at tick 2; environment 1 gets 2 + 3 + 5 + 7
     assert lengths == [2, 2, 4]
     assert [EPISODE_KINDS[kind] for kind in kinds] == ["train", "eval", "train"]
+    assert versions == [0, 7, 0]
     assert num_episodes == 3 and steps == 5 * E - 5  # five of the rows are resets
+    assert eval_steps == 3, "two of environment 2's rows are resets"
 
 
 def test_if_the_simulator_resets_inside_step_every_row_but_the_very_first_is_an_agent_step():
@@ -81,23 +84,25 @@ def test_an_episode_with_one_random_action_is_of_the_kind_random():
 
 def test_numbers_that_are_gathered_during_a_copy_do_not_change_the_numbers_being_copied():
     copier = LateCopier()
-    tracker = EpisodeTracker(SPEC, ticks=2, evaluation=torch.zeros(E, dtype=torch.bool), copier=copier)
+    tracker = EpisodeTracker(SPEC, ticks=2, evaluations=evaluations_in((), E), copier=copier)
     tracker.add(arrival(first=(0, 1, 2)), random=False)
     tracker.add(arrival(last=(0,)), random=False)
     tracker.send()
     tracker.add(arrival(first=(0,), last=(1, 2)), random=False)
     copier.finish()
-    assert tracker.take(10) == ([1.0], [1], [0], 1, 3)
+    assert tracker.take(10) == ([1.0], [1], [0], [0], 1, 3, 0)
     tracker.add(arrival(first=(1, 2)), random=False)
     tracker.send()
     copier.finish()
-    assert tracker.take(10) == ([2.0, 2.0], [2, 2], [0, 0], 2, 3)
+    assert tracker.take(10) == ([2.0, 2.0], [2, 2], [0, 0], [0, 0], 2, 3, 0)
     for _ in range(2):
         tracker.add(arrival(), random=False)
     tracker.send()
     copier.finish()
-    assert tracker.take(10) == ([], [], [], 0, 2 * E), "the first chunk's buffer was emptied before it was used again"
-    assert tracker.take(10) == ([], [], [], 0, 0) and copier.num_host_waits == 0
+    assert tracker.take(10) == ([], [], [], [], 0, 2 * E, 0), (
+        "the first chunk's buffer was emptied before it was used again"
+    )
+    assert tracker.take(10) == ([], [], [], [], 0, 0, 0) and copier.num_host_waits == 0
 
 
 def send_many_ends(tracker: EpisodeTracker, spec: StreamSpec, chunk: int, ticks: int) -> None:
@@ -113,9 +118,8 @@ def send_many_ends(tracker: EpisodeTracker, spec: StreamSpec, chunk: int, ticks:
 @pytest.mark.parametrize("num_evaluating", [1, 16, 4095])
 def test_if_more_episodes_end_than_a_commit_describes_it_describes_the_most_recent_and_counts_all(num_evaluating: int):
     spec, ticks = StreamSpec(4096, {"policy": ObsSpec((1,), "float32")}, 1), 2
-    mask = torch.zeros(4096, dtype=torch.bool)
-    mask[torch.arange(num_evaluating)] = True
-    tracker = EpisodeTracker(spec, ticks=ticks, evaluation=mask)
+    evaluations = evaluations_in(tuple(range(num_evaluating)), 4096, per_column=1000, version=7)
+    tracker = EpisodeTracker(spec, ticks=ticks, evaluations=evaluations)
     for chunk in range(3):
         send_many_ends(tracker, spec, chunk, ticks)
         finished = tracker.take(MAX_EPISODES)
@@ -124,7 +128,7 @@ def test_if_more_episodes_end_than_a_commit_describes_it_describes_the_most_rece
         assert newest == {0: 100.0 * chunk + 1, 1: 100.0 * chunk + 1}, "both kinds are described"
         assert finished.kinds.count(1) == min(2 * num_evaluating, MAX_EPISODES // 2)
         assert all(value >= 100.0 * chunk for value in finished.returns), "no episode of an earlier chunk is described"
-    assert tracker.take(MAX_EPISODES) == ([], [], [], 0, 0), "no episode waits for a later call"
+    assert tracker.take(MAX_EPISODES) == ([], [], [], [], 0, 0, 0), "no episode waits for a later call"
 
 
 def test_described_episodes_keep_the_order_in_which_they_ended():

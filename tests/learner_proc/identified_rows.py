@@ -12,10 +12,10 @@ SPEC = StreamSpec(E, {"policy": ObsSpec((2,), "float32")}, 1)
 LOUD = 0xAB
 
 
-def make_replay(capacity: int = CAPACITY) -> Replay:
+def make_replay(capacity: int = CAPACITY, *, columns: list[int] | None = None) -> Replay:
     layout = plan_layout(SPEC, capacity)
     slab = torch.full((layout.num_bytes,), LOUD, dtype=torch.uint8)
-    return Replay(slab, layout, ticks_per_chunk=K, seed=0, device=torch.device("cpu"))
+    return Replay(slab, layout, ticks_per_chunk=K, seed=0, device=torch.device("cpu"), columns=columns)
 
 
 def write(replay: Replay, row: int, first_tick: int) -> None:

@@ -20,7 +20,7 @@ from shared.stream import ObsSpec, StreamSpec, plan_layout
 
 B, L, E, K, CAPACITY = 4, 8, 3, 4, 64
 SPEC = StreamSpec(E, {"policy": ObsSpec((5,), "float32"), "pixels": ObsSpec((64, 64, 3), "uint8")}, 2)
-GEOMETRY = Geometry(E, K, CAPACITY, 2, B, L)
+GEOMETRY = Geometry(E, E, K, CAPACITY, 2, B, L)
 CPU = torch.device("cpu")
 CAPTURES: list[tuple[str, bool, bool]] = [
     ("false", False, False),

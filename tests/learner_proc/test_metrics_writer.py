@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from learner_proc.evaluation import EvaluationLog
 from learner_proc.metrics_writer import MetricsWriter, check_complete, cut_after
 from learner_proc.numbers import Numbers
 from learner_proc.totals import Counters
@@ -42,6 +43,7 @@ def make(tmp_path: Path, counters: Counters | None = None) -> tuple[MetricsWrite
     writer = MetricsWriter(
         tmp_path / "metrics.jsonl", torch.device("cpu"), counters,
         constants=constants, once_per_row=ONCE_PER_ROW, streaming_since=0.0,
+        evaluations=EvaluationLog(tmp_path / "evaluations.jsonl", num_episodes=1, eval_in_replay=True),
     )  # fmt: skip
     return writer, counters
 
@@ -69,6 +71,7 @@ def commit(returns=(), kinds=(), version=0, unnamed=0, gpu_bytes=0) -> Commit:
         returns=struct.pack(f"<{count}f", *returns),
         lengths=struct.pack(f"<{count}i", *([10] * count)),
         kinds=bytes(kinds),
+        versions=struct.pack(f"<{count}q", *[version * (kind == 1) for kind in kinds]),
         num_episodes=count + unnamed,
         rss_bytes=1_500_000_000,
         gpu_bytes=gpu_bytes,
@@ -118,7 +121,9 @@ def test_a_metric_that_is_written_and_not_declared_raises():
 
 def test_training_evaluation_and_random_episodes_have_separate_means(tmp_path):
     writer, _ = make(tmp_path)
-    writer.add_commit(commit(returns=(1.0, 5.0, 100.0, 3.0), kinds=(0, 1, 2, 0), version=4), newest_version=6)
+    writer.add_commit(
+        commit(returns=(1.0, 5.0, 100.0, 3.0), kinds=(0, 1, 2, 0), version=4), newest_version=6, collector=1
+    )
     writer.add_step(measured(0.0))
     request_row(writer)
     assert [column(tmp_path, metric) for metric in RETURNS] == [[2.0], [5.0], [100.0]]
@@ -129,7 +134,7 @@ def test_training_evaluation_and_random_episodes_have_separate_means(tmp_path):
 def test_episodes_are_counted_by_the_collector_and_not_by_the_list(tmp_path):
     writer, counters = make(tmp_path)
     for _ in range(3):
-        writer.add_commit(commit(returns=(1.0, 2.0), kinds=(0, 1), unnamed=8190), newest_version=0)
+        writer.add_commit(commit(returns=(1.0, 2.0), kinds=(0, 1), unnamed=8190), newest_version=0, collector=1)
     assert counters.episodes == 3 * 8192
 
 
@@ -137,7 +142,7 @@ def test_a_row_reports_the_collectors_memory_from_its_last_commit(tmp_path):
     writer, _ = make(tmp_path)
     for gpu_bytes in (0, 2_000_000_000):
         request_row(writer)
-        writer.add_commit(commit(gpu_bytes=gpu_bytes), newest_version=0)
+        writer.add_commit(commit(gpu_bytes=gpu_bytes), newest_version=0, collector=1)
         writer.add_step(measured(0.0))
     request_row(writer)
     assert column(tmp_path, metrics.COLLECTOR_RSS_GB) == [None, 1.5, 1.5]
@@ -192,10 +197,12 @@ def test_a_resume_deletes_the_rows_that_are_newer_than_its_checkpoint(tmp_path, 
 
 def test_mean_returns_survive_a_resume(tmp_path):
     writer, counters = make(tmp_path)
-    writer.add_commit(commit(returns=(1.0, 5.0, 100.0, 3.0), kinds=(0, 1, 2, 0), version=4), newest_version=6)
+    writer.add_commit(
+        commit(returns=(1.0, 5.0, 100.0, 3.0), kinds=(0, 1, 2, 0), version=4), newest_version=6, collector=1
+    )
     resumed, _ = make(tmp_path, counters)
     resumed.episodes.load_state(json.loads(json.dumps(writer.episodes.state())))
-    resumed.add_commit(commit(returns=(8.0,), kinds=(0,), version=4), newest_version=6)
+    resumed.add_commit(commit(returns=(8.0,), kinds=(0,), version=4), newest_version=6, collector=1)
     resumed.add_step(measured(0.0))
     request_row(resumed)
     assert [column(tmp_path, metric)[-1] for metric in RETURNS] == [4.0, 5.0, 100.0]
@@ -205,7 +212,7 @@ def test_mean_returns_survive_a_resume(tmp_path):
 def test_the_live_status_has_the_counters_and_mean_returns(tmp_path):
     writer, counters = make(tmp_path)
     counters.gradient_steps = 7
-    writer.add_commit(commit(returns=(1.0, 5.0), kinds=(0, 1), version=4), newest_version=6)
+    writer.add_commit(commit(returns=(1.0, 5.0), kinds=(0, 1), version=4), newest_version=6, collector=1)
     status = writer.status(total_optim_steps=100, replay_ratio=2.0, replay_ratio_target=None)
     assert (status.gradient_steps, status.agent_steps, status.total_optim_steps) == (7, 100, 100)
     assert (status.episode_return_mean, status.eval_return_mean, status.policy_lag_mean) == (1.0, 5.0, 2.0)

@@ -72,3 +72,13 @@ def test_equal_seeds_sample_equal_windows():
     fill(one, 7)
     fill(two, 7)
     assert torch.equal(one.sample(64, LENGTH)["reward"], two.sample(64, LENGTH)["reward"])
+
+
+def test_only_the_given_environments_are_sampled():
+    replay = make_replay(columns=[0, 2])
+    fill(replay, 6)
+    envs = (replay.sample(500, LENGTH)["reward"] // 1000).long()
+    assert envs.unique().tolist() == [0, 2] and 0.4 < (envs == 0).float().mean() < 0.6
+    rows = replay.chunk(0)
+    vectors = replay.vectors(rows, torch.device("cpu"))
+    assert torch.equal(vectors["policy"], rows["obs", "policy"][:, [0, 2]]), "statistics of observations follow them"

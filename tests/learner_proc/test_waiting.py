@@ -91,5 +91,7 @@ def test_a_request_to_stop_ends_the_wait_without_networks(waiting, process):
 def test_rows_that_were_restored_in_the_prefill_shorten_the_random_actions():
     """A run that was interrupted in its prefill continues with the part of the prefill that is missing."""
     pacing = Pacing(chunk_frames=16, step_frames=8, ratio=None, prefill=16)
-    assert remaining_random_frames(counters=Counters(), pacing=pacing) == 16
-    assert remaining_random_frames(counters=Counters(gradient_steps=1), pacing=pacing) == 0
+    assert remaining_random_frames(16, counters=Counters(), pacing=pacing) == 16
+    assert remaining_random_frames(16, counters=Counters(gradient_steps=1), pacing=pacing) == 0
+    without_evaluation = Pacing(chunk_frames=12, step_frames=8, ratio=None, prefill=24, collected=12)
+    assert remaining_random_frames(16, counters=Counters(), pacing=without_evaluation) == 16, "one whole chunk"

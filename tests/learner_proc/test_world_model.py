@@ -101,14 +101,12 @@ def test_observing_recorded_rows_gives_the_beliefs_of_acting_if_the_executed_act
     belief, action, acted = policy.initial_belief(B), torch.zeros(B, A), []
     for t in range(L):
         w["action"][:, t] = action.masked_fill(w["is_first"][:, t, None], 0.0)
-        action, belief = policy.act(
+        action, belief = policy.explore(
             {"policy": w["obs"]["policy"][:, t]},
             belief,
             action,
             w["is_first"][:, t],
             noise_std=0.3,
-            evaluation=torch.arange(0),
-            eval_action="mean",
         )
         acted.append(belief)
     scanned = observe(model, w).belief

@@ -20,7 +20,13 @@ def test_the_defaults_for_56_environments_become_whole_ticks_and_chunks() -> Non
     # 1000 / 56 = 17.86 -> 18 ticks; 1e6 // 56 = 17857 rows = 992 chunks of 18; ceil(10000 / 1008) = 10 chunks.
     geometry = Geometry.of(Settings())
     assert geometry == Geometry(
-        num_envs=56, ticks_per_chunk=18, capacity=17856, prefill_chunks=10, num_sequences=200, sequence_length=50
+        num_envs=56,
+        num_replayed=56,
+        ticks_per_chunk=18,
+        capacity=17856,
+        prefill_chunks=10,
+        num_sequences=200,
+        sequence_length=50,
     )
     assert (geometry.frames_per_chunk, geometry.frames_per_step, geometry.prefill_frames) == (1008, 10_000, 10_080)
 
@@ -56,6 +62,16 @@ def test_num_envs_is_the_number_of_environments_if_it_is_set() -> None:
     settings = Settings()
     settings.env.num_envs = 3
     assert count_envs(settings) == 3
+
+
+def test_rows_of_evaluation_environments_can_be_kept_out_of_the_replay() -> None:
+    settings = Settings()
+    settings.collector.eval_envs = 6
+    assert Geometry.of(settings).replayed_per_chunk == Geometry.of(settings).frames_per_chunk == 1008
+    settings.collector.eval_in_replay = False
+    geometry = Geometry.of(settings)
+    assert (geometry.frames_per_chunk, geometry.replayed_per_chunk) == (1008, 900)
+    assert (geometry.prefill_frames, geometry.replayed_prefill) == (10_080, 9000)
 
 
 def test_the_defaults_fit_each_other() -> None:

@@ -31,6 +31,7 @@ COMMIT = Commit(
     returns=b"\0" * 8,
     lengths=b"\1\0\0\0" * 2,
     kinds=b"\0\1",
+    versions=b"\0" * 8 + b"\3" + b"\0" * 7,
     num_episodes=5,
     rss_bytes=10**9,
 )
@@ -52,7 +53,7 @@ def test_an_encoded_message_is_decoded_unchanged(message):
 
 def test_the_largest_commit_fits_a_message():
     largest = {entry.name: entry.metadata["maximum"] for entry in fields(Commit)}
-    episodes = {name: b"\1" * largest[name] for name in ("returns", "lengths", "kinds")}
+    episodes = {name: b"\1" * largest[name] for name in ("returns", "lengths", "kinds", "versions")}
     commit = Commit(**largest | episodes)
     assert len(commit.kinds) == MAX_EPISODES and len(encode(commit)) <= MAX_MESSAGE_BYTES
 
@@ -112,7 +113,7 @@ def test_bytes_that_are_not_a_message_within_its_bounds_are_refused(raw):
 def test_a_commit_with_episode_arrays_of_different_lengths_is_refused():
     values = {name: getattr(COMMIT, name) for name in COMMIT.__dataclass_fields__}
     raw = pack({"type": "Commit", **values, "kinds": b"\0"})
-    with pytest.raises(MalformedMessage, match="8 bytes of returns, 8 of lengths and 1 of kinds"):
+    with pytest.raises(MalformedMessage, match="8 bytes of returns, 8 of lengths, 1 of kinds and 16 of versions"):
         decode(raw)
 
 
@@ -138,6 +139,8 @@ def test_damaged_bytes_raise_no_other_error_than_malformed_message():
 
 
 def test_a_commit_with_an_episode_of_an_unknown_kind_is_malformed():
-    packed = encode(Commit(1, 0, 8, 8, 1, returns=bytes(4), lengths=bytes(4), kinds=bytes([9]), num_episodes=1))
-    with pytest.raises(MalformedMessage, match="kind 9; expected a number below 3"):
+    packed = encode(
+        Commit(1, 0, 8, 8, 1, returns=bytes(4), lengths=bytes(4), kinds=bytes([9]), versions=bytes(8), num_episodes=1)
+    )
+    with pytest.raises(MalformedMessage, match="kind 9; expected a number below 4"):
         decode(packed)
