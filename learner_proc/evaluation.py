@@ -9,22 +9,20 @@ from __future__ import annotations
 
 import json
 import struct
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import structlog
-import torch
 
 from learner_proc.totals import Counters
 from shared import metrics
 from shared.files import LineFile
 from shared.messages import EPISODE_KINDS, Commit
 from shared.metrics import Metric, Value, parse_row, to_row
+from shared.statistics import return_statistics
 
-RESAMPLES = 1000  # of the bootstrap
-COVERAGE = 0.95
 RETURNS = "returns"  # the key of the single returns in a line, beside the columns of the metrics
 COLUMNS = (
     metrics.EVALUATIONS,
@@ -118,24 +116,17 @@ class EvaluationLog:
 
 
 def statistics(returns: Sequence[float], *, seed: int) -> dict[Metric, float | None]:
-    """Return mean, median, interquartile mean and an interval of the mean, of at least one return.
+    """Return mean, median, interquartile mean and the mean's interval, of at least one return; one has no interval.
 
-    The interquartile mean leaves out the lowest and the highest quarter, rounded down. The interval is the bootstrap's
-    percentile interval; one return has none. seed: of the resampling.
+    seed: of the resampling.
     """
-    values = torch.tensor(returns, dtype=torch.float64)
-    ordered, cut = values.sort().values, len(values) // 4
-    interval: Mapping[Metric, float | None] = {metrics.EVALUATION_LOW: None, metrics.EVALUATION_HIGH: None}
-    if len(values) > 1:
-        generator = torch.Generator().manual_seed(seed)
-        chosen = torch.randint(len(values), (RESAMPLES, len(values)), generator=generator)
-        tails = torch.tensor([(1 - COVERAGE) / 2, (1 + COVERAGE) / 2], dtype=torch.float64)
-        interval = dict(zip(interval, values[chosen].mean(1).quantile(tails).tolist(), strict=True))
+    found, has_interval = return_statistics(returns, seed=seed), len(returns) > 1
     return {
-        metrics.EVALUATION_MEAN: values.mean().item(),
-        metrics.EVALUATION_MEDIAN: values.quantile(0.5).item(),
-        metrics.EVALUATION_IQM: ordered[cut : len(values) - cut].mean().item(),
-        **interval,
+        metrics.EVALUATION_MEAN: found.mean.value,
+        metrics.EVALUATION_MEDIAN: found.median.value,
+        metrics.EVALUATION_IQM: found.iqm.value,
+        metrics.EVALUATION_LOW: found.mean.low if has_interval else None,
+        metrics.EVALUATION_HIGH: found.mean.high if has_interval else None,
     }
 
 

@@ -12,12 +12,12 @@ from collector_proc.simulators import ending
 from launcher.checkpoint_choice import CHOICES
 from launcher.devices import choose_torch_device
 from launcher.parser import command_parser, path_argument
-from launcher.statistics import Estimate, return_statistics
 from launcher.trained_run import SEED_OFFSET, check_stream, open_trained_run, start_simulator, use_environments
 from shared.errors import SettingError, SimulatorError
 from shared.files import write_json
 from shared.lifetime import ExitCode
 from shared.output import write_error, write_output
+from shared.statistics import Estimate, return_statistics
 
 if TYPE_CHECKING:
     import argparse

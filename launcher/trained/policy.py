@@ -56,13 +56,11 @@ class TrainedPolicy:
             self.belief = self.policy.initial_belief(num_envs)
             self.action = torch.zeros(num_envs, self.spec.action_dim, device=self.device)
         none = torch.zeros(num_envs, dtype=torch.bool, device=self.device)
-        self.action, self.belief = self.policy.act(
+        self.action, self.belief = self.policy.evaluate(
             entries,
             self.belief,
             self.action,
             none if reset is None else torch.as_tensor(reset).to(self.device, torch.bool),
-            noise_std=0.0,
-            evaluation=torch.arange(num_envs, device=self.device),
             eval_action="mean",
         )
         return self.action

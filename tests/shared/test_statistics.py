@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from launcher.statistics import interquartile_mean, return_statistics
+from shared.statistics import interquartile_mean, return_statistics
 
 
 @pytest.mark.parametrize(
