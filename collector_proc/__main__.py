@@ -9,6 +9,8 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+import traceback
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -24,6 +26,7 @@ from shared.process import Process, start_process
 from shared.socket_folder import read_secret
 
 if TYPE_CHECKING:
+    from collector_proc.collect import Collector
     from collector_proc.simulators.base import Simulator
 
 
@@ -32,9 +35,10 @@ def main() -> int:
 
     code  meaning
     0     the collector was asked to stop, or the learner has ended
-    2     at the first start of the run, the simulator failed or the replay cannot be shared; or a running simulator
-          shows that a setting is wrong
+    2     the first collector failed before its first chunk, by an error that is not the learner's; or a running
+          simulator shows that a setting is wrong
     75    the collector exceeded collector.max_rss_gb
+    76    the collector reached collector.recycle_after_hours
     1     anything else
     """
     arguments = _parse_arguments()
@@ -51,28 +55,56 @@ def run_collector(process: Process, arguments: argparse.Namespace) -> int:
     """Start the simulator, collect until the end, close the simulator, and return the exit code of `main`."""
     die_first_when_memory_ends()  # so that the learner survives, which owns the networks and the replay
     seed = process.settings.env.seed + 1000 * arguments.incarnation + 1_000_000 * process.run.num_resumes
-    simulator, code = None, ExitCode.FAILED
+    attempt, code = Attempt(arguments.incarnation), ExitCode.FAILED
     try:
         process.progress.phase("simulator")
-        simulator = start_simulator(process, seed=seed, device=arguments.device)
-        code = _collect(process, simulator, device=arguments.device, incarnation=arguments.incarnation, seed=seed)
+        attempt.simulator = start_simulator(process, seed=seed, device=arguments.device)
+        code = _collect(process, attempt, device=arguments.device, seed=seed)
     except StopRequested:
         process.log.info("asked to stop before the first tick")
         code = ExitCode.FINISHED
     except Disconnected:
         process.log.info("the learner has ended")
         code = ExitCode.FINISHED
-    except (SettingError, SimulatorError, TransportError) as error:
-        process.log.error("failed", error=str(error))
-        code = exit_code(error, simulator_started=simulator is not None, incarnation=arguments.incarnation)
-        if code == ExitCode.REFUSED:
-            process.progress.refuse(str(error))
+    except (Exception, SystemExit) as error:  # a simulator and its task may raise anything, or call exit
+        code = attempt.failed(process, error)
     finally:
         process.progress.phase("stopping")
-        if simulator is not None:
+        if attempt.simulator is not None:
             with ending.closing_deadline(process.settings.deadlines.stop_s / 2, code):
-                simulator.close()
+                attempt.simulator.close()
     return code
+
+
+@dataclass
+class Attempt:
+    """What one collector has achieved, which decides what its failure means."""
+
+    incarnation: int
+    simulator: Simulator | None = None
+    collector: Collector | None = None
+
+    def failed(self, process: Process, error: BaseException) -> ExitCode:
+        """Report an error that ends this collector, and return its exit code."""
+        text = str(error)
+        if not isinstance(error, (SettingError, SimulatorError, TransportError)):
+            text = describe_error(error)
+            traceback.print_exception(error)  # into logs/collector.out
+        process.log.error("failed", error=text)
+        process.progress.refuse(text)
+        has_committed = self.collector is not None and self.collector.num_chunks > 0
+        return exit_code(
+            error,
+            simulator_started=self.simulator is not None,
+            is_first_chunk=self.incarnation == 0 and not has_committed,
+        )
+
+
+def describe_error(error: BaseException) -> str:
+    """Return the kind and the text of an error that is none of ours, and the line of code that raised it."""
+    place = traceback.extract_tb(error.__traceback__)[-1:]
+    where = f" ({place[0].filename}:{place[0].lineno}, in {place[0].name})" if place else ""
+    return f"{type(error).__name__}: {error}{where}"
 
 
 def start_simulator(process: Process, *, seed: int, device: str) -> Simulator:
@@ -100,9 +132,10 @@ def _parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def _collect(process: Process, simulator: Simulator, *, device: str, incarnation: int, seed: int) -> ExitCode:
+def _collect(process: Process, attempt: Attempt, *, device: str, seed: int) -> ExitCode:
     """Connect to the learner and stream chunks until the end. This imports torch."""
-    settings, run = process.settings, process.run
+    settings, run, simulator, incarnation = process.settings, process.run, attempt.simulator, attempt.incarnation
+    assert simulator is not None
     process.progress.phase("hello")
     channel = connect(run.socket_dir, deadline_s=settings.deadlines.start_s, alive=process.alive)
 
@@ -121,7 +154,7 @@ def _collect(process: Process, simulator: Simulator, *, device: str, incarnation
         alive=process.alive,
     )  # fmt: skip
     ticks = Geometry.of(settings).ticks_per_chunk
-    collector = Collector(
+    collector = attempt.collector = Collector(
         process, simulator, connection, ticks=ticks, incarnation=incarnation,
         seed=seed + 7919,  # so that the policy and the simulator draw different numbers
         device=acting_device,
@@ -131,21 +164,24 @@ def _collect(process: Process, simulator: Simulator, *, device: str, incarnation
     )
     collector.run()
     process.log.info(
-        "ended",
-        agent_steps=collector.agent_steps,
-        asked_to_stop=process.stop.requested,
-        exceeded_memory_limit=collector.exceeded_memory_limit,
-    )
-    return ExitCode.OUTGROWN if collector.exceeded_memory_limit else ExitCode.FINISHED
+        "ended", agent_steps=collector.agent_steps, asked_to_stop=process.stop.requested,
+        exceeded_memory_limit=collector.exceeded_memory_limit, is_recycled=collector.is_recycled,
+    )  # fmt: skip
+    if collector.exceeded_memory_limit:
+        return ExitCode.OUTGROWN
+    return ExitCode.RECYCLED if collector.is_recycled else ExitCode.FINISHED
 
 
-def exit_code(error: Exception, *, simulator_started: bool, incarnation: int) -> ExitCode:
-    """Return REFUSED if another start would fail in the same way, else FAILED."""
-    if simulator_started:
-        is_final = isinstance(error, SettingError) or (incarnation == 0 and isinstance(error, HandoverError))
-        return ExitCode.REFUSED if is_final else ExitCode.FAILED
-    # An earlier collector has started the simulator; now memory or a port is lacking, or a file is being edited.
-    return ExitCode.FAILED if incarnation > 0 else ExitCode.REFUSED
+def exit_code(error: BaseException, *, simulator_started: bool, is_first_chunk: bool) -> ExitCode:
+    """Return REFUSED if another start would fail in the same way, else FAILED.
+
+    is_first_chunk: no collector of this launch has committed a chunk, so nothing shows that the task can work at all.
+    """
+    if isinstance(error, TransportError) and not isinstance(error, HandoverError):
+        return ExitCode.FAILED  # the learner may have failed
+    # If a later collector cannot start, memory or a port is lacking, or a file is being edited.
+    is_wrong_setting = simulator_started and isinstance(error, SettingError)
+    return ExitCode.REFUSED if is_first_chunk or is_wrong_setting else ExitCode.FAILED
 
 
 if __name__ == "__main__":

@@ -6,6 +6,8 @@ A collector owns nothing that must survive it. If it dies, launch starts another
 from __future__ import annotations
 
 import contextlib
+import math
+import time
 
 import torch
 from torch import Tensor
@@ -64,6 +66,9 @@ class Collector:
             spec, ticks=ticks, evaluations=self._acting.evaluations, copier=self._writer.copier
         )
         self._memory_limit = MemoryLimit(meter, settings.collector.max_rss_gb, incarnation=incarnation)
+        hours = settings.collector.recycle_after_hours
+        self._recycle_at = math.inf if hours is None else time.monotonic() + 3600.0 * hours
+        self.is_recycled = False  # `run` returned because this process reached collector.recycle_after_hours
         agent_steps = connection.welcome.agent_steps
         self._status = StatusReporter(process.progress, self._weights, self._memory_limit, agent_steps)
         self._learner = LearnerInput(process, connection.channel, self._weights, self._status, [first_grant])
@@ -78,12 +83,17 @@ class Collector:
         return self._status.agent_steps
 
     @property
+    def num_chunks(self) -> int:
+        """How many chunks this collector has committed."""
+        return self._status.num_chunks
+
+    @property
     def exceeded_memory_limit(self) -> bool:
         """Whether `run` returned because this process exceeded collector.max_rss_gb."""
         return self._memory_limit.exceeded
 
     def run(self) -> None:
-        """Stream chunks until asked to stop, until the learner ends, or until the memory limit is exceeded.
+        """Stream chunks until asked to stop, until the learner ends, or until a limit of memory or age is reached.
 
         Raises: SettingError or SimulatorError if one chunk's work already exceeds the memory limit; TransportError.
         """
@@ -116,7 +126,8 @@ class Collector:
             self._gather(arrival, action, version)
             if self._writer.full:
                 self._send_chunk(version)
-                if not self._memory_limit.check():
+                self.is_recycled = time.monotonic() >= self._recycle_at
+                if not self._memory_limit.check() or self.is_recycled:
                     self._status.report()  # launch shows the memory that was held
                     return
                 self._mode.begin_chunk()

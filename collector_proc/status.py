@@ -34,12 +34,13 @@ class StatusReporter:
     ) -> None:
         self._progress, self._weights, self._memory_limit = progress, weights, memory_limit
         self._marks = deque([Mark(time.monotonic(), agent_steps)])  # the pace counts from the first one
-        self.agent_steps = agent_steps
+        self.agent_steps, self.num_chunks = agent_steps, 0
 
     def report(self, new_steps: int = 0) -> None:
-        """Add agent steps to the count and publish the status."""
+        """Add the agent steps of a committed chunk to the count and publish the status."""
         now = time.monotonic()
         self.agent_steps += new_steps
+        self.num_chunks += new_steps > 0
         while len(self._marks) > 1 and now - self._marks[1].s > PACE_WINDOW_S:
             self._marks.popleft()
         began = self._marks[0]
@@ -51,5 +52,6 @@ class StatusReporter:
                 policy_version=self._weights.version,
                 weights_refused=self._weights.num_refused,
                 rss_gb=self._memory_limit.held_gb,
+                chunks=self.num_chunks,
             )
         )

@@ -13,7 +13,7 @@ from launcher.child_process import ChildProcess
 from launcher.devices import Devices, child_environment
 from launcher.main import ROOT
 from shared.progress import Progress
-from shared.run_folder import RunFolder
+from shared.run_folder import RunFolder, newest_checkpoint
 
 COMMANDS: Mapping[str, Sequence[str]] = {
     "learner": (sys.executable, "-m", "learner_proc"),
@@ -37,11 +37,15 @@ class Starter:
 
     @property
     def restarts(self) -> int:
-        """How many collectors were started after the first one; the number of the newest incarnation."""
-        return max(0, sum(child.name == "collector" for child in self.started) - 1)
+        """How many collectors were started after the first one."""
+        return self.incarnation("collector")
+
+    def incarnation(self, role: str) -> int:
+        """Return the number of the newest learner or collector; the first one is number 0."""
+        return max(0, sum(child.name == role for child in self.started) - 1)
 
     def start(self, role: str) -> ChildProcess:
-        """Start the "learner", or the next "collector"."""
+        """Start the next "learner" or "collector"."""
         incarnation = sum(child.name == role for child in self.started)
         # The first progress page is written here: the deadline of a process that hangs in its imports counts from now.
         Progress.create(self.folder.progress(role), pid=0)
@@ -65,7 +69,8 @@ class Starter:
         arguments = ["--run-dir", str(self.folder.path), "--device", self.devices.kind]
         if role == "collector":
             return [*arguments, "--incarnation", str(incarnation)]
-        return [*arguments, "--resume"] if self.resume else arguments
+        resume = self.resume if incarnation == 0 else newest_checkpoint(self.folder.checkpoints) is not None
+        return [*arguments, "--resume"] if resume else arguments
 
 
 def python_path(outer: Mapping[str, str], *, root: Path = ROOT) -> str:

@@ -16,6 +16,7 @@ from launcher.children import Starter
 from launcher.devices import find_devices
 from launcher.display import Display, duration
 from launcher.ending import Outcome
+from launcher.events import Events
 from launcher.forwarding import FallibleForwarder, RowRelay, last_row, open_forwarder, summarize
 from launcher.main import ROOT
 from launcher.parser import command_name
@@ -174,14 +175,16 @@ def _previous_launch(folder: RunFolder, log: FilteringBoundLogger) -> Run:
 
 def _watch(starter: Starter, settings: Settings, prepared: _Prepared) -> Outcome:
     """Run both processes to the end of the run and write summary.json, even if launch itself fails."""
-    folder, log, began = starter.folder, prepared.log, time.monotonic()
+    folder, log, began, events = starter.folder, prepared.log, time.monotonic(), Events()
     stop, display = install_stop_flag(), Display(Console())
     outcome = Outcome(ExitCode.FAILED, "launch failed")
     for line in _opening_lines(starter, settings):
         display.print_line(line)
     display.start()
     try:
-        outcome = run_processes(starter, settings, stop=stop, log=log, display=display, relay=prepared.relay)
+        outcome = run_processes(
+            starter, settings, stop=stop, events=events, log=log, display=display, relay=prepared.relay
+        )
     except Exception as error:
         outcome = _failure(error, folder)
         log.info("launch failed", exc_info=True)  # a warning would show the traceback to the user
@@ -190,7 +193,7 @@ def _watch(starter: Starter, settings: Settings, prepared: _Prepared) -> Outcome
     finally:
         display.stop()
         seconds = time.monotonic() - began
-        problem = _write_summary(starter, outcome, seconds)
+        problem = _write_summary(starter, outcome, events, seconds)
         log.info("ended", exit_code=outcome.exit_code, reason=outcome.reason)
         trained = prepared.relay.num_rows > 0
         for line in [*problem, *_closing_lines(outcome, starter, settings, seconds=seconds, trained=trained)]:
@@ -206,13 +209,16 @@ def _failure(error: Exception, folder: RunFolder) -> Outcome:
     return Outcome(ExitCode.FAILED, f"launch failed: {error if isinstance(error, OSError) else repr(error)}")
 
 
-def _write_summary(starter: Starter, outcome: Outcome, seconds: float) -> list[str]:
+def _write_summary(starter: Starter, outcome: Outcome, events: Events, seconds: float) -> list[str]:
     """Write summary.json. Return a line for the user if that was not possible."""
     folder = starter.folder
     own = {
         "exit_reason": outcome.reason,
         "launch_s": round(seconds, 3),
         "collector_restarts": starter.restarts,
+        "collector_restart_causes": events.causes("collector"),
+        "learner_restarts": starter.incarnation("learner"),
+        "learner_restart_causes": events.causes("learner"),
         "devices": starter.devices.names(),
     }
     try:

@@ -1,11 +1,15 @@
 """The watch over both processes, from their start to the end of the run. Torch-free.
 
 event                                  reaction
-the learner ends with 0                the collector is stopped; exit code 0, or 1 if gradient steps are missing
-the learner ends otherwise or hangs    the collector is stopped; exit code 1, or 2 if the learner refused to work
+the learner ends with all steps done   the collector is stopped; exit code 0
+the learner ends otherwise or hangs    the collector is stopped, and both start again from the newest checkpoint, within
+                                       a budget (launcher/learner_watch.py); beyond it, exit code 1
+the learner refuses to work            the collector is stopped; exit code 2
 the collector dies or hangs            it is restarted within its budget (launcher/restart_budget.py)
 the collector used too much memory     it is restarted; this may count as a death (launcher/restart_budget.py)
-the collector died too often           the learner saves and ends; exit code 1
+the collector reached its age          it is restarted
+the collector died too often, or       the learner saves and ends; exit code 1
+twice in the same way without a chunk
 the collector refuses to work          the learner saves and ends; exit code 2
 the first Ctrl-C, SIGTERM or SIGHUP    the learner saves and ends, then the collector is stopped; exit code 130, 143,
                                        or 129 (SIGHUP: the terminal was closed)
@@ -23,14 +27,15 @@ from launcher.child_process import describe_exit
 from launcher.children import Starter
 from launcher.collector_watch import CollectorWatch
 from launcher.ending import OrderlyEnd, Outcome
-from launcher.watched_process import WatchedProcess
+from launcher.learner_watch import LearnerWatch
 from shared.lifetime import ExitCode, StopFlag
-from shared.metrics import GRADIENT_STEPS, STARTUP_S
+from shared.metrics import STARTUP_S
 
 if TYPE_CHECKING:
     from structlog.typing import FilteringBoundLogger
 
     from launcher.display import Display
+    from launcher.events import Events
     from launcher.forwarding import RowRelay
     from shared.config import Settings
 
@@ -43,6 +48,7 @@ def run_processes(
     settings: Settings,
     *,
     stop: StopFlag,
+    events: Events,
     log: FilteringBoundLogger,
     display: Display,
     relay: RowRelay,
@@ -50,8 +56,8 @@ def run_processes(
     """Start the learner and the collector, watch them until the run is over, and leave neither of them behind."""
     try:
         try:
-            learner = WatchedProcess("learner", starter, log=log, display=display)
-            collector = CollectorWatch(starter, settings, log=log, display=display)
+            learner = LearnerWatch(starter, settings, relay=relay, events=events, log=log, display=display)
+            collector = CollectorWatch(starter, settings, events=events, log=log, display=display)
         except OSError as error:
             return Outcome(
                 ExitCode.REFUSED,
@@ -77,7 +83,7 @@ class Watch:
 
     def __init__(
         self,
-        learner: WatchedProcess,
+        learner: LearnerWatch,
         collector: CollectorWatch,
         settings: Settings,
         *,
@@ -102,17 +108,21 @@ class Watch:
             self._check_collector()
             time.sleep(TICK_S)
 
-    def stop_collector(self) -> None:
-        """Ask the collector to end, and kill it if it does not end in time or the user is impatient."""
+    def stop_collector(self, *, patience: int = 1) -> None:
+        """Ask the collector to end, and kill it if it does not end in time or after more signals than `patience`."""
         child = self._collector.process.child
         if child.poll() is None:
-            returncode = child.stop(self._settings.deadlines.stop_s, give_up=self._second_signal)
+            stop_s = self._settings.deadlines.stop_s
+            returncode = child.stop(stop_s, give_up=lambda: self._stop.count > patience)
             self._log.info("collector stopped", how=describe_exit(returncode))
 
     def end_after_error(self, error: Exception) -> None:
         """Let the learner save and end after an error of launch. A second signal of the user kills it."""
         end = self._end or OrderlyEnd(
-            Outcome(ExitCode.FAILED, f"launch failed: {error!r}"), self._learner, self._settings.deadlines, self._log
+            Outcome(ExitCode.FAILED, f"launch failed: {error!r}"),
+            self._learner.process,
+            self._settings.deadlines,
+            self._log,
         )
         while end.check() is None and not self._second_signal():
             time.sleep(TICK_S)
@@ -127,7 +137,7 @@ class Watch:
         self._collector.observe()
         self._forward_rows()
         self._display.show(
-            self._learner.snapshot,
+            self._learner.process.snapshot,
             self._collector.process.snapshot,
             self._relay.newest,
             restarts=self._collector.restarts,
@@ -149,6 +159,8 @@ class Watch:
         if self._second_signal():
             self._log.warning("second signal: both processes are killed, nothing more is saved")
             return Outcome(code, f"interrupted by {name}, then killed by a second signal")
+        if self._learner.is_down:
+            return Outcome(code, f"interrupted by {name} while no learner ran")
         if self._end is None:
             self._display.print_line("stopping: the learner saves a checkpoint; a second Ctrl-C kills both processes")
             self._end_in_order(Outcome(code, f"interrupted by {name}"))
@@ -158,43 +170,30 @@ class Watch:
         return self._stop.count >= 2
 
     def _end_in_order(self, outcome: Outcome) -> None:
-        self._end = OrderlyEnd(outcome, self._learner, self._settings.deadlines, self._log)
+        self._end = OrderlyEnd(outcome, self._learner.process, self._settings.deadlines, self._log)
 
     def _check_learner(self) -> Outcome | None:
-        """Return the outcome of the run if the learner has ended or hangs."""
+        """Return the outcome of the run if the learner has ended or hangs and is not replaced."""
         if self._end is not None:
             return self._end.check()
-        returncode = self._learner.child.poll()
-        if returncode == ExitCode.FINISHED:
-            return self._finished()
-        if returncode is None:
-            how = self._learner.kill_if_hung(self._settings.deadlines, watched_since=self._watched_since)
-        else:
-            how = describe_exit(returncode)
-        if how is None:
+        if self._learner.is_down:
+            if self._learner.is_due:
+                self._learner.restart()
+                self._collector.restart()
             return None
-        self._learner.show_death(how)
-        if returncode == ExitCode.REFUSED:
-            return Outcome(ExitCode.REFUSED, f"the learner cannot start or continue: {self._learner.refusal()}")
-        return Outcome(ExitCode.FAILED, f"learner died ({how})")
-
-    def _finished(self) -> Outcome:
-        """Return the outcome of a learner that ended by itself with exit code 0."""
-        self._forward_rows()
-        steps, total = GRADIENT_STEPS.of(self._relay.newest), self._settings.optimization.total_optim_steps
-        if steps is not None and steps < total:
-            return Outcome(
-                ExitCode.FAILED,
-                f"the learner ended by itself after {steps:g} of {total} gradient steps, probably because of a signal; "
-                "see logs/learner.jsonl",
-            )
-        return Outcome(ExitCode.FINISHED, "finished")
+        self._forward_rows()  # the last rows of a learner that has ended
+        outcome = self._learner.check(watched_since=self._watched_since)
+        if self._learner.is_down:
+            self.stop_collector(patience=0)
+        return outcome
 
     def _check_collector(self) -> None:
         """Replace a dead collector. Begin an orderly end if it cannot be replaced."""
         if self._end is not None:
             self._collector.process.child.poll()
             return
-        outcome = self._collector.check(self._learner.snapshot, watched_since=self._watched_since)
+        if self._learner.is_down:
+            return
+        outcome = self._collector.check(self._learner.process.snapshot, watched_since=self._watched_since)
         if outcome is not None:
             self._end_in_order(outcome)

@@ -23,7 +23,9 @@ class WatchedProcess:
         self._progress_file = starter.folder.progress(role)
         self.child = starter.start(role)
         self.snapshot = read(self._progress_file)
-        log.info("started", role=role, pid=self.child.pid, incarnation=starter.restarts, command=self.child.command)
+        log.info(
+            "started", role=role, pid=self.child.pid, incarnation=starter.incarnation(role), command=self.child.command
+        )
 
     def observe(self) -> None:
         """Read the progress file."""
@@ -49,6 +51,15 @@ class WatchedProcess:
     def refusal(self) -> str:
         """Return why the process, which has ended, could not work; it wrote the reason into its progress file."""
         return read(self._progress_file).refusal or f"no reason was reported; see logs/{self._role}.out"
+
+    def cause(self) -> str:
+        """Return the error with which the process, which has ended, reported its end; otherwise its last output.
+
+        It is empty for a process that a signal ended: its last output has nothing to do with that.
+        """
+        if self.child.returncode is None or self.child.returncode <= 0:
+            return ""
+        return (read(self._progress_file).refusal or self.last_line())[:500]
 
     def last_line(self) -> str:
         """Return the last line that the process wrote, or an empty text if it wrote none."""

@@ -65,15 +65,20 @@ def train(process: Process, device: str, *, resume: bool) -> ExitCode:
         reason = out_of_memory(error, torch.cuda.memory_reserved())
         if learner is None:
             return _refuse(process, reason)  # the networks or the replay do not fit, so another start would fail too
-        process.log.error("out of GPU memory", error=reason)
-        return ExitCode.FAILED
+        return _fail(process, reason)
     except (TransportError, FloatingPointError, CheckpointError) as error:
-        process.log.error("failed", error=str(error))
-        return ExitCode.FAILED
+        return _fail(process, str(error))
     except (RuntimeError, OSError, MemoryError) as error:
         if learner is not None or not is_out_of_memory(error):
             raise
         return _refuse(process, out_of_host_memory(error))
+
+
+def _fail(process: Process, reason: str) -> ExitCode:
+    """Log the reason, pass it to launch, and return the exit code of a failure that another start may not repeat."""
+    process.log.error("failed", error=reason)
+    process.progress.refuse(reason)
+    return ExitCode.FAILED
 
 
 def _refuse(process: Process, reason: str) -> ExitCode:

@@ -153,7 +153,7 @@ class CollectorSettings:
     cudagraphs: bool = setting(True, "On a GPU, run the policy as one CUDA graph.")
     max_restarts: int = setting(
         10,
-        "How often launch restarts a collector that died before it ends the run; see healthy_after_s.",
+        "How many deaths of collectors within healthy_after_s of collecting a run survives.",
         minimum=0,
         maximum=MAX_COUNT,
     )
@@ -166,10 +166,17 @@ class CollectorSettings:
     )
     healthy_after_s: float = setting(
         3600.0,
-        "After this much collecting without a death, earlier deaths no longer count towards max_restarts.",
+        "After this much collecting, a death no longer counts towards max_restarts.",
         unit="s",
         minimum=0.0,
         maximum=MAX_S,
+    )
+    recycle_after_hours: Optional[float] = setting(
+        None,
+        "For leaking simulators: replace the collector, between two chunks, after this much collecting; null: never.",
+        unit="hours",
+        minimum=1e-4,
+        maximum=1e6,
     )
 
 
@@ -383,6 +390,26 @@ class DeadlineSettings:
 
 
 @dataclass
+class SupervisionSettings:
+    """How launch replaces processes that died."""
+
+    max_learner_restarts: int = setting(
+        5,
+        "How many deaths of learners within an hour of training a run survives; each next one starts from the newest "
+        "checkpoint.",
+        minimum=0,
+        maximum=MAX_COUNT,
+    )
+    backoff_s: float = setting(
+        1.0,
+        "Pause before a process starts after two deaths without progress; each further death doubles it, up to 300 s.",
+        unit="s",
+        minimum=0.0,
+        maximum=300.0,
+    )
+
+
+@dataclass
 class Settings:
     """All settings of a run."""
 
@@ -394,3 +421,4 @@ class Settings:
     logger: LoggerSettings = field(default_factory=LoggerSettings)
     checkpoint: CheckpointSettings = field(default_factory=CheckpointSettings)
     deadlines: DeadlineSettings = field(default_factory=DeadlineSettings)
+    supervision: SupervisionSettings = field(default_factory=SupervisionSettings)

@@ -21,6 +21,7 @@ class ExitCode(IntEnum):
     FAILED = 1  # any failure that has no code of its own
     REFUSED = 2  # a setting, a checkpoint or a simulator cannot work, so another start would end in the same way
     OUTGROWN = 75  # a collector exceeded collector.max_rss_gb; launch starts the next one
+    RECYCLED = 76  # a collector reached collector.recycle_after_hours; launch starts the next one
 
 
 # Environment variables that launch sets for its processes.

@@ -342,6 +342,7 @@ class CollectorStatus:
     policy_version: int  # of the weights it acts with; 0 while it acts at random
     weights_refused: int  # messages with weights that could not be used
     rss_gb: float  # memory that was last compared with collector.max_rss_gb
+    chunks: int = 0  # that this collector has committed
 
 
 Status = TypeVar("Status", LearnerStatus, CollectorStatus)

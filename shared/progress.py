@@ -6,8 +6,8 @@ remains at every instant, also if the writer is killed in the middle of a write:
     offset 0     slot 0 | magic crc32 length | pid generation counter changed_at phase_since phase | status | refusal |
     offset 8192  slot 1 | the same                                                                                   |
 
-The status is a JSON object with the fields of `LearnerStatus` or `CollectorStatus`. The refusal is text that explains
-why the process cannot work; it is empty for a process that can.
+The status is a JSON object with the fields of `LearnerStatus` or `CollectorStatus`. The refusal is the text of the
+error with which the process ends; it is empty for a process that works.
 
 Example: slot 0 holds generation 6 and slot 1 holds generation 7. A reader that finds a slot with a wrong checksum (the
 writer was filling it) takes the other slot. If both slots changed while it was reading, it reads the page again.
@@ -66,7 +66,7 @@ class Snapshot:
     pid: int
     generation: int  # number of writes so far
     status: Mapping[str, Any] = field(default_factory=dict)  # `shared.metrics.read_status` makes a dataclass of it
-    refusal: str = ""  # why this process ends with ExitCode.REFUSED; empty if it does not
+    refusal: str = ""  # the error with which this process ends, with ExitCode.REFUSED or FAILED; empty without one
 
 
 class Progress:
@@ -120,7 +120,7 @@ class Progress:
         self._write()
 
     def refuse(self, reason: str) -> None:
-        """Report why this process cannot work. A reason longer than MAX_REFUSAL_BYTES is cut between two characters."""
+        """Report the error with which this process ends. It is cut after MAX_REFUSAL_BYTES, between two characters."""
         encoded = reason.encode(errors="replace")[:MAX_REFUSAL_BYTES]
         self._refusal = encoded.decode(errors="ignore").encode()
         self._write()

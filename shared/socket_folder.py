@@ -113,6 +113,14 @@ def remove_socket_dir(path: Path, *, is_own: bool = False) -> str | None:
     return None
 
 
+def make_room_for_sockets(path: Path) -> None:
+    """Remove the sockets of a learner that has ended from its folder, and make the folder if it was deleted."""
+    path.mkdir(mode=0o700, exist_ok=True)
+    for name in (REPLAY_SOCKET, WEIGHTS_SOCKET):
+        with suppress(OSError):
+            (path / name).unlink()
+
+
 def _why_not_ours(folder: int, *, may_listen: bool) -> str | None:
     """Return why the folder with this descriptor is not one of our folders, or is in use; None if it may be removed."""
     if (reason := _why_not_private(folder)) is not None:

@@ -157,6 +157,7 @@ def _settings(**values: Any) -> Settings:
     settings.collector.eval_envs = 0
     settings.collector.mode = values.pop("mode", "async")
     settings.collector.max_rss_gb = values.pop("max_rss_gb", None)
+    settings.collector.recycle_after_hours = values.pop("recycle_after_hours", None)
     for name, seconds in values.items():
         setattr(settings.deadlines, name, seconds)
     return settings
@@ -303,6 +304,16 @@ def test_a_collector_that_exceeds_the_memory_limit_commits_its_chunk_and_ends(tm
     assert [scene.ticks_in(row)[-1] for row in ROWS[:3]] == [2.0, 5.0, 8.0], "no row is lost"
     assert [commit.rss_bytes for commit in scene.commits()] == [500_000_000, 1_000_000_000, 1_500_000_000]
     assert {(commit.gpu_bytes, commit.device_bytes) for commit in scene.commits()} == {(7_000_000, 9_000_000)}
+
+
+@pytest.mark.parametrize(("hours", "num_chunks"), [(1e-9, 1), (1000.0, 4), (None, 4)])
+def test_a_collector_that_reached_its_age_commits_its_chunk_and_ends(tmp_path, hours, num_chunks):
+    scene = Scene(
+        tmp_path, lambda tick: setattr(scene.stop, "requested", tick == 12), late=False, recycle_after_hours=hours
+    )
+    scene.collector.run()
+    assert scene.collector.is_recycled == (num_chunks == 1)
+    assert len(scene.commits()) == scene.collector.num_chunks == num_chunks
 
 
 def test_without_a_memory_limit_a_collector_may_grow(tmp_path):

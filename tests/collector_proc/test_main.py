@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 import signal
 from collections.abc import Iterator
@@ -59,23 +60,62 @@ def test_after_the_start_signals_set_the_flag_although_the_simulator_replaced_th
     assert stop.requested
 
 
-@pytest.mark.parametrize("error", [SettingError("x"), SimulatorError("x")])
-def test_if_the_simulator_fails_at_the_first_start_of_a_run_the_run_is_refused(error):
-    assert exit_code(error, simulator_started=False, incarnation=0) == ExitCode.REFUSED
+ANY_ERROR = [SettingError("x"), SimulatorError("x"), HandoverError("x"), KeyError("x"), MemoryError(), SystemExit(0)]
 
 
-@pytest.mark.parametrize("error", [SettingError("x"), SimulatorError("x")])
-def test_if_it_fails_at_a_later_start_another_collector_may_try(error):
-    assert exit_code(error, simulator_started=False, incarnation=1) == ExitCode.FAILED
+@pytest.mark.parametrize("error", ANY_ERROR)
+@pytest.mark.parametrize("simulator_started", [False, True])
+def test_any_error_before_the_first_chunk_of_a_run_refuses_the_run(error, simulator_started):
+    code = exit_code(error, simulator_started=simulator_started, is_first_chunk=True)
+    assert code == ExitCode.REFUSED
 
 
-@pytest.mark.parametrize("incarnation", [0, 1])
-def test_after_the_simulator_has_started_only_a_wrong_setting_refuses_the_run(incarnation):
-    assert exit_code(SettingError("x"), simulator_started=True, incarnation=incarnation) == ExitCode.REFUSED
-    for error in (SimulatorError("x"), TransportError("x")):
-        assert exit_code(error, simulator_started=True, incarnation=incarnation) == ExitCode.FAILED
+@pytest.mark.parametrize("is_first_chunk", [False, True])
+def test_an_error_of_the_connection_may_be_the_fault_of_the_learner(is_first_chunk):
+    assert exit_code(TransportError("x"), simulator_started=True, is_first_chunk=is_first_chunk) == ExitCode.FAILED
 
 
-@pytest.mark.parametrize(("incarnation", "code"), [(0, ExitCode.REFUSED), (1, ExitCode.FAILED)])
-def test_a_replay_that_cannot_be_shared_refuses_the_run_at_the_first_start(incarnation, code):
-    assert exit_code(HandoverError("x"), simulator_started=True, incarnation=incarnation) == code
+@pytest.mark.parametrize("error", ANY_ERROR)
+def test_if_a_later_collector_cannot_start_another_one_may_try(error):
+    assert exit_code(error, simulator_started=False, is_first_chunk=False) == ExitCode.FAILED
+
+
+@pytest.mark.parametrize("error", ANY_ERROR)
+def test_after_the_first_chunk_only_a_wrong_setting_refuses_the_run(error):
+    expected = ExitCode.REFUSED if isinstance(error, SettingError) else ExitCode.FAILED
+    assert exit_code(error, simulator_started=True, is_first_chunk=False) == expected
+
+
+@pytest.mark.parametrize(
+    ("error", "incarnation", "code"),
+    [
+        (ZeroDivisionError("the mass is 0"), 0, ExitCode.REFUSED),
+        (SystemExit(0), 0, ExitCode.REFUSED),
+        (ZeroDivisionError("the mass is 0"), 1, ExitCode.FAILED),
+        (SystemExit(0), 1, ExitCode.FAILED),
+    ],
+)
+def test_anything_that_a_simulator_raises_ends_the_collector_with_the_reason(
+    error, incarnation, code, monkeypatch, capsys, stop
+):
+    def build(*arguments, **options):
+        raise error
+
+    monkeypatch.setattr(collector, "build_simulator", build)
+    monkeypatch.setattr(collector, "die_first_when_memory_ends", lambda: None)
+    progress = FakeProgress()
+    arguments = argparse.Namespace(incarnation=incarnation, device="cpu")
+    assert collector.run_collector(fake_process(Settings(), progress, stop), arguments) == code
+    assert progress.reason.startswith(f"{type(error).__name__}: {error} (") and "in build)" in progress.reason
+    assert "Traceback" in capsys.readouterr().err
+
+
+def test_an_error_of_the_users_code_is_reported_with_its_kind_and_its_line():
+    with pytest.raises(KeyError) as raised:
+        {}["speed"]
+    text = collector.describe_error(raised.value)
+    assert (
+        text.startswith("KeyError: 'speed' (")
+        and "test_main.py:" in text
+        and text.endswith(", in test_an_error_of_the_users_code_is_reported_with_its_kind_and_its_line)")
+    )

@@ -33,7 +33,7 @@ def test_the_status_has_the_steps_of_the_run_the_pace_the_weights_and_the_memory
     clock.s += 2.0
     reporter.report(60)
     assert progress.last_status == CollectorStatus(
-        agent_steps=1060, fps=30.0, policy_version=7, weights_refused=2, rss_gb=1.5
+        agent_steps=1060, fps=30.0, policy_version=7, weights_refused=2, rss_gb=1.5, chunks=1
     )
 
 

@@ -4,6 +4,13 @@
     finish             (learner) writes two metrics rows and ends
     serve[:FILE]       makes progress until it is asked to stop, or until FILE appears in the run folder
     save[:FILE]        (learner) serves, then saves a checkpoint
+    lives:HOW,N        (learner) each of the first N learners fails as HOW states; the next one finishes
+                           progress   it makes 10 gradient steps more than the one before, saves, and dies
+                           same       it makes 10 gradient steps, saves, and dies
+                           hang       it makes 10 gradient steps more, saves, and hangs
+                           stopped    it makes 10 gradient steps more, saves, and ends with exit code 0
+                           unsaved    it dies before it saves
+    repeat[:TEXT]      (collector) waits until the learner serves, then fails with this error
     die[:CODE]         ends at once with this exit code
     refuse             (collector) waits until the learner serves, then ends with ExitCode.REFUSED
     stubborn           serves and ignores the signals that ask it to end
@@ -27,7 +34,7 @@ import time
 from pathlib import Path
 
 from shared.lifetime import ExitCode, StopFlag, die_with_parent, enable_stack_dumps, install_stop_flag
-from shared.metrics import CollectorStatus
+from shared.metrics import CollectorStatus, LearnerStatus
 from shared.progress import Progress
 from shared.run_folder import read_run
 
@@ -97,6 +104,12 @@ class Child:
             self.progress.phase("compiling")
             self._mark(f"{self.role}-serves")
             time.sleep(DEADLINE_S)
+        elif behaviour == "lives":
+            return self._live(*argument.split(","))
+        elif behaviour == "repeat":
+            self._serve(until="learner-serves")
+            self.progress.refuse(f"{argument} at row {self.incarnation}")
+            return ExitCode.FAILED
         elif behaviour == "hang":
             self._stand_still()
         elif behaviour == "refuse":
@@ -106,6 +119,24 @@ class Child:
             sys.stderr.write(f"last output of the {self.role}\n")
             return int(argument or 1)
         return ExitCode.FINISHED
+
+    def _live(self, how: str, num_failing: str) -> int:
+        """Fail as a learner whose number is below `num_failing`, or finish."""
+        count = self.run_dir / "learner-lives"
+        life = int(count.read_text()) if count.exists() else 0
+        self._mark("learner-lives", str(life + 1))
+        if life >= int(num_failing):
+            return self.behave("finish", "")
+        step = 10 if how == "same" else 10 * (life + 1)
+        self.progress.phase("training")
+        self.progress.status(LearnerStatus(step, 100, 40, 1.0, 1.0, None, None, None, None))
+        if how != "unsaved":
+            save_checkpoint(self.run_dir, step)
+        self._mark("learner-serves")
+        if how == "hang":
+            self._stand_still()
+        sys.stderr.write(f"last output of learner {life}\n")
+        return ExitCode.FINISHED if how == "stopped" else ExitCode.FAILED
 
     def _fail(self, behaviour: str) -> int:
         """Fail as one of the first incarnations of a behaviour that ends with "-until"."""
@@ -143,9 +174,9 @@ class Child:
         for signum in signums:
             signal.signal(signum, signal.SIG_IGN)
 
-    def _mark(self, name: str) -> None:
+    def _mark(self, name: str, content: str = "") -> None:
         """Write a file into the run folder, for which a test or the other process waits."""
-        (self.run_dir / name).write_text(str(self.incarnation))
+        (self.run_dir / name).write_text(content or str(self.incarnation))
 
     def _write_row(self, **changes: object) -> None:
         with (self.run_dir / "metrics.jsonl").open("a") as file:

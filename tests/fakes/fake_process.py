@@ -26,12 +26,16 @@ class FakeProgress:
         self.on_advance: Callable[[], None] = lambda: None
         self.phases: list[str] = []
         self.last_status: CollectorStatus | None = None
+        self.reason = ""  # of the error that ends the process
 
     def advance(self) -> None:
         self.on_advance()
 
     def phase(self, name: str) -> None:
         self.phases.append(name)
+
+    def refuse(self, reason: str) -> None:
+        self.reason = reason
 
     def status(self, status: CollectorStatus) -> None:
         self.last_status = status

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from launcher.restart_budget import RestartBudget
+from launcher.restart_budget import RestartBudget, pause_s
 from shared.progress import Snapshot
 
 HOUR, START_S = 3600.0, 60.0
@@ -38,13 +38,21 @@ def test_a_collector_that_dies_every_two_hours_is_restarted_for_a_week() -> None
     assert budget.deaths == 1, "only the last death is remembered"
 
 
-def test_deaths_in_quick_succession_use_up_the_budget() -> None:
+def test_deaths_within_one_hour_of_collecting_use_up_the_budget() -> None:
     budget = RestartBudget(2, healthy_after_s=HOUR)
-    assert [collect_and_die(budget, began=2 * HOUR * nth, seconds=HOUR - 1.0) for nth in (1, 2, 3)] == [
-        True,
-        True,
-        False,
-    ]
+    ends = [collect_and_die(budget, began=2 * HOUR * nth, seconds=HOUR / 2 - 1.0) for nth in (1, 2, 3)]
+    assert ends == [True, True, False]
+
+
+def test_a_death_now_and_then_is_survived_for_ever() -> None:
+    budget = RestartBudget(2, healthy_after_s=HOUR)
+    assert all(collect_and_die(budget, began=2 * HOUR * nth, seconds=HOUR / 2) for nth in range(1, 400))
+    assert budget.deaths == 2, "those of the last hour of collecting"
+
+
+def test_the_pause_before_a_start_doubles_while_nothing_works() -> None:
+    assert [pause_s(deaths, 1.0) for deaths in (0, 1, 2, 3, 4, 10, 11, 10_000)] == [0, 0, 1, 2, 4, 256, 300, 300]
+    assert pause_s(9, 0.0) == 0.0
 
 
 def test_the_time_of_a_start_is_not_collecting() -> None:
