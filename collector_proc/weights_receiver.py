@@ -65,11 +65,13 @@ class WeightsReceiver:
                 frame = self._socket.recv(zmq.NOBLOCK, copy=False)
             except zmq.Again:
                 break
-        if frame is None:
-            return False
+        return frame is not None and self.adopt_frame(frame.buffer)
+
+    def adopt_frame(self, frame: memoryview) -> bool:
+        """Copy the weights of one message into the policy. Return False if they are not newer, or do not fit."""
         try:
             version, raw = unpack_frame(
-                frame.buffer,
+                frame,
                 run_id=self._run_id,
                 secret=self._secret,
                 manifest=self._manifest,

@@ -95,7 +95,7 @@ def test_an_endpoint_that_another_process_takes_over_is_named_and_taken_back(tmp
         publisher.publish(step=0)
         assert not receiver.adopt()
         time.sleep(0.005)
-    assert "without the secret of this run" in receiver.last_refusal
+    assert "not signed with the secret of this run" in receiver.last_refusal
     assert "another process" in watch.check_now()[WEIGHTS_SOCKET]
     while receiver.version == 0 and time.monotonic() < end:
         publisher.publish(step=0)
