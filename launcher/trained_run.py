@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from collector_proc.simulators import ending
 from collector_proc.simulators.registry import build_simulator, check_env, find_backend
 from launcher.checkpoint_choice import choose_checkpoints
 from shared.compose import load_settings
 from shared.config import Settings
 from shared.errors import SettingError
+from shared.lifetime import ExitCode
+from shared.output import output_aside, write_error
 from shared.run_folder import RunFolder
 from shared.stream import StreamSpec
 
@@ -21,6 +25,7 @@ if TYPE_CHECKING:
     from collector_proc.simulators.base import Simulator
 
 SEED_OFFSET = 500_000  # so that the first episodes of an evaluation are not those of the training
+CLOSE_S = 30.0
 
 
 @dataclass(frozen=True)
@@ -30,6 +35,24 @@ class TrainedRun:
     folder: RunFolder
     settings: Settings
     checkpoints: list[Path]
+    overrides: tuple[str, ...] = ()
+
+    def use_environments(self, num_envs: int) -> None:
+        """Change the settings to `num_envs` environments in this process, or as many as the overrides say.
+
+        None of them starts in the middle of an episode.
+        """
+        settings, backend = self.settings, find_backend(self.settings.env.backend)
+        fixed = any(text.startswith(("env.num_envs=", "env.n_parallel_envs=")) for text in self.overrides)
+        settings.collector.eval_envs = 0
+        if "env.randomize_start" not in backend.ignores:
+            settings.env.randomize_start = False
+        if not backend.one_batch:
+            settings.collector.num_collectors = 0
+        if not fixed and backend.one_batch:
+            settings.env.num_envs = num_envs
+        elif not fixed:
+            settings.env.n_parallel_envs = num_envs
 
 
 def open_trained_run(path: Path, checkpoint: str, overrides: Sequence[str] = ()) -> TrainedRun:
@@ -49,35 +72,26 @@ def open_trained_run(path: Path, checkpoint: str, overrides: Sequence[str] = ())
                 f"{override} cannot change a trained policy; expected settings of the environment, env.*; leave it out"
             )
     settings = load_settings(folder.config, overrides)
-    return TrainedRun(folder, settings, choose_checkpoints(folder, checkpoint))
+    return TrainedRun(folder, settings, choose_checkpoints(folder, checkpoint), tuple(overrides))
 
 
-def use_environments(settings: Settings, num_envs: int, *, fixed: bool = False) -> None:
-    """Change settings to `num_envs` environments in this process, none of which starts in the middle of an episode.
+@contextmanager
+def running_simulator(settings: Settings, *, seed: int, device: str) -> Iterator[Simulator]:
+    """Run the simulator that the settings choose in this block, with the user's modules in the current folder.
 
-    fixed: the user chose the number of environments, so it stays.
-    """
-    backend, env = find_backend(settings.env.backend), settings.env
-    settings.collector.eval_envs = 0
-    if "env.randomize_start" not in backend.ignores:
-        env.randomize_start = False
-    if not backend.one_batch:
-        settings.collector.num_collectors = 0
-        env.n_parallel_envs = env.n_parallel_envs if fixed else num_envs
-    elif not fixed:
-        env.num_envs = num_envs
-
-
-def start_simulator(settings: Settings, *, seed: int, device: str, report: Callable[[str], None]) -> Simulator:
-    """Start the simulator that the settings choose, with the user's modules in the current folder.
-
-    Call it before torch is imported. report: is called with a line before a step that takes long.
-    Raises: SettingError or SimulatorError.
+    Enter it before torch is imported. What simulators print goes to stderr.
+    Raises: SettingError or SimulatorError if it does not start.
     """
     if os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())
-    check_env(settings, report)
-    return build_simulator(settings, seed=seed, device=device)
+    with output_aside():
+        check_env(settings, lambda line: write_error(f"{line}\n"))
+        simulator = build_simulator(settings, seed=seed, device=device)
+        try:
+            yield simulator
+        finally:
+            with ending.closing_deadline(CLOSE_S, ExitCode.FAILED):
+                simulator.close()
 
 
 def check_stream(simulator: Simulator, spec: StreamSpec) -> None:

@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import IO
 
+STDOUT, STDERR = 1, 2
+
 
 @contextmanager
 def lost_output_ignored(stream: IO[str] | None) -> Iterator[None]:
@@ -34,6 +36,27 @@ def write_error(text: str) -> None:
 def write_output(text: str) -> None:
     """Write a text to stdout if that is possible."""
     _write(sys.stdout, text)
+
+
+@contextmanager
+def output_aside() -> Iterator[None]:
+    """Send to stderr what this block prints, also from C code, so that stdout holds the result of a command only."""
+    stdout = sys.stdout
+    with suppress(OSError, ValueError, AttributeError):
+        stdout.flush()
+    try:
+        kept = os.dup(STDOUT)
+        os.dup2(STDERR, STDOUT)
+    except OSError:  # one of them is closed
+        kept = None
+    sys.stdout = sys.stderr
+    try:
+        yield
+    finally:
+        sys.stdout = stdout
+        if kept is not None:
+            os.dup2(kept, STDOUT)
+            os.close(kept)
 
 
 def _write(stream: IO[str] | None, text: str) -> None:

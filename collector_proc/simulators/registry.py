@@ -1,10 +1,11 @@
 """The table of simulator backends. A new backend is a folder and one row here. Torch-free.
 
-A backend's folder holds two modules:
+A backend's folder holds these modules:
 
     checks.py      check(settings, report): refuses settings that cannot work; imports neither torch nor a simulator's
                    library
     simulator.py   a class that follows `base.Simulator`
+    camera.py      may be missing: prepare(), and a class Camera(simulator, size) with frame() and step_s, for films
 
 No backend is imported until the settings choose it, or choose one that uses it.
 """

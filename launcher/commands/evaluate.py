@@ -8,11 +8,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from collector_proc.simulators import ending
 from launcher.checkpoint_choice import CHOICES
 from launcher.devices import choose_torch_device
 from launcher.parser import command_parser, path_argument
-from launcher.trained_run import SEED_OFFSET, check_stream, open_trained_run, start_simulator, use_environments
+from launcher.trained_run import SEED_OFFSET, check_stream, open_trained_run, running_simulator
 from shared.errors import SettingError, SimulatorError
 from shared.files import write_json
 from shared.lifetime import ExitCode
@@ -32,7 +31,6 @@ median and the interquartile mean (IQM) of their returns with 95 % bootstrap int
 follow, to see how robust the policy is, such as env.horizon=200 or env.action_scale=0.8.
 """
 MAX_ENVS = 16  # at once, unless the user chooses a number
-CLOSE_S = 30.0
 REPORT_S = 10.0
 
 
@@ -43,17 +41,12 @@ def main(arguments: list[str]) -> int:
     """
     options = _parse(arguments)
     run = open_trained_run(options.run, options.checkpoint, options.overrides)
-    fixed = any(text.startswith(("env.num_envs=", "env.n_parallel_envs=")) for text in options.overrides)
-    use_environments(run.settings, min(options.episodes, MAX_ENVS), fixed=fixed)
+    run.use_environments(min(options.episodes, MAX_ENVS))
     seed = run.settings.env.seed + SEED_OFFSET if options.seed is None else options.seed
     device = choose_torch_device(options.device)
     try:
-        simulator = start_simulator(run.settings, seed=seed, device=device, report=_report)
-        try:
+        with running_simulator(run.settings, seed=seed, device=device) as simulator:
             results = _evaluate_all(simulator, run, options.episodes, seed=seed, device=device)
-        finally:
-            with ending.closing_deadline(CLOSE_S, ExitCode.FAILED):
-                simulator.close()
     except SimulatorError as error:
         write_error(f"error: {error}\n")
         return ExitCode.FAILED

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from launcher.parser import command_parser, path_argument
-from launcher.trained_run import check_stream, open_trained_run, start_simulator, use_environments
+from launcher.trained_run import check_stream, open_trained_run, running_simulator
 from shared.errors import SettingError, SimulatorError
-from shared.output import write_error, write_output
+from shared.output import output_aside, write_output
 
 if TYPE_CHECKING:
     from collector_proc.simulators.base import ActionRange, Simulator
@@ -39,35 +41,39 @@ def main(arguments: list[str]) -> int:
     if options.checkpoint == "all":
         raise SettingError("--checkpoint all names several; expected one; write a step, best or latest")
     run = open_trained_run(options.run, options.checkpoint)
-    simulator = None if options.unit_actions else _start(run, options.device)
-    try:
-        actions = None if simulator is None else _action_range(simulator)
-        # Only now may torch be imported.
-        from launcher.trained.exporting import check_packages, export_policy
-        from launcher.trained.policy import read_policy
-
-        check_packages()
-        trained = read_policy(run.checkpoints[0], run.settings)
-        if simulator is not None:
-            check_stream(simulator, trained.spec)
-        out: Path = (options.out or run.folder.path / "export").expanduser().resolve()
-        facts = export_policy(trained, actions, out)
-    finally:
-        if simulator is not None:
-            simulator.close()
+    out: Path = (options.out or run.folder.path / "export").expanduser().resolve()
+    with ExitStack() as stack:
+        if options.unit_actions:
+            stack.enter_context(output_aside())  # exporters print too
+            facts = _export(run, None, out)
+        else:
+            facts = _export(run, stack.enter_context(_simulator(run, options.device)), out)
     for name, difference in facts["largest_difference"].items():
         write_output(f"{out / name}  (differs from the live policy by at most {difference:.1e})\n")
     write_output(f"{out / 'policy.json'}\n{out / 'run_policy.py'}\n")
     return 0
 
 
-def _start(run: TrainedRun, device: str) -> Simulator:
-    """Return the run's simulator with as few environments as possible. Raises: SettingError."""
-    use_environments(run.settings, 1)
+def _export(run: TrainedRun, simulator: Simulator | None, out: Path) -> dict[str, Any]:
+    """Write the files of the first chosen checkpoint and return the content of policy.json. This imports torch."""
+    from launcher.trained.exporting import check_packages, export_policy
+    from launcher.trained.policy import read_policy
+
+    check_packages()
+    trained = read_policy(run.checkpoints[0], run.settings)
+    if simulator is None:
+        return export_policy(trained, None, out)
+    check_stream(simulator, trained.spec)
+    return export_policy(trained, _action_range(simulator), out)
+
+
+@contextmanager
+def _simulator(run: TrainedRun, device: str) -> Iterator[Simulator]:
+    """Run the simulator with as few environments as possible. Raises: SettingError if it does not start."""
+    run.use_environments(1)
     try:
-        return start_simulator(
-            run.settings, seed=run.settings.env.seed, device=device, report=lambda line: write_error(f"{line}\n")
-        )
+        with running_simulator(run.settings, seed=run.settings.env.seed, device=device) as simulator:
+            yield simulator
     except SimulatorError as error:
         raise SettingError(
             f"{error}. Add --unit-actions to export without a simulator, with actions in [-1, 1]"

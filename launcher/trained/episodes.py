@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from collector_proc.simulators.base import Arrival, Simulator
 from launcher.trained.policy import TrainedPolicy
@@ -28,19 +29,20 @@ def play_episodes(
     policy: TrainedPolicy,
     num_episodes: int,
     *,
+    rows: int | None = None,
     max_steps: int = MAX_STEPS,
     on_arrival: Callable[[Arrival], None] = lambda arrival: None,
     on_episode: Callable[[Episode], None] = lambda episode: None,
 ) -> list[Episode]:
-    """Return finished episodes of the policy. Every environment plays the same number of them, up to one.
+    """Return finished episodes of the policy. Every environment plays the same number of them, or one more.
 
     If the first episodes that finish were taken, short ones would be too many. An episode whose state diverged does not
-    count. on_arrival: is called with every arrival. on_episode: is called with every finished episode that counts.
+    count. rows: count the episodes of the first environments only; None counts all. on_arrival: is called with every
+    arrival. on_episode: is called with every finished episode that counts.
     Raises: SettingError if an episode exceeds `max_steps`; SimulatorError.
     """
     num_envs = simulator.spec.num_envs
-    quota = torch.full((num_envs,), num_episodes // num_envs)
-    quota[: num_episodes % num_envs] += 1
+    quota = _quotas(num_envs, num_envs if rows is None else rows, num_episodes)
     total, length = torch.zeros(num_envs), torch.zeros(num_envs, dtype=torch.int64)
     episodes: list[Episode] = []
     arrival = simulator.reset()
@@ -62,6 +64,14 @@ def play_episodes(
             on_episode(episodes[-1])
         _check_length(int(length.max()), max_steps)
     return episodes
+
+
+def _quotas(num_envs: int, num_counted: int, num_episodes: int) -> Tensor:
+    """Return how many episodes each environment plays; only the first `num_counted` play any that count."""
+    quotas = torch.zeros(num_envs, dtype=torch.int64)
+    quotas[:num_counted] = num_episodes // num_counted
+    quotas[: num_episodes % num_counted] += 1
+    return quotas
 
 
 def _check_length(length: int, max_steps: int) -> None:

@@ -66,7 +66,7 @@ def test_every_file_that_a_page_names_exists(page: Path) -> None:
         if code.endswith(SUFFIXES) and not re.search(r"[\s*{<]|NAME|runs/", code) and code not in OF_A_RUN:
             assert (REPO / code).exists(), f"{page.name} names {code}, which does not exist"
         elif re.fullmatch(r"[\w./-]+/", code) and not re.match(
-            r"(runs|report|tb|logs|checkpoints|crash|repository)\b", code
+            r"(runs|report|videos|export|tb|logs|checkpoints|crash|repository)\b", code
         ):
             assert (REPO / code).is_dir(), f"{page.name} names the folder {code}, which does not exist"
 

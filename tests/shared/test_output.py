@@ -34,3 +34,27 @@ def test_a_process_whose_output_is_lost_ends_with_its_own_exit_code(redirection:
 def test_an_error_is_written_to_stderr(capsys: pytest.CaptureFixture[str]) -> None:
     write_error("error: x\n")
     assert capsys.readouterr().err == "error: x\n"
+
+
+def test_what_is_printed_aside_goes_to_stderr_also_from_c(tmp_path: Path) -> None:
+    script = (
+        "import ctypes, os\n"
+        "from shared.output import output_aside, write_output\n"
+        "libc = ctypes.CDLL(None)\n"
+        "write_output('before\\n')\n"
+        "with output_aside():\n"
+        "    print('python', flush=True)\n"
+        "    libc.puts(b'C'); libc.fflush(None)\n"
+        "    os.system('echo child')\n"
+        "write_output('after\\n')\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], cwd=REPO, capture_output=True, text=True, timeout=60)
+    assert (done.stdout, done.stderr) == ("before\nafter\n", "python\nC\nchild\n")
+
+
+def test_a_closed_stream_does_not_prevent_the_work_aside() -> None:
+    script = "from shared.output import output_aside\nwith output_aside():\n    open('/dev/null').close()\n"
+    for redirection in (">&-", "2>&-", ">&- 2>&-"):
+        command = f'exec "$0" -c "$1" {redirection}'
+        done = subprocess.run(["bash", "-c", command, sys.executable, script], cwd=REPO, timeout=60)
+        assert done.returncode == 0, redirection

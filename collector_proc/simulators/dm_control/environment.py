@@ -140,7 +140,7 @@ class SuiteEnvironment:
         self._plan, self.index = plan, index
         self._env: Any = suite.load(plan.domain, plan.task, task_kwargs={"random": environment_seed(plan.seed, index)})
         self._scale, self._center = _action_map(self._env.action_spec())
-        self._camera = self._make_camera() if plan.from_pixels else None
+        self._camera = self.make_camera(IMAGE_SIZE) if plan.from_pixels else None
         if self._camera is None:
             # quadruped-escape asks for the GL contexts at every reset, to draw its terrain again: there are none.
             self._env.physics._make_rendering_contexts = lambda: None
@@ -150,6 +150,11 @@ class SuiteEnvironment:
     def action_dim(self) -> int:
         """Return the number of action values."""
         return self._scale.size
+
+    @property
+    def step_s(self) -> float:
+        """The simulated time of an agent step."""
+        return self._env.control_timestep() * self._plan.frame_skip
 
     @property
     def action_range(self) -> ActionRange:
@@ -202,6 +207,23 @@ class SuiteEnvironment:
         self._over = time_step.last() or self._steps == self._plan.horizon
         _write_flags(tick, row, first=False, last=self._over, terminal=terminal, reward=reward)
 
+    def make_camera(self, size: int) -> Any:
+        """Return a camera to keep: physics.render would build a new scene for every frame.
+
+        Without images, dm_control must have been imported with a renderer.
+        Raises: SimulatorError if the renderer does not start.
+        """
+        from dm_control.mujoco.engine import Camera
+
+        vars(self._env.physics).pop("_make_rendering_contexts", None)  # what __init__ has put there, without images
+        camera_id = 2 if self._plan.domain == "quadruped" else 0
+        try:
+            camera = Camera(self._env.physics, size, size, camera_id=camera_id)
+            camera.render()
+        except Exception as error:  # drivers raise many kinds of exceptions, some of them only at the first frame
+            raise _renderer_error(error) from error
+        return camera
+
     def close(self) -> None:
         """Free the physics."""
         self._env.physics.free()
@@ -232,18 +254,6 @@ class SuiteEnvironment:
         if not np.isfinite(vector).all():
             raise self._physics_error("observation is not finite")
         tick.obs["policy"][row] = vector
-
-    def _make_camera(self) -> Any:
-        """Return a camera to keep: physics.render would build a new scene for every frame. Raises: SimulatorError."""
-        from dm_control.mujoco.engine import Camera
-
-        camera_id = 2 if self._plan.domain == "quadruped" else 0
-        try:
-            camera = Camera(self._env.physics, IMAGE_SIZE, IMAGE_SIZE, camera_id=camera_id)
-            camera.render()
-        except Exception as error:  # drivers raise many kinds of exceptions, some of them only at the first frame
-            raise _renderer_error(error) from error
-        return camera
 
 
 def _write_flags(tick: TickBuffer, row: int, *, first: bool, last: bool, terminal: bool, reward: float) -> None:

@@ -30,11 +30,11 @@ class LocalPool:
 
     def __init__(self, plan: SuitePlan, *, num_envs: int) -> None:
         if plan.from_pixels:
-            _load_triton()
+            load_triton()
         self._environments = [SuiteEnvironment(plan, index) for index in range(num_envs)]
         self.spec = StreamSpec(num_envs, self._environments[0].obs, self._environments[0].action_dim)
         self.tick = TickBuffer(self.spec, mmap.mmap(-1, tick_bytes(self.spec)))
-        self.action_range = self._environments[0].action_range
+        self.first_environment = self._environments[0]
 
     def run(self, *, reset: bool) -> None:
         """Step or reset every environment. Raises: SimulatorError."""
@@ -47,7 +47,7 @@ class LocalPool:
         self._environments.clear()
 
 
-def _load_triton() -> None:
+def load_triton() -> None:
     """Load Triton, which torch loads later, before the renderer.
 
     Mesa's software renderer and Triton each bring a version of LLVM. If Mesa's is loaded first, Triton crashes the
@@ -98,9 +98,15 @@ class DmControlSimulator:
         )
 
     @property
+    def first_environment(self) -> SuiteEnvironment:
+        """Environment 0. No worker process may have it."""
+        assert isinstance(self._pool, LocalPool), "collector.num_collectors is not 0"
+        return self._pool.first_environment
+
+    @property
     def action_range(self) -> ActionRange | None:
         """The actuators' values of the actions -1 and 1, or None if worker processes have the environments."""
-        return getattr(self._pool, "action_range", None)
+        return self._pool.first_environment.action_range if isinstance(self._pool, LocalPool) else None
 
     @property
     def num_diverged(self) -> int:

@@ -61,6 +61,11 @@ class MjlabSimulator:
         self.spec = StreamSpec(env.num_envs, self._observe.spec, self._act.action_dim)
 
     @property
+    def environment(self) -> Any:
+        """The environment of mjlab."""
+        return self._env
+
+    @property
     def num_diverged(self) -> int:
         """The number of rows that were not finite, as of the last tick that was checked. Never waits.
 

@@ -87,6 +87,11 @@ class PendulumSimulator:
         self._start_range = torch.tensor(START_RANGES[settings.env.task], device=device)
         self._balance = settings.env.task == "balance"
 
+    @property
+    def state(self) -> Tensor:
+        """The angle (rad, 0 is upright) and the speed (rad/s) of every pendulum, (E, 2)."""
+        return self._state
+
     def reset(self) -> Arrival:
         """Begin a new episode in every environment."""
         import torch

@@ -32,6 +32,8 @@ def test_the_example_of_a_command_works(
 ) -> None:
     if word == "export":
         request.getfixturevalue("export_packages")
+    if word == "play":
+        pytest.importorskip("imageio_ffmpeg", reason="the extra `video` is not installed")
     arguments = _example(word, capsys)
     assert arguments[0] == word
     assert run_dir.samefile("runs/NAME"), "an example names this run"
