@@ -12,8 +12,9 @@ from pathlib import Path
 from launcher.child_process import ChildProcess
 from launcher.devices import Devices, child_environment
 from launcher.main import ROOT
+from shared.checkpoints import newest_checkpoint
 from shared.progress import Progress
-from shared.run_folder import RunFolder, newest_checkpoint
+from shared.run_folder import RunFolder
 
 COMMANDS: Mapping[str, Sequence[str]] = {
     "learner": (sys.executable, "-m", "learner_proc"),

@@ -17,9 +17,10 @@ from launcher.children import Starter
 from launcher.ending import Outcome
 from launcher.restart_budget import TRAINING_PHASES, TRAINING_WINDOW_S, RestartBudget, pause_s
 from launcher.watched_process import WatchedProcess
+from shared.checkpoints import newest_checkpoint
 from shared.lifetime import ExitCode
 from shared.metrics import GRADIENT_STEPS, LearnerStatus, read_status
-from shared.run_folder import checkpoint_step, newest_checkpoint, read_run
+from shared.run_folder import read_run
 from shared.socket_folder import make_room_for_sockets
 
 if TYPE_CHECKING:
@@ -95,7 +96,7 @@ class LearnerWatch:
         make_room_for_sockets(Path(read_run(self._starter.folder.path).socket_dir))
         self.process = self._start()
         saved = newest_checkpoint(self._starter.folder.checkpoints)
-        start = "from the start" if saved is None else f"from step {checkpoint_step(saved):,}"
+        start = "from the start" if saved is None else f"from step {saved.manifest.step:,}"
         self._log.warning(f"the learner was restarted {start}", restarts=self.restarts, deaths=self._budget.deaths)
 
     def check(self, *, watched_since: float) -> Outcome | None:
@@ -116,7 +117,7 @@ class LearnerWatch:
         """Return the largest number of gradient steps that a checkpoint, a row or the status of this launch shows."""
         saved = newest_checkpoint(self._starter.folder.checkpoints)
         rows = GRADIENT_STEPS.of(self._relay.newest) if self._relay.num_rows else None
-        return max(checkpoint_step(saved) if saved is not None else 0, int(rows or 0), self._steps_made())
+        return max(saved.manifest.step if saved is not None else 0, int(rows or 0), self._steps_made())
 
     def _start(self) -> WatchedProcess:
         self._budget.started(at=time.monotonic())

@@ -31,6 +31,7 @@ from launcher.run_folder import (
 )
 from launcher.settings import check_gpu_compiler, read_settings
 from launcher.watch import run_processes
+from shared.checkpoints import damaged_checkpoints, newest_checkpoint
 from shared.compose import save_settings
 from shared.errors import SettingError
 from shared.files import private_files, write_json
@@ -39,9 +40,6 @@ from shared.lifetime import ExitCode, install_stop_flag
 from shared.logs import configure
 from shared.run_folder import (
     Run,
-    checkpoint_step,
-    damaged_checkpoints,
-    newest_checkpoint,
     read_run,
 )
 from shared.socket_folder import make_socket_dir, remove_socket_dir
@@ -240,7 +238,7 @@ def _opening_lines(starter: Starter, settings: Settings) -> list[str]:
     if starter.resume and saved is not None:
         damaged = damaged_checkpoints(starter.folder.checkpoints)
         lines += [f"skipping the damaged checkpoint {path}: {damage}" for path, damage in damaged]
-        lines.append(f"continuing from step {checkpoint_step(saved):,}")
+        lines.append(f"continuing from step {saved.manifest.step:,}, checkpoint {saved.folder}")
     return [*lines, "Ctrl-C saves a checkpoint and ends the run"]
 
 
@@ -255,7 +253,7 @@ def _closing_lines(
     ended = f"ended after {duration(seconds)}"
     lines = [ended] if refused else [f"{ended}: {outcome.reason}", f"summary: {folder.summary}"]
     saved = newest_checkpoint(folder.checkpoints)
-    step = checkpoint_step(saved) if saved is not None else 0
+    step = saved.manifest.step if saved is not None else 0
     # A resume that failed before it trained would fail in the same way again.
     in_vain = starter.resume and not trained and outcome.exit_code in (ExitCode.FAILED, ExitCode.REFUSED)
     if 0 < step < settings.optimization.total_optim_steps and not in_vain:

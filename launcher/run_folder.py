@@ -10,10 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
+from shared.checkpoints import MANIFEST, damaged_checkpoints, newest_checkpoint, newest_verified, settle
 from shared.config import Settings
 from shared.errors import SettingError
 from shared.files import write_atomic
-from shared.run_folder import RunFolder, checkpoint_step, damaged_checkpoints, newest_checkpoint
+from shared.run_folder import RunFolder
 
 EARLIER = "earlier-"  # the subfolders with the files of attempts that saved no checkpoint
 
@@ -62,7 +63,7 @@ class ResumeUndo:
     def _newest_save(self) -> int | None:
         """Return when the newest checkpoint was written, in ns."""
         saved = newest_checkpoint(self._folder.checkpoints)
-        return (saved / "manifest.json").stat().st_mtime_ns if saved is not None else None
+        return (saved.folder / MANIFEST).stat().st_mtime_ns if saved is not None else None
 
 
 def make_default_run_dir(settings: Settings, root: Path = Path("runs")) -> Path:
@@ -165,28 +166,33 @@ def _cannot(verb: str, path: Path, error: OSError) -> SettingError:
 
 
 def open_run_folder(path: Path) -> RunLock:
-    """Return the folder of an earlier run, locked, to continue that run.
+    """Return the folder of an earlier run, locked, to continue that run. Its newest checkpoint is read and verified.
 
     Raises: SettingError if it is not a run folder, has no checkpoint, is locked by another launch, or is not writable.
     """
     try:
         folder = RunFolder(path.resolve())
-        check_resumable(folder)
+        if not folder.config.is_file():
+            raise SettingError(
+                f"{folder.path} is not a run folder: it has no config.yaml; expected a folder such as runs/NAME; "
+                "correct the folder after --resume"
+            )
         lock = _take_lock(folder)
-        _make_subfolders(folder)
+        try:
+            _make_subfolders(folder)
+            settle(folder.checkpoints)
+            check_resumable(folder)
+        except BaseException:
+            lock.release()
+            raise
     except OSError as error:
         raise _cannot("open", path, error) from error
     return lock
 
 
 def check_resumable(folder: RunFolder) -> None:
-    """Raise SettingError if the folder is not a run folder or has no whole checkpoint."""
-    if not folder.config.is_file():
-        raise SettingError(
-            f"{folder.path} is not a run folder: it has no config.yaml; expected a folder such as runs/NAME; "
-            "correct the folder after --resume"
-        )
-    if newest_checkpoint(folder.checkpoints) is None:
+    """Raise SettingError if the run folder has no whole checkpoint."""
+    if newest_verified(folder.checkpoints) is None:
         damaged = "".join(f"; {path} is damaged: {damage}" for path, damage in damaged_checkpoints(folder.checkpoints))
         raise SettingError(
             f"{folder.path} has no whole checkpoint{damaged}; expected a run that saved at least one; "
@@ -197,7 +203,7 @@ def check_resumable(folder: RunFolder) -> None:
 def check_unfinished(folder: RunFolder, settings: Settings) -> None:
     """Raise RunIsComplete if the newest checkpoint already has every gradient step that the settings ask for."""
     saved, total = newest_checkpoint(folder.checkpoints), settings.optimization.total_optim_steps
-    done = checkpoint_step(saved) if saved is not None else 0
+    done = saved.manifest.step if saved is not None else 0
     if done >= total:
         raise RunIsComplete(
             f"the run in {folder.path} has made {done} of optimization.total_optim_steps={total} gradient steps; "

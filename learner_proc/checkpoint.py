@@ -1,128 +1,148 @@
-"""Checkpoints: one folder each. A folder is either complete or ignored; `latest` names the newest.
+"""Save a checkpoint, and load the newest one that is whole. `shared/checkpoints.py` shows the files.
 
-    checkpoints/00001200/state.pt      networks, optimisers, counters, random states
-                         replay.bin    the rows that can be sampled: one field after the other, each oldest row first
-                         manifest.json step, digest of the stream, number of rows, fields, sizes of the files
-    checkpoints/latest                 "00001200"
-
-manifest.json is written last, so a folder that has one was complete. If one of its files is missing or has another
-size, the folder is damaged, and an older one is used. A folder is written as `.partial-*` and then renamed. If there is
-a checkpoint of the same step, it is renamed to `.aside-*` first and deleted last, so that a complete newest checkpoint
-exists at every instant.
+A folder is written as `.partial-*`, flushed to the disk and then renamed, so a folder with a step as its name was
+complete. No folder is ever replaced: a second checkpoint of a step is called `00001200.1`.
 """
 
 from __future__ import annotations
 
-import json
-import math
-import os
 import shutil
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import structlog
 import torch
 
-from learner_proc.host_blocks import BLOCK_BYTES, HostBlocks
 from learner_proc.replay import Replay
-from shared.errors import SettingError
-from shared.files import write_atomic
-from shared.run_folder import (
-    checkpoint_damage,
-    checkpoint_step,
+from learner_proc.replay_files import ReplayFiles, StoredRows
+from learner_proc.retention import delete_others
+from learner_proc.stored_file import FileWriter
+from learner_proc.weights_file import write_safetensors
+from shared.checkpoints import (
+    Checkpoint,
+    CheckpointError,
+    DamagedError,
+    Manifest,
+    StoredFile,
     damaged_checkpoints,
+    file_crc32,
+    free_folder,
+    mark_damaged,
     newest_checkpoint,
+    newest_verified,
+    read_manifest,
+    settle,
     whole_checkpoints,
+    write_manifest,
 )
-from shared.stream import DTYPE_BYTES, ObsSpec, StreamSpec
-
-SYNC_BLOCKS = 4  # after so many blocks the file is flushed to the disk, so that no single flush takes long
-
-
-class CheckpointError(RuntimeError):
-    """A checkpoint could not be written, for example because the disk is full. The earlier checkpoints are whole."""
+from shared.config import CheckpointSettings
+from shared.errors import SettingError
+from shared.files import sync_folder, write_atomic
+from shared.stream import ObsSpec, StreamSpec
 
 
-def save(
-    root: Path,
-    step: int,
-    state: dict[str, Any],
-    replay: Replay | None,
-    *,
-    spec_digest: str,
-    keep: int,
-    blocks: HostBlocks | None = None,
-) -> Path:
-    """Write a checkpoint and return its folder. Then delete all but the `keep` newest checkpoints, and damaged ones.
+@dataclass(frozen=True)
+class Content:
+    """What a checkpoint is to hold, in host memory.
 
-    state: in host memory. replay: its rows are saved too, unless it is None. spec_digest: `StreamSpec.digest` of what
-    the run streams. blocks: brings the rows to the host; None makes one.
+    state: for `--resume`. weights: the networks by name, for weights.safetensors. spec_digest: `StreamSpec.digest` of
+    what the run streams. eval_return_mean: None if no evaluation episode has ended.
+    """
+
+    step: int
+    state: Mapping[str, Any]
+    weights: Mapping[str, torch.Tensor]
+    spec_digest: str
+    eval_return_mean: float | None = None
+
+
+def save(root: Path, content: Content, replay: ReplayFiles | None, options: CheckpointSettings) -> Path:
+    """Write a checkpoint and return its folder. Then delete the checkpoints that `options` does not keep.
+
+    replay: writes the rows; None saves none.
     Raises: CheckpointError if it cannot be written. Nothing of it is left then.
     """
-    partial = root / f".partial-{step:08d}"
+    partial = root / f".partial-{content.step:08d}"
     try:
         root.mkdir(exist_ok=True)
-        for leftover in root.glob(".partial-*"):  # left by a process that was killed while it saved
-            if leftover == partial or checkpoint_damage(leftover) is not None:
-                shutil.rmtree(leftover)
+        settle(root)
         partial.mkdir()
-        _write(partial, step, state, replay, spec_digest=spec_digest, blocks=blocks)
-        final = _put_in_place(partial, root / f"{step:08d}")
+        rows = _write(partial, content, replay, serial=1 + _newest_serial(root))
+        final = free_folder(root, content.step)
+        partial.rename(final)
+        sync_folder(root)
     except BaseException as error:
         shutil.rmtree(partial, ignore_errors=True)  # it may fill a disk that is full already
         # torch.save raises RuntimeError if the disk is full.
         if isinstance(error, OSError | RuntimeError):
-            last = newest_checkpoint(root)
-            kept = "there is no earlier one" if last is None else f"the last one is of step {checkpoint_step(last)}"
             raise CheckpointError(
-                f"the checkpoint of step {step} could not be saved, {kept}: {_cause(error)}; expected a "
-                f"disk with free space at {root}; free some of it"
+                f"the checkpoint of step {content.step} could not be saved, {_what_is_kept(root)}: {_cause(error)}; "
+                f"expected a disk with free space at {root}; free some of it"
             ) from error
         raise
-    _delete_others(root, final, keep)
+    if replay is not None:
+        replay.written(final, rows)
+    _name_latest(root, final)
+    delete_others(root, options)
     return final
 
 
-def _cause(error: BaseException) -> str:
-    """Return the text of the error of the disk, if there was one: torch.save then raises another one that hides it."""
-    seen: BaseException | None = error
-    while seen is not None and not isinstance(seen, OSError):
-        seen = seen.__context__
-    return str(seen or error).splitlines()[0]
+def load_newest(root: Path, *, on_block: Callable[[], None] = lambda: None) -> tuple[Checkpoint, dict[str, Any]]:
+    """Return the newest checkpoint that is whole, and the content of its state.pt. All checksums are verified first.
 
-
-def load_newest(root: Path) -> tuple[Path, dict[str, Any]]:
-    """Return the folder of the newest checkpoint that can be read, and the content of its state.pt.
-
-    Raises: SettingError if there is none.
+    Each damaged checkpoint is skipped with a warning. on_block: called for each block that was read.
+    Raises: SettingError if there is none, or if a newer version of Tandem wrote one.
     """
-    problems = [f"{folder.name}: {damage}" for folder, damage in damaged_checkpoints(root)]
-    for folder in whole_checkpoints(root):
+    while True:
+        checkpoint = newest_verified(root, on_block=on_block)
+        damaged = damaged_checkpoints(root)
+        if checkpoint is None:
+            found = "".join(f"; {folder.name} is damaged: {reason}" for folder, reason in damaged)
+            raise SettingError(
+                f"there is no whole checkpoint in {root}{found}; expected a folder with a manifest.json, as a save "
+                "leaves it; start a new run without --resume"
+            )
         try:
-            return folder, load_state(folder)
+            state = load_state(checkpoint.folder)
         except MemoryError:
             raise
         except Exception as error:  # torch raises many kinds of errors for a damaged file
-            problems.append(f"{folder.name}: state.pt cannot be read: {str(error).splitlines()[0]:.200}")
-            structlog.get_logger().warning("a damaged checkpoint is skipped", checkpoint=problems[-1])
-    found = f" ({'; '.join(problems)})" if problems else ""
-    raise SettingError(
-        f"there is no whole checkpoint in {root}{found}; expected a folder with a manifest.json, as a save leaves it; "
-        "start a new run without --resume"
-    )
+            mark_damaged(checkpoint.folder, f"state.pt cannot be read: {str(error).splitlines()[0]:.200}")
+            if checkpoint.folder not in dict(damaged_checkpoints(root)):  # the folder cannot be written
+                raise SettingError(
+                    f"{checkpoint.folder}/state.pt cannot be read: {str(error).splitlines()[0]:.200}; expected the "
+                    "file that a save wrote; move the folder away to continue from an older checkpoint"
+                ) from error
+            continue
+        for folder, reason in damaged:
+            structlog.get_logger().warning("a damaged checkpoint is skipped", checkpoint=str(folder), reason=reason)
+        return checkpoint, state
 
 
-def stream_spec(folder: Path) -> StreamSpec:
+def load_state(folder: Path) -> dict[str, Any]:
+    """Return the content of state.pt, in host memory. Raises: DamagedError if its checksum is wrong.
+
+    On the GPU it could be placed in the memory segment that is meant for the replay alone.
+    """
+    expected, found = read_manifest(folder).files["state.pt"].crc32, file_crc32(folder / "state.pt")
+    if expected not in (None, found):
+        raise DamagedError(f"state.pt has checksum {found}; expected {expected}")
+    return torch.load(folder / "state.pt", map_location="cpu", weights_only=True)
+
+
+def stream_spec(checkpoint: Checkpoint) -> StreamSpec:
     """Return what the run streamed, read from the replay in its checkpoint.
 
     Raises: SettingError if the checkpoint has no replay.
     """
-    fields = {field["name"]: field for field in json.loads((folder / "manifest.json").read_text())["fields"]}
+    fields = {field["name"]: field for field in checkpoint.manifest.fields}
     if not fields:
         raise SettingError(
-            f"{folder} contains no replay; expected at least one row of it; run with checkpoint.replay=true until the "
-            "prefill is done"
+            f"{checkpoint.folder} contains no replay; expected at least one row of it; run with "
+            "checkpoint.replay=true until the prefill is done"
         )
     obs = {
         name.removeprefix("obs."): ObsSpec(tuple(field["shape"][1:]), field["dtype"])
@@ -131,43 +151,6 @@ def stream_spec(folder: Path) -> StreamSpec:
     }
     num_envs, action_dim = fields["action"]["shape"]
     return StreamSpec(num_envs, obs, action_dim)
-
-
-def load_state(folder: Path) -> dict[str, Any]:
-    """Return the content of state.pt, in host memory.
-
-    On the GPU it could be placed in the memory segment that is meant for the replay alone.
-    """
-    return torch.load(folder / "state.pt", map_location="cpu", weights_only=True)
-
-
-def load_replay(folder: Path, replay: Replay, *, spec_digest: str, on_block: Callable[[], None] = lambda: None) -> int:
-    """Fill the ring from a checkpoint and return the number of rows. A ring that became smaller gets the newest rows.
-
-    on_block: called for each block that was read, to report progress.
-    Raises: SettingError if the checkpoint was written for another stream, or if its replay.bin is too short.
-    """
-    manifest = json.loads((folder / "manifest.json").read_text())
-    if manifest["spec_digest"] != spec_digest:
-        raise SettingError(
-            f"{folder} was written for stream {manifest['spec_digest']}; expected stream {spec_digest}, with the "
-            "observations, actions and number of environments of this run; "
-            "undo the overrides of env.* or start a new run"
-        )
-    saved_rows = manifest["replay_rows"]
-    num_rows = min(saved_rows, replay.layout.capacity)
-    num_rows -= num_rows % replay.ticks_per_chunk
-    if num_rows == 0:
-        return 0
-    offset = 0
-    for entry in replay.layout.fields:
-        target = replay.views.get(entry.key)
-        row_bytes = math.prod(target.shape[1:]) * DTYPE_BYTES[entry.dtype]
-        begin = offset + (saved_rows - num_rows) * row_bytes
-        _read_rows(folder / "replay.bin", begin, target[:num_rows], row_bytes, on_block)
-        offset += saved_rows * row_bytes
-    replay.restore(num_rows)
-    return num_rows
 
 
 def random_state(replay: Replay, device: torch.device) -> dict[str, torch.Tensor]:
@@ -188,89 +171,57 @@ def restore_random_state(state: dict[str, torch.Tensor], replay: Replay, device:
         torch.cuda.set_rng_state(state["cuda"], device)
 
 
-def _write(
-    partial: Path,
-    step: int,
-    state: dict[str, Any],
-    replay: Replay | None,
-    *,
-    spec_digest: str,
-    blocks: HostBlocks | None,
-) -> None:
-    """Write the files of a checkpoint into an empty folder. The manifest, with the sizes of the others, comes last."""
-    with (partial / "state.pt").open("wb") as file:
-        torch.save(state, file)
-        _sync(file)
-    rows = 0 if replay is None else replay.num_rows
-    manifest = {"step": step, "spec_digest": spec_digest, "replay_rows": rows, "fields": []}
-    if replay is not None and rows > 0:
-        manifest["fields"] = _write_rows(partial / "replay.bin", replay, blocks or HostBlocks(replay.slab.device))
-    manifest["files"] = {file.name: file.stat().st_size for file in sorted(partial.iterdir())}
-    write_atomic(partial / "manifest.json", json.dumps(manifest, indent=1))
+def _write(partial: Path, content: Content, replay: ReplayFiles | None, *, serial: int) -> tuple[StoredRows, ...]:
+    """Write the files of a checkpoint into an empty folder, the manifest last. Return the segments of the replay."""
+    files: dict[str, StoredFile] = {}
+    with FileWriter(partial / "state.pt") as file:
+        torch.save(content.state, file)  # pyright: ignore[reportArgumentType]
+    files["state.pt"] = file.stored
+    if content.weights:
+        metadata = {"format": "pt", "step": str(content.step)}
+        files["weights.safetensors"] = write_safetensors(partial / "weights.safetensors", content.weights, metadata)
+    rows = () if replay is None else replay.write(partial)
+    files |= {each.path.name: each.file for each in rows}
+    manifest = Manifest(
+        step=content.step,
+        serial=serial,
+        saved_at=time.time(),
+        eval_return_mean=content.eval_return_mean,
+        spec_digest=content.spec_digest,
+        replay_rows=0 if replay is None else replay.num_rows,
+        fields=tuple(replay.fields()) if replay is not None and rows else (),
+        segments=tuple(each.segment for each in rows),
+        files=files,
+    )
+    write_manifest(partial, manifest)
+    return rows
 
 
-def _put_in_place(partial: Path, final: Path) -> Path:
-    """Give a complete folder its final name, let `latest` name it, and return it."""
-    aside, latest = final.with_name(f".aside-{final.name}"), final.with_name("latest")
-    if final.exists():
-        shutil.rmtree(aside, ignore_errors=True)
-        final.rename(aside)
-    partial.rename(final)
-    if latest.is_dir():
-        shutil.rmtree(latest)
-    write_atomic(latest, final.name)
-    shutil.rmtree(aside, ignore_errors=True)
-    return final
+def _newest_serial(root: Path) -> int:
+    """Return the highest serial number of a checkpoint; 0 if there is none."""
+    return max((each.manifest.serial for each in whole_checkpoints(root)), default=0)
 
 
-def _delete_others(root: Path, final: Path, keep: int) -> None:
-    """Delete all but the newest `keep` checkpoints, of which `final` is one. Damaged ones are deleted too."""
-    others = sorted(folder for folder in root.iterdir() if folder.name.isdigit() and folder != final)
-    whole = [folder for folder in others if checkpoint_damage(folder) is None]
-    kept = whole[max(0, len(whole) - (keep - 1)) :]
-    for folder in others:
-        if folder not in kept:
-            shutil.rmtree(folder, ignore_errors=True)
-    for leftover in root.glob(".partial-*"):
-        shutil.rmtree(leftover, ignore_errors=True)
+def _name_latest(root: Path, final: Path) -> None:
+    """Let `latest` name the newest checkpoint. A failure is no reason to lose the checkpoint."""
+    latest = root / "latest"
+    try:
+        if latest.is_dir() and not latest.is_symlink():
+            shutil.rmtree(latest)
+        write_atomic(latest, final.name)
+    except OSError as error:
+        structlog.get_logger().warning("the file latest could not be written", error=str(error))
 
 
-def _write_rows(path: Path, replay: Replay, blocks: HostBlocks) -> list[dict[str, Any]]:
-    """Write every field's rows, oldest first, and return name, shape and dtype of each field.
-
-    The rows are copied block by block, so that no copy of a full ring is needed.
-    """
-    capacity, start = replay.layout.capacity, replay.first % replay.layout.capacity
-    end = start + replay.num_rows
-    spans = [(start, min(end, capacity))] + ([(0, end - capacity)] if end > capacity else [])
-    views = [(entry, replay.views.get(entry.key)) for entry in replay.layout.fields]
-    with path.open("wb") as file:
-        for number, block in enumerate(blocks.read(view[first:last] for _, view in views for first, last in spans), 1):
-            block.numpy().tofile(file)
-            if number % SYNC_BLOCKS == 0:
-                _sync(file)
-        _sync(file)
-    return [{"name": entry.name, "shape": list(view.shape[1:]), "dtype": entry.dtype} for entry, view in views]
+def _what_is_kept(root: Path) -> str:
+    """Return which checkpoint is there after a save that failed."""
+    last = newest_checkpoint(root)
+    return "there is no earlier one" if last is None else f"the last one is of step {last.manifest.step}"
 
 
-def _read_rows(path: Path, offset: int, target: torch.Tensor, row_bytes: int, on_block: Callable[[], None]) -> None:
-    """Read rows from a byte offset of the file into `target`, block by block. Raises: SettingError."""
-    step = max(1, BLOCK_BYTES // row_bytes)
-    with path.open("rb") as file:
-        file.seek(offset)
-        for row in range(0, len(target), step):
-            part = target[row : row + step]
-            raw = bytearray(file.read(len(part) * row_bytes))
-            if len(raw) != part.nbytes:
-                raise SettingError(
-                    f"{path} ends after {file.tell()} bytes, in the middle of the replay; expected every row that "
-                    f"manifest.json counts; delete {path.parent} to continue from an older checkpoint"
-                )
-            on_block()
-            part.copy_(torch.frombuffer(raw, dtype=target.dtype).view(part.shape))
-
-
-def _sync(file: IO[bytes]) -> None:
-    """Flush a file to the disk."""
-    file.flush()
-    os.fsync(file.fileno())
+def _cause(error: BaseException) -> str:
+    """Return the text of the error of the disk, if there was one: torch.save then raises another one that hides it."""
+    seen: BaseException | None = error
+    while seen is not None and not isinstance(seen, OSError):
+        seen = seen.__context__
+    return str(seen or error).splitlines()[0]

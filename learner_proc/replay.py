@@ -48,6 +48,7 @@ class Replay:
         self.generator = torch.Generator(slab.device).manual_seed(seed)
         self.first = self.committed = self.promised = 0
         self.columns = None if columns is None else torch.tensor(columns, dtype=torch.int64, device=slab.device)
+        self.num_restored = 0  # rows 0 to this were filled from a checkpoint
         self._granted: deque[int] = deque()
         self._bounds = torch.zeros(2, dtype=torch.int64, device=slab.device)  # `first`, `num_rows`
         self._flat: dict[tuple[str, ...], Tensor] = {
@@ -145,7 +146,7 @@ class Replay:
     def restore(self, num_rows: int) -> None:
         """Declare that the first `num_rows` ring rows were filled from a checkpoint. They must be whole chunks."""
         assert num_rows % self.ticks_per_chunk == 0 and num_rows <= self.layout.capacity, num_rows
-        self.first, self.committed, self.promised = 0, num_rows, num_rows
+        self.first, self.committed, self.promised, self.num_restored = 0, num_rows, num_rows, num_rows
         self._granted.clear()
         self._publish_bounds()
 

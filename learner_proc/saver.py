@@ -11,12 +11,17 @@ from typing import Any
 import torch
 
 from learner_proc import checkpoint
-from learner_proc.gradient_step import GradientStep
+from learner_proc.checkpoint import Content
+from learner_proc.gradient_step import SCALE_GROUP, GradientStep
 from learner_proc.handshake import SharedReplay
 from learner_proc.host_blocks import HostBlocks
+from learner_proc.metrics_writer import MetricsWriter
 from learner_proc.replay import Replay
-from learner_proc.snapshot import on_host
-from learner_proc.totals import Counters, Episodes
+from learner_proc.replay_files import ReplayFiles
+from learner_proc.snapshot import Groups, on_host
+from learner_proc.totals import Counters
+from shared import metrics
+from shared.checkpoints import Checkpoint
 from shared.errors import SettingError
 from shared.process import Process
 from shared.run_folder import RunFolder
@@ -31,13 +36,18 @@ class Saver:
         shared: SharedReplay,
         step: GradientStep,
         counters: Counters,
-        episodes: Episodes,
+        writer: MetricsWriter,
         *,
         device: torch.device,
+        saved: Checkpoint | None = None,
     ) -> None:
+        """saved: the checkpoint from which the run continues."""
         self._process, self._device, self._shared = process, device, shared
-        self._step, self._counters, self._episodes = step, counters, episodes
+        self._step, self._counters, self._writer = step, counters, writer
         self._blocks = HostBlocks(device, on_block=process.progress.advance)
+        self._replay = ReplayFiles(shared.replay, self._blocks)
+        if saved is not None:
+            self._replay.continue_from(saved)
         self._saved_at = time.monotonic()
 
     def save_if_due(self) -> None:
@@ -59,27 +69,40 @@ class Saver:
         on with the chunks that are granted already.
         Raises: CheckpointError if it cannot be written.
         """
-        process, options, replay = self._process, self._process.settings.checkpoint, self._shared.replay
+        process, options = self._process, self._process.settings.checkpoint
         process.progress.phase("saving")
         began = time.perf_counter()
-        state = {
-            "gradient_step": on_host(self._step.tensors(), self._blocks),
-            "counters": asdict(self._counters),
-            "episodes": self._episodes.state(),
-            "random_state": checkpoint.random_state(replay, self._device),
-        }
         folder = checkpoint.save(
             RunFolder(process.run_dir).checkpoints,
-            self._counters.gradient_steps,
-            state,
-            replay if options.replay else None,
-            spec_digest=self._shared.spec.digest(),
-            keep=options.keep,
-            blocks=self._blocks,
+            self._content(),
+            self._replay if options.replay else None,
+            options,
         )
         self._saved_at = time.monotonic()
         process.log.info("checkpoint", folder=str(folder), seconds=round(time.perf_counter() - began, 2))
         process.progress.phase("training")
+
+    def _content(self) -> Content:
+        """Return a copy of what a checkpoint holds beside the replay."""
+        episodes, groups = self._writer.episodes, on_host(self._step.tensors(), self._blocks)
+        return Content(
+            step=self._counters.gradient_steps,
+            state={
+                "gradient_step": groups,
+                "counters": asdict(self._counters),
+                "episodes": episodes.state(),
+                "random_state": checkpoint.random_state(self._shared.replay, self._device),
+            },
+            weights=weights_of(groups),
+            spec_digest=self._shared.spec.digest(),
+            eval_return_mean=episodes.means()[metrics.EVAL_RETURN_MEAN],
+        )
+
+
+def weights_of(groups: Groups) -> dict[str, torch.Tensor]:
+    """Return the networks and the normaliser by name, without what only training needs."""
+    networks = {name: tensors for name, tensors in groups.items() if not name.startswith(("adam_", SCALE_GROUP))}
+    return {f"{group}.{name}": tensor for group, tensors in networks.items() for name, tensor in tensors.items()}
 
 
 def restore(

@@ -14,6 +14,7 @@ from learner_proc.captured_step import CapturedStep, SampledStep, Update
 from learner_proc.gradient_step import GradientStep
 from learner_proc.measurements import CapturedMeasurements, Measurements
 from learner_proc.replay import Replay
+from learner_proc.replay_files import load_replay
 from shared.compose import load_settings
 from shared.config import Settings
 from shared.errors import SettingError
@@ -105,11 +106,11 @@ def open_run(run_dir: Path) -> tuple[Settings, GradientStep, Replay]:
     """
     settings = load_settings(run_dir / "config.yaml")
     settings.optimization.compile.enabled = False
-    (folder, state), device = checkpoint.load_newest(run_dir / "checkpoints"), torch.device("cpu")
-    spec = checkpoint.stream_spec(folder)
+    (saved, state), device = checkpoint.load_newest(run_dir / "checkpoints"), torch.device("cpu")
+    spec = checkpoint.stream_spec(saved)
     geometry = Geometry.of(settings, spec.num_envs)
     replay, _ = allocate_replay(spec, settings, geometry, device=device)
-    checkpoint.load_replay(folder, replay, spec_digest=spec.digest())
+    load_replay(saved, replay, spec_digest=spec.digest())
     step = build_gradient_step(spec, settings, device=device)
     step.load_state_dict(state["gradient_step"])
     return settings, step, replay

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,11 +18,13 @@ from learner_proc.metrics_writer import MetricsWriter, cut_after
 from learner_proc.pacing import Pacing
 from learner_proc.publisher import Publisher
 from learner_proc.replay import Replay
+from learner_proc.replay_files import load_replay
 from learner_proc.saver import Saver, restore
 from learner_proc.startup import allocate_replay, build_gradient_step, build_measurements, build_step
 from learner_proc.streaming import Chunk
 from learner_proc.totals import Counters
 from shared import metrics
+from shared.checkpoints import Checkpoint, settle
 from shared.errors import TransportError
 from shared.evaluation import EvaluationPlan
 from shared.geometry import Geometry
@@ -49,11 +50,7 @@ class WaitingLearner:
         """resume: continue from the newest checkpoint. Raises: SettingError if there is none."""
         settings = process.settings
         self._process, self._device, self._geometry = process, device, Geometry.of(settings)
-        self._folder: Path | None = None
-        self._saved: dict[str, Any] = {}
-        if resume:
-            process.progress.phase("resuming")
-            self._folder, self._saved = checkpoint.load_newest(RunFolder(process.run_dir).checkpoints)
+        self._checkpoint, self._saved = load_saved(process) if resume else (None, {})
         self.counters = Counters(**self._saved.get("counters", {}))
         self.pacing = Pacing(
             self._geometry.replayed_per_chunk,
@@ -69,7 +66,7 @@ class WaitingLearner:
             secret=obtain_secret(process.run.socket_dir),
             num_envs=geometry.num_envs,
             allocate=partial(
-                allocate_and_restore, process, geometry, device=device, pacing=pacing, folder=self._folder
+                allocate_and_restore, process, geometry, device=device, pacing=pacing, saved=self._checkpoint
             ),
             random_frames=partial(remaining_random_frames, geometry.frames_per_chunk, counters=counters, pacing=pacing),
             agent_steps=lambda: counters.agent_steps,
@@ -136,7 +133,8 @@ class WaitingLearner:
         step = build_gradient_step(shared.spec, process.settings, device=self._device)
         update = build_step(step, shared.replay, process.settings, self._geometry, device=self._device)
         if self._saved:
-            restore(self._saved, self._folder, step, shared.replay, device=self._device)
+            assert self._checkpoint is not None
+            restore(self._saved, self._checkpoint.folder, step, shared.replay, device=self._device)
         measurements = build_measurements(step, shared.replay, process.settings, device=self._device)
         startup_s = time.monotonic() - began
         process.log.info("networks ready", seconds=round(startup_s, 2), parameters=step.parameter_counts())
@@ -152,7 +150,7 @@ class WaitingLearner:
             update=update,
             measurements=measurements,
             writer=writer,
-            saver=Saver(process, shared, step, self.counters, writer.episodes, device=self._device),
+            saver=Saver(process, shared, step, self.counters, writer, device=self._device, saved=self._checkpoint),
             publisher=Publisher(
                 step.policy,
                 socket_dir=process.run.socket_dir,
@@ -196,6 +194,14 @@ def open_evaluations(process: Process, counters: Counters, *, num_envs: int) -> 
     return EvaluationLog(path, num_episodes=plan.num_episodes, eval_in_replay=collector.eval_in_replay)
 
 
+def load_saved(process: Process) -> tuple[Checkpoint, dict[str, Any]]:
+    """Return the newest whole checkpoint and its state. Raises: SettingError if there is none."""
+    process.progress.phase("resuming")
+    root = RunFolder(process.run_dir).checkpoints
+    settle(root)
+    return checkpoint.load_newest(root, on_block=process.progress.advance)
+
+
 def allocate_and_restore(
     process: Process,
     geometry: Geometry,
@@ -204,20 +210,20 @@ def allocate_and_restore(
     *,
     device: torch.device,
     pacing: Pacing,
-    folder: Path | None,
+    saved: Checkpoint | None,
 ) -> tuple[Replay, int | None]:
-    """Allocate the replay and fill it from the checkpoint in `folder`, if there is one. Return it and its memfd.
+    """Allocate the replay and fill it from the checkpoint `saved`, if there is one. Return it and its memfd.
 
     Restored rows shorten the prefill.
     """
     replay, fd = allocate_replay(spec, process.settings, geometry, device=device, on_gpu=on_gpu)
-    if folder is not None:
+    if saved is not None:
         process.progress.phase("resuming")
         advance = process.progress.advance
-        rows = checkpoint.load_replay(folder, replay, spec_digest=spec.digest(), on_block=advance)
+        rows = load_replay(saved, replay, spec_digest=spec.digest(), on_block=advance)
         process.progress.phase("hello")
         pacing.prefill = max(0, geometry.replayed_prefill - rows * geometry.num_replayed)
-        process.log.info("replay restored", rows=rows, checkpoint=str(folder))
+        process.log.info("replay restored", rows=rows, checkpoint=str(saved.folder))
     memory = describe_gpu(str(replay.slab.device))
     process.log.info(
         "replay allocated", num_bytes=replay.slab.numel(), memory=memory, trains_on=describe_gpu(str(device))

@@ -356,7 +356,17 @@ class CheckpointSettings:
     every_s: float = setting(
         1800.0, "Time between two checkpoints; one more is written at the end.", unit="s", minimum=1.0, maximum=MAX_S
     )
-    keep: int = setting(2, "Number of checkpoints that are kept, the newest ones.", minimum=1, maximum=MAX_COUNT)
+    keep: int = setting(2, "Number of newest checkpoints that are kept.", minimum=1, maximum=MAX_COUNT)
+    keep_best: bool = setting(
+        True, "Also keep the checkpoint with the highest mean evaluation return, later without its replay."
+    )
+    keep_every_h: Optional[float] = setting(
+        24.0,
+        "Also keep one checkpoint in each span of this length, later without its replay; null: none.",
+        unit="h",
+        minimum=0.01,
+        maximum=1e6,
+    )
     replay: bool = setting(
         True, "Save the replay too; false makes small checkpoints, but a resumed run refills its replay."
     )

@@ -39,9 +39,14 @@ def write_atomic(path: Path, content: str | bytes) -> None:
     except BaseException:
         partial.unlink(missing_ok=True)  # it may fill a disk that is full already
         raise
-    folder = os.open(path.parent, os.O_RDONLY)
+    sync_folder(path.parent)
+
+
+def sync_folder(path: Path) -> None:
+    """Flush the names in a folder to the disk. Without this, a power failure could undo a rename."""
+    folder = os.open(path, os.O_RDONLY)
     try:
-        os.fsync(folder)  # without this, a power failure could undo the rename
+        os.fsync(folder)
     finally:
         os.close(folder)
 

@@ -1,4 +1,4 @@
-"""The run folder `runs/<name>/`: the path of each file in it, its newest checkpoint and its run.json.
+"""The run folder `runs/<name>/`: the path of each file in it, and its run.json.
 
     config.yaml, run.json, lock          written by launch when it starts
     collector.progress learner.progress  written by each process (`shared.progress`)
@@ -115,61 +115,3 @@ def read_run(run_dir: Path) -> Run:
 def _first_launch(content: Mapping[str, Any]) -> dict[str, Any]:
     """Return the only launch of a run.json from before it listed its launches."""
     return {key: content[key] for key in ("argv", "started", "git") if key in content}
-
-
-def newest_checkpoint(checkpoints: Path) -> Path | None:
-    """Return the folder of the newest whole checkpoint, or None if there is none."""
-    return next(iter(whole_checkpoints(checkpoints)), None)
-
-
-def whole_checkpoints(checkpoints: Path) -> list[Path]:
-    """Return the folders of all whole checkpoints, the newest first.
-
-    Normally the newest is the folder that the file `latest` names. A learner that was killed while it saved may leave
-    `latest` pointing at a folder that is missing. Then, and if `latest` cannot be read, it is the folder of the highest
-    step.
-    """
-    found = [manifest.parent for manifest in checkpoints.glob("*/manifest.json")]
-    whole = sorted((folder for folder in found if checkpoint_damage(folder) is None), key=checkpoint_step, reverse=True)
-    try:
-        latest = (checkpoints / "latest").read_bytes().decode().strip()
-    except (OSError, UnicodeDecodeError):
-        latest = ""
-    return sorted(whole, key=lambda folder: folder.name != latest)  # this keeps the order of all others
-
-
-def damaged_checkpoints(checkpoints: Path) -> list[tuple[Path, str]]:
-    """Return the folders of checkpoints that are not whole, in the order of their steps, and what is wrong with each.
-
-    Folders that an interrupted save left behind do not count.
-    """
-    found = [folder for folder in sorted(checkpoints.glob("*")) if folder.name.isdigit()]
-    return [(folder, damage) for folder in found if (damage := checkpoint_damage(folder)) is not None]
-
-
-def checkpoint_damage(checkpoint: Path) -> str | None:
-    """Return what is wrong with a checkpoint, or None if it is whole: its manifest, and the sizes of its files.
-
-    manifest.json is written last, so a checkpoint that was not completed has none.
-    """
-    try:
-        manifest = json.loads((checkpoint / "manifest.json").read_bytes())
-    except FileNotFoundError:
-        return "manifest.json is missing"
-    except (OSError, ValueError) as error:
-        return f"manifest.json cannot be read: {error}"
-    if not isinstance(manifest, dict) or not isinstance(manifest.get("step"), int):
-        return "manifest.json does not name the step"
-    sizes = manifest.get("files", {"state.pt": None})  # older checkpoints do not list their files
-    for name, size in sizes.items():
-        file = checkpoint / name
-        found = file.stat().st_size if file.is_file() else 0
-        if found == 0 or size not in (None, found):
-            expected = "some" if size is None else size
-            return f"{name} has {found} bytes; expected {expected}" if file.is_file() else f"{name} is missing"
-    return None
-
-
-def checkpoint_step(checkpoint: Path) -> int:
-    """Return the number of gradient steps that were done when a whole checkpoint was written."""
-    return json.loads((checkpoint / "manifest.json").read_bytes())["step"]

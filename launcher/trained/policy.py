@@ -12,12 +12,13 @@ from torch import Tensor
 
 from launcher.checkpoint_choice import choose_checkpoints
 from learner_proc.checkpoint import load_state
+from shared.checkpoints import read_manifest
 from shared.compose import load_settings
 from shared.config import Settings
 from shared.errors import SettingError
 from shared.model.policy import Policy
 from shared.model.rssm import Belief
-from shared.run_folder import RunFolder, checkpoint_step
+from shared.run_folder import RunFolder
 from shared.stream import ObsSpec, StreamSpec
 
 ENCODER = "encoder.entries."
@@ -97,7 +98,7 @@ def read_policy(checkpoint: Path, settings: Settings, *, device: str = "cpu") ->
             "that config.yaml of this run describes; restore both from a copy, or choose another --checkpoint"
         ) from error
     frozen = policy.to(device).eval().requires_grad_(False)
-    return TrainedPolicy(frozen, spec, settings, checkpoint_step(checkpoint))
+    return TrainedPolicy(frozen, spec, settings, read_manifest(checkpoint).step)
 
 
 def stream_of(weights: Mapping[str, Tensor]) -> StreamSpec:

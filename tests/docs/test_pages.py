@@ -23,6 +23,7 @@ OF_A_RUN = (
     "run.json",
     "metrics.jsonl",
     "summary.json",
+    "manifest.json",
     "policy.json",
     "run_policy.py",
 )  # of a run folder, not of the repository

@@ -33,6 +33,7 @@ import sys
 import time
 from pathlib import Path
 
+from shared.checkpoints import Manifest, StoredFile, file_crc32, write_manifest
 from shared.lifetime import ExitCode, StopFlag, die_with_parent, enable_stack_dumps, install_stop_flag
 from shared.metrics import CollectorStatus, LearnerStatus
 from shared.progress import Progress
@@ -65,7 +66,8 @@ def save_checkpoint(run_dir: Path, step: int) -> Path:
     folder = run_dir / "checkpoints" / f"{step:08d}"
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "state.pt").write_text("networks")
-    (folder / "manifest.json").write_text(json.dumps({"step": step, "files": {"state.pt": 8}}))
+    stored = StoredFile(8, file_crc32(folder / "state.pt"))
+    write_manifest(folder, Manifest(step=step, serial=step, files={"state.pt": stored}))
     (folder.parent / "latest").write_text(folder.name)
     return folder
 

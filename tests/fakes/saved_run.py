@@ -7,9 +7,10 @@ import json
 import torch
 
 from learner_proc import checkpoint
+from learner_proc.checkpoint import Content
 from learner_proc.gradient_step import GradientStep
 from shared.compose import save_settings
-from shared.config import Settings
+from shared.config import CheckpointSettings, Settings
 from shared.run_folder import RunFolder
 from shared.stream import StreamSpec
 
@@ -38,6 +39,7 @@ def save_run(folder: RunFolder, settings: Settings, spec: StreamSpec, steps: tup
         learner = GradientStep(spec, settings, device=torch.device("cpu"))
         learner.policy.normaliser.update(seen)
         state = {"gradient_step": learner.state_dict()}
-        checkpoint.save(folder.checkpoints, step, state, None, spec_digest=spec.digest(), keep=len(steps))
+        options = CheckpointSettings(keep=len(steps))
+        checkpoint.save(folder.checkpoints, Content(step, state, {}, spec.digest()), None, options)
     rows = [{"gradient_steps": step, "eval_return_mean": value} for step, value in RETURNS.items()]
     folder.metrics.write_text("".join(json.dumps(row) + "\n" for row in rows))

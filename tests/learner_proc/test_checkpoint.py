@@ -1,4 +1,6 @@
-"""Checkpoints: they restore all rows in order, and a killed save never leaves a run without a complete one."""
+"""Checkpoints: a failed or killed save never leaves a run without a whole one, and no damaged one is loaded."""
+
+from __future__ import annotations
 
 import errno
 import json
@@ -10,50 +12,19 @@ import pytest
 import torch
 
 from learner_proc import checkpoint
-from learner_proc.host_blocks import HostBlocks
+from shared.checkpoints import CheckpointError, damaged_checkpoints, newest_checkpoint
 from shared.errors import SettingError
-from shared.run_folder import damaged_checkpoints, newest_checkpoint
-from tests.learner_proc.identified_rows import LENGTH, SPEC, fill, make_replay, sampled_rows
-
-
-@pytest.mark.parametrize("chunks", [3, 6, 9])
-def test_a_checkpoint_restores_the_rows_in_their_order(tmp_path, chunks):
-    replay = make_replay()
-    fill(replay, chunks)
-    expected = replay.views["reward"][sampled_rows(replay)].clone()
-    folder = checkpoint.save(tmp_path, 5, {"x": torch.ones(2)}, replay, spec_digest=SPEC.digest(), keep=2)
-    assert newest_checkpoint(tmp_path) == folder
-    fresh = make_replay()
-    assert checkpoint.load_replay(folder, fresh, spec_digest=SPEC.digest()) == len(expected)
-    assert torch.equal(fresh.views["reward"][sampled_rows(fresh)], expected)
-    fill(fresh, 1, start=chunks)
-    assert (fresh.sample(200, LENGTH)["reward"].diff(dim=1) == 1.0).all(), "new rows follow the restored ones"
-
-
-def test_a_smaller_ring_gets_the_newest_rows_of_a_checkpoint(tmp_path):
-    replay = make_replay()
-    fill(replay, 9)
-    folder = checkpoint.save(tmp_path, 5, {}, replay, spec_digest=SPEC.digest(), keep=2)
-    small = make_replay(capacity=16)
-    assert checkpoint.load_replay(folder, small, spec_digest=SPEC.digest()) == 16
-    assert (small.views["reward"][sampled_rows(small)][:, 0]).tolist() == [float(t) for t in range(20, 36)]
-
-
-def test_a_checkpoint_of_another_stream_is_refused(tmp_path):
-    replay = make_replay()
-    fill(replay, 2)
-    folder = checkpoint.save(tmp_path, 5, {}, replay, spec_digest="other", keep=2)
-    with pytest.raises(SettingError, match="start a new run"):
-        checkpoint.load_replay(folder, make_replay(), spec_digest=SPEC.digest())
+from tests.learner_proc.identified_rows import fill, make_replay
+from tests.learner_proc.saved_checkpoints import loaded, save, save_two
 
 
 def test_only_the_newest_checkpoints_are_kept_and_partial_ones_are_deleted(tmp_path):
     for step in (1, 2, 3):
-        checkpoint.save(tmp_path, step, {"step": step}, None, spec_digest="x", keep=2)
+        save(tmp_path, step)
     (tmp_path / ".partial-00000009").mkdir()  # as a killed process leaves it
-    checkpoint.save(tmp_path, 3, {"step": 3}, None, spec_digest="x", keep=2)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["00000002", "00000003", "latest"]
-    assert checkpoint.load_newest(tmp_path) == (tmp_path / "00000003", {"step": 3})
+    save(tmp_path, 4)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["00000003", "00000004", "latest"]
+    assert loaded(tmp_path) == ("00000004", {"step": 4})
 
 
 def test_resuming_without_a_checkpoint_raises(tmp_path):
@@ -61,48 +32,56 @@ def test_resuming_without_a_checkpoint_raises(tmp_path):
         checkpoint.load_newest(tmp_path)
 
 
-def test_a_save_that_is_killed_between_its_renames_leaves_a_complete_checkpoint(tmp_path, monkeypatch):
-    checkpoint.save(tmp_path, 3, {"save": 1}, None, spec_digest="x", keep=1)
-
-    def killed(self, target):
-        if target.name == "00000003":
-            raise KeyboardInterrupt
-        return rename(self, target)
-
-    rename = Path.rename
-    monkeypatch.setattr(Path, "rename", killed)
-    with pytest.raises(KeyboardInterrupt):
-        checkpoint.save(tmp_path, 3, {"save": 2}, None, spec_digest="x", keep=1)
-    assert checkpoint.load_newest(tmp_path)[1]["save"] in (1, 2)
+def test_a_second_checkpoint_of_a_step_has_a_folder_of_its_own_and_is_the_newest(tmp_path):
+    for number in (1, 2, 3):
+        save(tmp_path, 3, state={"save": number}, keep=2)
+    assert loaded(tmp_path) == ("00000003.2", {"save": 3})
+    assert (tmp_path / "latest").read_text() == "00000003.2"
 
 
-def test_a_checkpoint_is_written_in_blocks_smaller_than_a_field(tmp_path, monkeypatch):
-    monkeypatch.setattr(checkpoint, "BLOCK_BYTES", 50)  # for reading
-    replay, arrived = make_replay(), []
-    fill(replay, 9)
-    blocks = HostBlocks(torch.device("cpu"), block_bytes=50, on_block=lambda: arrived.append(1))
-    folder = checkpoint.save(tmp_path, 5, {}, replay, spec_digest=SPEC.digest(), keep=2, blocks=blocks)
-    assert len(arrived) == -(-(folder / "replay.bin").stat().st_size // 50) > 10, "each block counts as progress"
-    fresh = make_replay()
-    checkpoint.load_replay(folder, fresh, spec_digest=SPEC.digest())
-    for entry in replay.layout.fields:
-        assert torch.equal(
-            fresh.views.get(entry.key)[sampled_rows(fresh)], replay.views.get(entry.key)[sampled_rows(replay)]
-        ), entry.name
+def test_after_a_resume_from_an_older_checkpoint_its_successors_count_as_newer_than_those_that_were_undone(tmp_path):
+    for step in (10, 20):
+        save(tmp_path, step)
+    (tmp_path / "00000020" / "state.pt").write_bytes(b"?")
+    assert loaded(tmp_path)[0] == "00000010"
+    save(tmp_path, 15)
+    assert loaded(tmp_path)[0] == "00000015"
+
+
+@pytest.mark.parametrize("killed_at", ["rename", "sync_folder", "latest"])
+def test_a_save_that_is_killed_at_its_end_leaves_a_whole_checkpoint(tmp_path, monkeypatch, killed_at):
+    save(tmp_path, 2, keep=1)
+
+    def killed(*arguments, **options):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        if killed_at == "rename":
+            patch.setattr(Path, "rename", killed)
+        else:
+            patch.setattr(checkpoint, {"latest": "_name_latest"}.get(killed_at, killed_at), killed)
+        patch.setattr("shutil.rmtree", lambda *arguments, **options: None)  # a kill cleans nothing up
+        with pytest.raises(KeyboardInterrupt):
+            save(tmp_path, 3, keep=1)
+    assert newest_checkpoint(tmp_path) is not None
+    save(tmp_path, 4, keep=3)
+    assert sorted(path.name for path in tmp_path.glob("0*")) == ["00000002", "00000003", "00000004"]
+    assert loaded(tmp_path) == ("00000004", {"step": 4})
+    assert not list(tmp_path.glob(".*"))
 
 
 @pytest.mark.parametrize("failing", ["torch.save", "os.fsync"])
 def test_a_save_that_fails_leaves_the_earlier_checkpoint_and_nothing_else(tmp_path, monkeypatch, failing):
-    checkpoint.save(tmp_path, 3, {"save": 1}, None, spec_digest="x", keep=1)
+    save(tmp_path, 3, keep=1)
 
     def full(*arguments, **options):
         raise OSError(errno.ENOSPC, "no space left") if failing == "os.fsync" else RuntimeError("failed writing file")
 
     monkeypatch.setattr(failing, full)
-    with pytest.raises(checkpoint.CheckpointError, match=r"step 4 could not .*the last one is of step 3: .*free"):
-        checkpoint.save(tmp_path, 4, {"save": 2}, None, spec_digest="x", keep=1)
+    with pytest.raises(CheckpointError, match=r"step 4 could not .*the last one is of step 3: .*free"):
+        save(tmp_path, 4, keep=1)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["00000003", "latest"]
-    assert checkpoint.load_newest(tmp_path)[1] == {"save": 1}
+    assert loaded(tmp_path) == ("00000003", {"step": 3})
 
 
 def test_the_error_of_a_full_disk_names_the_disk(tmp_path):
@@ -111,8 +90,8 @@ def test_the_error_of_a_full_disk_names_the_disk(tmp_path):
     handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (5000, limits[1]))
     try:
-        with pytest.raises(checkpoint.CheckpointError, match=r"saved, there is no earlier one: .*too large"):
-            checkpoint.save(tmp_path, 1, {"x": torch.zeros(100_000)}, None, spec_digest="x", keep=1)
+        with pytest.raises(CheckpointError, match=r"saved, there is no earlier one: .*too large"):
+            save(tmp_path, 1, state={"x": torch.zeros(100_000)})
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
         signal.signal(signal.SIGXFSZ, handler)
@@ -131,58 +110,88 @@ def damage(folder: Path, kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", [
-    "state.pt empty", "state.pt cut", "state.pt missing", "state.pt changed", "replay.bin cut", "replay.bin missing",
-    "manifest.json empty", "manifest.json missing", "manifest.json {}", "manifest.json []", "manifest.json cut",
+    "state.pt empty", "state.pt cut", "state.pt missing", "state.pt changed", "replay-000002.bin cut",
+    "replay-000002.bin missing", "replay-000002.bin changed", "manifest.json empty", "manifest.json missing",
+    "manifest.json {}", "manifest.json []", "manifest.json cut",
 ])  # fmt: skip
 def test_a_damaged_checkpoint_is_skipped_and_deleted_at_the_next_save(tmp_path, kind):
-    for step in (1, 2):
-        replay = make_replay()
-        fill(replay, 3)
-        checkpoint.save(tmp_path, step, {"step": step}, replay, spec_digest=SPEC.digest(), keep=2)
+    save_two(tmp_path)
     damage(tmp_path / "00000002", kind)
-    assert checkpoint.load_newest(tmp_path) == (tmp_path / "00000001", {"step": 1})
-    if kind != "state.pt changed":  # its size is right, so only reading it shows the damage
-        ((folder, problem),) = damaged_checkpoints(tmp_path)
-        assert folder.name == "00000002" and kind.split()[0] in problem
-        checkpoint.save(tmp_path, 2, {"step": 2}, None, spec_digest="x", keep=2)
-        assert not damaged_checkpoints(tmp_path)
-        checkpoint.save(tmp_path, 3, {"step": 3}, None, spec_digest="x", keep=2)
-        damage(tmp_path / "00000003", "state.pt missing")
-        checkpoint.save(tmp_path, 4, {"step": 4}, None, spec_digest="x", keep=2)
-        assert sorted(path.name for path in tmp_path.glob("0*")) == ["00000002", "00000004"]
+    assert loaded(tmp_path) == ("00000001", {"step": 1})
+    ((folder, problem),) = damaged_checkpoints(tmp_path)
+    assert folder.name == "00000002" and kind.split()[0] in problem
+    save(tmp_path, 3)
+    assert not damaged_checkpoints(tmp_path)
+    assert sorted(path.name for path in tmp_path.glob("0*")) == ["00000001", "00000003"]
 
 
 def test_if_every_checkpoint_is_damaged_the_error_names_the_file(tmp_path):
-    folder = checkpoint.save(tmp_path, 1, {"step": 1}, None, spec_digest="x", keep=2)
+    folder = save(tmp_path, 1)
     damage(folder, "state.pt changed")
-    with pytest.raises(SettingError, match=r"no whole checkpoint.*00000001: state\.pt cannot be read"):
+    with pytest.raises(SettingError, match=r"no whole checkpoint.*00000001 is damaged: state\.pt has checksum"):
         checkpoint.load_newest(tmp_path)
+    (folder / "damaged").unlink()
     damage(folder, "state.pt cut")
-    with pytest.raises(SettingError, match=r"no whole checkpoint.*00000001: state\.pt has \d+ bytes; expected \d+"):
+    with pytest.raises(SettingError, match=r"no whole checkpoint.*: state\.pt has \d+ bytes; expected \d+"):
         checkpoint.load_newest(tmp_path)
 
 
-@pytest.mark.parametrize("content", [b"\xff\xfe\x00", b"../..", None])
-def test_a_latest_that_cannot_be_read_is_ignored_and_replaced(tmp_path, content):
-    checkpoint.save(tmp_path, 1, {"step": 1}, None, spec_digest="x", keep=2)
+def test_a_state_that_torch_cannot_read_is_skipped_although_its_checksum_is_right(tmp_path, monkeypatch):
+    save_two(tmp_path)
+    load = checkpoint.load_state
+
+    def fails(folder):
+        if folder.name == "00000002":
+            raise RuntimeError("PytorchStreamReader failed")
+        return load(folder)
+
+    monkeypatch.setattr(checkpoint, "load_state", fails)
+    assert loaded(tmp_path) == ("00000001", {"step": 1})
+
+
+@pytest.mark.parametrize("content", [b"\xff\xfe\x00", b"../..", b"00000001", None, b""])
+def test_latest_is_not_read_and_is_replaced_at_the_next_save(tmp_path, content):
+    for step in (1, 2):
+        save(tmp_path, step)
     (tmp_path / "latest").unlink()
     if content is None:
         (tmp_path / "latest").mkdir()
-    else:
+    elif content:
         (tmp_path / "latest").write_bytes(content)
-    assert checkpoint.load_newest(tmp_path)[1] == {"step": 1}
-    checkpoint.save(tmp_path, 2, {"step": 2}, None, spec_digest="x", keep=2)
-    assert (tmp_path / "latest").read_text() == "00000002"
+    assert loaded(tmp_path)[0] == "00000002"
+    save(tmp_path, 3)
+    assert (tmp_path / "latest").read_text() == "00000003"
 
 
-def test_a_checkpoint_of_an_older_version_without_file_sizes_is_whole_but_a_short_replay_is_refused(tmp_path):
+def test_a_checkpoint_of_a_newer_version_is_refused_by_its_format_and_not_deleted(tmp_path):
+    save_two(tmp_path)
+    folder = tmp_path / "00000002"
+    make_newer(folder)
+    with pytest.raises(SettingError, match=r"00000002 cannot be loaded: it has format 3; expected at most 2.*version"):
+        checkpoint.load_newest(tmp_path)
+    for step in (3, 4, 5):
+        save(tmp_path, step, keep=1)
+    assert sorted(path.name for path in tmp_path.glob("0*")) == ["00000002", "00000005"]
+
+
+def make_newer(folder: Path) -> None:
+    """Give a checkpoint the format of a later version, with a manifest that is whole."""
+    from shared.checkpoints import read_manifest, write_manifest
+
+    manifest = read_manifest(folder)
+    object.__setattr__(manifest, "format", 3)
+    write_manifest(folder, manifest)
+
+
+def test_a_checkpoint_of_the_first_version_is_loaded_by_its_sizes(tmp_path):
     replay = make_replay()
     fill(replay, 3)
-    folder = checkpoint.save(tmp_path, 1, {}, replay, spec_digest=SPEC.digest(), keep=2)
+    folder = save(tmp_path, 1, replay)
     manifest = json.loads((folder / "manifest.json").read_text())
-    del manifest["files"]
-    (folder / "manifest.json").write_text(json.dumps(manifest))
-    assert newest_checkpoint(tmp_path) == folder
+    (folder / "replay-000001.bin").rename(folder / "replay.bin")
+    old = {key: manifest[key] for key in ("step", "spec_digest", "replay_rows", "fields")}
+    (folder / "manifest.json").write_text(json.dumps(old))
+    assert loaded(tmp_path) == ("00000001", {"step": 1})
     damage(folder, "replay.bin cut")
-    with pytest.raises(SettingError, match=r"replay\.bin ends after .*; expected every row"):
-        checkpoint.load_replay(folder, make_replay(), spec_digest=SPEC.digest())
+    with pytest.raises(SettingError, match=r"replay\.bin has \d+ bytes; expected \d+"):
+        checkpoint.load_newest(tmp_path)

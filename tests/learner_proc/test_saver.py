@@ -10,6 +10,8 @@ import torch
 from learner_proc.checkpoint import CheckpointError
 from learner_proc.learn import Learner
 from learner_proc.waiting import WaitingLearner
+from shared.errors import TransportError
+from shared.handover import connect
 
 
 def built(waiting: WaitingLearner, join) -> Learner:
@@ -39,14 +41,16 @@ def test_a_periodic_checkpoint_that_fails_is_reported_and_tried_again(process, w
     assert (process.run_dir / "checkpoints" / "latest").read_text() == "00000002"
 
 
-def test_a_last_checkpoint_that_fails_is_an_error_after_everything_is_closed(process, waiting, join, monkeypatch):
+def test_a_last_checkpoint_that_fails_is_an_error_after_everything_is_closed(
+    process, waiting, join, monkeypatch, tmp_path
+):
     learner = built(waiting, join)
     process.settings.optimization.total_optim_steps = 1
     monkeypatch.setattr("torch.save", full)
     with pytest.raises(CheckpointError, match="step 1 could not be saved"):
         learner.run()
-    with pytest.raises(OSError, match="Bad file"):
-        learner.link.poll()
+    with pytest.raises(TransportError):
+        connect(tmp_path, deadline_s=0.1, alive=lambda: None)
 
 
 def test_a_checkpoint_is_loaded_in_the_phase_whose_deadline_is_that_of_checkpoints(

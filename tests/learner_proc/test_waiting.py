@@ -5,15 +5,16 @@ from __future__ import annotations
 import pytest
 import torch
 
-from learner_proc import checkpoint
 from learner_proc.pacing import Pacing
 from learner_proc.startup import allocate_replay
 from learner_proc.totals import Counters
 from learner_proc.waiting import WaitingLearner, allocate_and_restore, remaining_random_frames
+from shared.checkpoints import newest_checkpoint
 from shared.errors import TransportError
 from shared.geometry import Geometry
 from shared.messages import Refusal
 from tests.fakes.scripted_collector import SPEC, ScriptedCollector
+from tests.learner_proc.saved_checkpoints import save
 
 
 def built(waiting: WaitingLearner):
@@ -58,9 +59,10 @@ def test_a_replay_that_is_allocated_twice_shortens_the_prefill_once(process, tmp
     pacing = Pacing(geometry.frames_per_chunk, geometry.frames_per_step, None, geometry.prefill_frames)
     replay, _ = allocate_replay(SPEC, process.settings, geometry, device=cpu)
     replay.commit(replay.grant())
-    folder = checkpoint.save(tmp_path / "saved", 1, {}, replay, spec_digest=SPEC.digest(), keep=1)
+    save(tmp_path, 1, replay, digest=SPEC.digest())
+    saved = newest_checkpoint(tmp_path)
     for on_gpu in (True, False):
-        restored, _ = allocate_and_restore(process, geometry, SPEC, on_gpu, device=cpu, pacing=pacing, folder=folder)
+        restored, _ = allocate_and_restore(process, geometry, SPEC, on_gpu, device=cpu, pacing=pacing, saved=saved)
         assert (restored.num_rows, pacing.prefill) == (8, 16)
 
 
