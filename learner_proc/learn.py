@@ -16,13 +16,14 @@ from learner_proc.gradient_step import GradientStep
 from learner_proc.link import CollectorLink
 from learner_proc.measurements import Measurements
 from learner_proc.metrics_writer import MetricsWriter
-from learner_proc.pacing import Pacing
+from learner_proc.pacing import Pacing, make_pacing
 from learner_proc.publisher import Publisher
 from learner_proc.replay import Replay
 from learner_proc.saver import Saver
 from learner_proc.streaming import Chunk
 from learner_proc.totals import Counters
 from shared import metrics
+from shared.geometry import Geometry
 from shared.process import Process
 
 IDLE_S = 0.01  # longest sleep while the learner waits for a message
@@ -79,7 +80,9 @@ class Learner:
         self._options = process.settings.optimization
         self._step, self._update, self.measurements, self._writer = step, update, measurements, writer
         self._saver, self._queue, self._status_at = saver, StepQueue(device), time.monotonic()
-        self._replay_ratio = partial(counters.replay_ratio, pacing.step_frames, eval_in_replay=replay.columns is None)
+        pretrained = make_pacing(process.settings, Geometry.of(process.settings, replay.layout.num_envs)).pretrained
+        ratio = partial(counters.replay_ratio, pacing.step_frames, pretrained=pretrained)
+        self._replay_ratio = partial(ratio, eval_in_replay=replay.columns is None)
 
     def run(self) -> None:
         """Train. Raises: TransportError, FloatingPointError, CheckpointError."""
@@ -133,7 +136,7 @@ class Learner:
         self._queue.wait()
         self._writer.add_step(self._update())
         self._queue.mark()
-        steps = self.counters.gradient_steps = self.counters.gradient_steps + 1
+        steps = self.counters.count_gradient_step()
         self.pacing.replayed += self.pacing.step_frames
         self._progress.advance()
         if steps % self._options.publish_every == 0 and not self.pacing.lockstep:

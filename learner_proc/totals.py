@@ -35,18 +35,32 @@ class Counters:
     eval_agent_steps: int = 0  # those of `agent_steps` that evaluation environments made
     env_frames: int = 0
     episodes: int = 0
+    prefill_steps: int = 0  # agent steps before the first gradient step
+    prefill_eval_steps: int = 0  # those of them that evaluation environments made
     nan_skips: int = 0
     policy_version: int = 0
     num_diverged: int = 0
     wall_s: float = 0.0
 
+    def count_gradient_step(self) -> int:
+        """Count one gradient step, and return the number of all so far."""
+        if self.gradient_steps == 0:
+            self.prefill_steps, self.prefill_eval_steps = self.agent_steps, self.eval_agent_steps
+        self.gradient_steps += 1
+        return self.gradient_steps
+
     def learned_steps(self, *, eval_in_replay: bool) -> int:
         """Return the agent steps that can be learned from: all, or those of the training environments."""
         return self.agent_steps if eval_in_replay else self.agent_steps - self.eval_agent_steps
 
-    def replay_ratio(self, step_frames: int, *, eval_in_replay: bool) -> float:
-        """Return the replay ratio since the run began. The counts of `Pacing` start again at every resume."""
-        return self.gradient_steps * step_frames / max(self.learned_steps(eval_in_replay=eval_in_replay), 1)
+    def replay_ratio(self, step_frames: int, *, pretrained: float, eval_in_replay: bool) -> float:
+        """Return the replay ratio since the prefill of the run. The counts of `Pacing` start again at every resume.
+
+        pretrained: rows that were replayed on the prefill alone.
+        """
+        prefill = self.prefill_steps if eval_in_replay else self.prefill_steps - self.prefill_eval_steps
+        learned = self.learned_steps(eval_in_replay=eval_in_replay) - prefill
+        return max(0.0, self.gradient_steps * step_frames - pretrained) / max(learned, 1)
 
 
 class Episodes:

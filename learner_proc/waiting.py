@@ -15,7 +15,7 @@ from learner_proc.learn import IDLE_S, Learner
 from learner_proc.link import CollectorLink
 from learner_proc.measurements import Measurements
 from learner_proc.metrics_writer import MetricsWriter, cut_after
-from learner_proc.pacing import Pacing
+from learner_proc.pacing import Pacing, make_pacing
 from learner_proc.publisher import Publisher
 from learner_proc.replay import Replay
 from learner_proc.replay_files import load_replay
@@ -52,13 +52,7 @@ class WaitingLearner:
         self._process, self._device, self._geometry = process, device, Geometry.of(settings)
         self._checkpoint, self._saved = load_saved(process) if resume else (None, {})
         self.counters = Counters(**self._saved.get("counters", {}))
-        self.pacing = Pacing(
-            self._geometry.replayed_per_chunk,
-            self._geometry.frames_per_step,
-            settings.optimization.replay_ratio,
-            self._geometry.replayed_prefill,
-            lockstep=settings.collector.mode == "lockstep",
-        )
+        self.pacing = make_pacing(settings, self._geometry, gradient_steps=self.counters.gradient_steps)
         # No callback refers to `self`: the link exists until the process ends, and `self` holds the loaded checkpoint.
         geometry, counters, pacing = self._geometry, self.counters, self.pacing
         handshake = Handshake(

@@ -1,8 +1,8 @@
 """Every setting of a run: its type, default, unit, bounds and a line that explains it.
 
-The defaults are the numbers of TorchRL's Dreamer recipe for cheetah-run from pixels. The files in `configs/` replace
-some of them. As in that recipe, "frames" in a setting's name counts agent steps, which are rows of the replay. An env
-frame is one of the `env.frame_skip` simulator steps of an agent step.
+The defaults are the sizes of TorchRL's Dreamer recipe for cheetah-run from pixels, with the number of gradient steps of
+Dreamer V1. The files in `configs/` replace some of them. As in that recipe, "frames" in a setting's name counts agent
+steps, which are rows of the replay. An env frame is one of the `env.frame_skip` simulator steps of an agent step.
 
 `shared/compose.py` checks the type and the bounds of each setting, `shared/geometry.py` whether they fit each other.
 """
@@ -198,9 +198,16 @@ class OptimizationSettings:
         100, "Gradient steps between two rows of metrics.jsonl.", unit="gradient steps", minimum=1, maximum=MAX_COUNT
     )
     replay_ratio: Optional[float] = setting(
-        500.0,
+        2000.0,
         "Replayed agent steps per collected agent step; the faster process waits. null: neither process waits.",
         minimum=1e-9,
+    )
+    pretrain_steps: int = setting(
+        100,
+        "Gradient steps on the prefill alone, at most what replay_ratio gives for it; the ratio counts later rows.",
+        unit="gradient steps",
+        minimum=0,
+        maximum=MAX_COUNT,
     )
     publish_every: int = setting(
         10,

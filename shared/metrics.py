@@ -132,7 +132,7 @@ UPDATES_PER_S_MEAN = declare(
     "Gradient steps per second since the first one of this launch.",
 )
 REPLAY_RATIO = declare(
-    "replay_ratio", "pace/replay_ratio", "1", "Replayed agent steps per collected agent step, over the whole run."
+    "replay_ratio", "pace/replay_ratio", "1", "Replayed agent steps per collected agent step since the prefill."
 )
 REPLAY_RATIO_TARGET = declare(
     "replay_ratio_target", "pace/replay_ratio_target", "1", "The setting optimization.replay_ratio."

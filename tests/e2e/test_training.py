@@ -15,11 +15,15 @@ import torch
 
 from benchmarks.show_frames import sample_frames
 from launcher.forwarding import SUMMARY_KEYS
+from learner_proc.checkpoint import load_newest
 from learner_proc.diagnostics import HORIZONS
+from learner_proc.pacing import make_pacing
 from learner_proc.run_report import write_report
 from shared.compose import load_settings
+from shared.geometry import Geometry
 from shared.metrics import FAMILIES, METRICS
 from shared.progress import read
+from shared.run_folder import RunFolder
 from tests.processes import exit_code_after_its_terminal_closes
 
 REPO = Path(__file__).parents[2]
@@ -209,7 +213,7 @@ def test_two_lockstep_runs_with_one_seed_have_identical_metrics(tmp_path):
 
 def test_a_refused_resume_leaves_the_run_resumable(tmp_path):
     run_dir = tmp_path / "run"
-    launch = start(run_dir, *PENDULUM, "optimization.total_optim_steps=10")
+    launch = start(run_dir, *PENDULUM, "optimization.total_optim_steps=10", "optimization.pretrain_steps=3")
     output = finish(launch)
     assert launch.returncode == 0, output
     config, first_summary = (run_dir / "config.yaml").read_text(), summary(run_dir)
@@ -228,8 +232,13 @@ def test_a_refused_resume_leaves_the_run_resumable(tmp_path):
     output = finish(launch)
     assert launch.returncode == 0 and summary(run_dir)["gradient_steps"] == 15, output
     last, batch_size = rows(run_dir)[-1], load_settings(run_dir / "config.yaml").replay_buffer.batch_size
-    assert last["replay_ratio"] == pytest.approx(15 * batch_size / last["agent_steps"]), (
-        "the ratio is that of the whole run"
+    counters = load_newest(RunFolder(run_dir).checkpoints)[1]["counters"]
+    settings = load_settings(run_dir / "config.yaml")
+    pretrained = make_pacing(settings, Geometry.of(settings)).pretrained
+    collected = last["agent_steps"] - counters["prefill_steps"]
+    assert 0 < pretrained < 15 * batch_size and collected > 0
+    assert last["replay_ratio"] == pytest.approx((15 * batch_size - pretrained) / collected), (
+        "the ratio is that of the whole run since its prefill"
     )
 
 

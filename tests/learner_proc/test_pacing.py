@@ -5,7 +5,9 @@ from collections import deque
 
 import pytest
 
-from learner_proc.pacing import MAX_GRANTED, Pacing
+from learner_proc.pacing import MAX_GRANTED, Pacing, make_pacing, rows_on_prefill
+from shared.config import Settings
+from shared.geometry import Geometry
 
 
 def dead_states(pacing: Pacing, limit: int) -> list[tuple[int, int, int]]:
@@ -30,12 +32,13 @@ def dead_states(pacing: Pacing, limit: int) -> list[tuple[int, int, int]]:
     return dead
 
 
-SETTINGS = list(itertools.product((1, 3, 10), (1, 7, 25, 100), (0.25, 1.0, 2.5, 16.0), (1, 10, 30)))
+SETTINGS = list(itertools.product((1, 3, 10), (1, 7, 25, 100), (0.25, 1.0, 2.5, 16.0), (1, 10, 30), (0, 4)))
 
 
-@pytest.mark.parametrize("chunk, step, ratio, prefill", SETTINGS)
-def test_in_every_state_one_side_may_continue(chunk, step, ratio, prefill):
-    pacing = Pacing(chunk, step, ratio, prefill)
+@pytest.mark.parametrize("chunk, step, ratio, prefill, pretrain_steps", SETTINGS)
+def test_in_every_state_one_side_may_continue(chunk, step, ratio, prefill, pretrain_steps):
+    pretrained = rows_on_prefill(pretrain_steps, step_frames=step, ratio=ratio, prefill=prefill)
+    pacing = Pacing(chunk, step, ratio, prefill, pretrained)
     assert dead_states(pacing, limit=prefill + 8 * max(chunk, step)) == []
 
 
@@ -56,7 +59,7 @@ def test_before_the_prefill_no_step_runs_and_grants_are_not_limited():
     pacing = Pacing(10, 5, 4.0, prefill=50, collected=40)
     assert not pacing.may_step()
     assert pacing.may_grant(0) and not Pacing(10, 5, 4.0, prefill=50, collected=20).may_grant(3 + MAX_GRANTED)
-    pacing.collected = 50
+    pacing.collected = 60
     assert pacing.may_step()
 
 
@@ -71,8 +74,34 @@ def test_the_ratio_is_kept_whichever_side_is_faster(ratio):
                 granted, pacing.collected = granted - 1, pacing.collected + 20
             if pacing.may_step():
                 pacing.replayed += 32
-        slack = 2 * ratio * 20 + 2 * 32 + ratio * 40
-        assert abs(pacing.replayed - ratio * pacing.collected) <= slack
+        slack = 2 * ratio * 20 + 2 * 32
+        assert abs(pacing.replayed - ratio * (pacing.collected - 40)) <= slack
+
+
+@pytest.mark.parametrize(("pretrain_steps", "expected"), [(0, 0), (3, 3), (100, 25)])
+def test_some_steps_follow_the_prefill_at_most_what_the_ratio_gives_for_it(pretrain_steps, expected):
+    """The prefill of 200 rows at a ratio of 4 gives 25 steps of 32 rows. Later rows are paid at the ratio alone."""
+    pretrained = rows_on_prefill(pretrain_steps, step_frames=32, ratio=4.0, prefill=200)
+    pacing = Pacing(20, 32, 4.0, 200, pretrained, collected=200)
+    steps = []
+    for _ in range(3):
+        before = pacing.replayed
+        while pacing.may_step():
+            pacing.replayed += 32
+        steps.append((pacing.replayed - before) // 32)
+        assert pacing.may_grant(0), "the collector goes on"
+        pacing.collected += 8 * 20
+    assert steps == [expected, 20, 20]
+
+
+def test_a_resumed_run_makes_the_rest_of_the_steps_on_the_prefill():
+    settings = Settings()
+    settings.optimization.replay_ratio, settings.optimization.pretrain_steps = 2000.0, 100
+    geometry = Geometry.of(settings)
+    made = [make_pacing(settings, geometry, gradient_steps=steps).pretrained for steps in (0, 30, 100, 500)]
+    assert made == [100 * 10_000, 70 * 10_000, 0, 0]
+    settings.optimization.replay_ratio = None
+    assert make_pacing(settings, geometry).pretrained == 0
 
 
 def test_without_a_ratio_steps_always_run_and_at_most_two_chunks_are_granted():
@@ -82,7 +111,7 @@ def test_without_a_ratio_steps_always_run_and_at_most_two_chunks_are_granted():
 
 
 def test_in_lockstep_a_chunk_and_the_steps_that_it_allows_alternate():
-    pacing, granted, order = Pacing(10, 20, 4.0, prefill=20, lockstep=True), 0, []
+    pacing, granted, order = Pacing(10, 20, 4.0, 20, 80.0, lockstep=True), 0, []
     for _ in range(24):
         assert not (pacing.may_grant(granted) and pacing.may_step(granted)), "the two sides never run at the same time"
         if pacing.may_grant(granted):

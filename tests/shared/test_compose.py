@@ -28,7 +28,7 @@ def test_isaaclab_has_the_numbers_that_its_documentation_states() -> None:
     settings = compose("isaaclab")
     replay, collector = settings.replay_buffer, settings.collector
     assert (settings.env.num_envs, collector.frames_per_batch, collector.init_random_frames) == (4096, 204_800, 204_800)
-    assert (replay.batch_size, replay.batch_length, replay.gpu_storage) == (50_000, 50, None)
+    assert (replay.batch_size, replay.batch_length, replay.gpu_storage) == (12_800, 50, None)
     assert settings.networks.continue_head and not settings.env.from_pixels
 
 
