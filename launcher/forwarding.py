@@ -67,8 +67,14 @@ SUMMARY_KEYS = (
 )
 
 
+MAX_WARNINGS = 100  # in summary.json
+
+
 class MetricsTail:
-    """Reads what the learner has appended to metrics.jsonl since the last time. The last line may be incomplete."""
+    """Reads what a process has appended to a file of JSON objects, one a line. The last line may be incomplete.
+
+    The file is metrics.jsonl, or that of warnings.
+    """
 
     def __init__(self, path: Path, log: FilteringBoundLogger) -> None:
         self._path, self._log = path, log
@@ -90,7 +96,7 @@ class MetricsTail:
         rows = [parse_row(line) for line in complete.splitlines()]
         if None in rows:
             self._log.warning(
-                "some lines of metrics.jsonl are not JSON objects; they are left out", lines=rows.count(None)
+                f"some lines of {self._path.name} are not JSON objects; they are left out", lines=rows.count(None)
             )
         return [row for row in rows if row is not None]
 
@@ -101,6 +107,13 @@ def last_row(path: Path) -> dict[str, Any]:
         return {}
     rows = (parse_row(line) for line in reversed(path.read_bytes().splitlines()))
     return next((row for row in rows if row is not None), {})
+
+
+def warning_texts(path: Path) -> list[str]:
+    """Return the warnings of a process, each text once, at most the MAX_WARNINGS newest. path: `RunFolder.warnings`."""
+    lines = path.read_bytes().splitlines() if path.exists() else []
+    texts = [str(row["text"]) for row in map(parse_row, lines) if row is not None and "text" in row]
+    return list(dict.fromkeys(texts))[-MAX_WARNINGS:]
 
 
 def summarize(row: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:

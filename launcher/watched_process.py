@@ -6,6 +6,7 @@ import time
 from typing import TYPE_CHECKING
 
 from launcher.children import Starter
+from launcher.forwarding import MetricsTail
 from shared.config import DeadlineSettings
 from shared.progress import overdue_s, read
 
@@ -23,13 +24,16 @@ class WatchedProcess:
         self._progress_file = starter.folder.progress(role)
         self.child = starter.start(role)
         self.snapshot = read(self._progress_file)
+        self._warnings = MetricsTail(starter.folder.warnings(role), log)
         log.info(
             "started", role=role, pid=self.child.pid, incarnation=starter.incarnation(role), command=self.child.command
         )
 
     def observe(self) -> None:
-        """Read the progress file."""
+        """Read the progress file, and show the process's new warnings."""
         self.snapshot = read(self._progress_file)
+        for warning in self._warnings.new_rows():
+            self._display.print_line(f"warning: {warning.get('text')}")
 
     def kill_if_hung(self, deadlines: DeadlineSettings, *, watched_since: float) -> str | None:
         """Kill the process if it made no progress for longer than its phase allows; return how it hung, else None.

@@ -53,13 +53,18 @@ class DeviceSums:
     def request(self, measured: Numbers | None) -> None:
         """End the present window. Call `result(wait=True)` first if a window is still requested.
 
-        measured: the numbers of `once_per_window`; None gives None for each of them.
+        measured: the numbers of the last metrics of `once_per_window`; the others, or all if it is None, become None.
         """
         assert self._requested_steps is None, "the window requested before was not taken"
-        if measured is None:
-            measured = Numbers(self._once, self._sums.new_full((len(self._once),), float("nan")))
-        assert measured.metrics == self._once, measured.metrics
-        self._pinned.copy_(torch.cat([self._sums.flatten(), measured.values]), non_blocking=True)
+        parts = [self._sums.flatten()]
+        given = () if measured is None else measured.metrics
+        unknown = len(self._once) - len(given)
+        assert given == self._once[unknown:], given
+        if unknown:
+            parts.append(self._sums.new_full((unknown,), float("nan")))
+        if measured is not None:
+            parts.append(measured.values)
+        self._pinned.copy_(torch.cat(parts), non_blocking=True)
         if self._sums.is_cuda:
             self._event = torch.cuda.Event(blocking=True)
             self._event.record()

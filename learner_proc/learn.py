@@ -16,6 +16,7 @@ from learner_proc.gradient_step import GradientStep
 from learner_proc.link import CollectorLink
 from learner_proc.measurements import Measurements
 from learner_proc.metrics_writer import MetricsWriter
+from learner_proc.numbers import Numbers
 from learner_proc.pacing import Pacing, make_pacing
 from learner_proc.publisher import Publisher
 from learner_proc.replay import Replay
@@ -97,7 +98,6 @@ class Learner:
                 self.train()
             else:
                 self.idle()
-                self._saver.save_if_due()
             self.show_status()
         self._end()
 
@@ -156,9 +156,8 @@ class Learner:
 
     def request_row(self) -> None:
         """Ask for a row of metrics.jsonl. It is written once its numbers have left the GPU."""
-        # The seed makes a resumed run measure the same windows as a run that was never interrupted.
         self._writer.request_row(
-            self.measurements(seed=self.counters.gradient_steps),
+            measured(self.measurements, self.replay, step=self.counters.gradient_steps),
             {
                 metrics.REPLAY_RATIO: self._replay_ratio(),
                 metrics.MESSAGES_DROPPED: self.link.num_dropped,
@@ -201,6 +200,16 @@ class Learner:
                 part.close()
         steps, asked = self.counters.gradient_steps, self._process.stop.requested
         self._process.log.info("ended", gradient_steps=steps, asked_to_stop=asked)
+
+
+def measured(measurements: Measurements, replay: Replay, *, step: int) -> Numbers:
+    """Return what is measured once for each row, with the counts of what arrived. Does not synchronise.
+
+    step: the number of gradient steps. It is the seed, so that a resumed run measures the same windows as a run that
+    was never interrupted.
+    """
+    windows, arrived = measurements(seed=step), replay.row_bounds.numbers().to(replay.device)
+    return arrived if windows is None else Numbers.join([windows, arrived])
 
 
 def check_gradients(skipped_in_a_row: int, step: int) -> None:

@@ -6,7 +6,7 @@ import json
 import math
 import time
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import structlog
@@ -50,6 +50,7 @@ class MetricsWriter:
         """
         cut_after(path, counters.gradient_steps)
         self._file = LineFile(path)
+        self.on_row: Callable[[Mapping[Metric, Value]], None] | None = None  # called with each row that is complete
         self._has_rows = path.stat().st_size > 0
         self._counters, self._constants = counters, constants
         self._sums = DeviceSums(device, once_per_window=once_per_row)
@@ -89,8 +90,8 @@ class MetricsWriter:
     def request_row(self, measured: Numbers | None, further: Mapping[Metric, Value]) -> None:
         """Ask for a row. Nothing is written if no gradient step was made since the last row.
 
-        measured: the numbers of `once_per_row`, or None if they cannot be measured yet. further: what only the caller
-        knows.
+        measured: the numbers of `once_per_row`, or of its last metrics if the others cannot be measured yet. further:
+        what only the caller knows.
         """
         self.poll(wait=True)
         if self._sums.num_steps == 0 and self._has_rows:
@@ -117,6 +118,8 @@ class MetricsWriter:
             self._file.append(json.dumps(to_row(in_order(row))))
         except OSError as error:  # for example a full disk: the numbers of one row are no reason to end the training
             structlog.get_logger().warning("a row of metrics.jsonl could not be written", error=str(error))
+        if self.on_row is not None:
+            self.on_row(row)
 
     def status(
         self, *, total_optim_steps: int, replay_ratio: float, replay_ratio_target: float | None

@@ -33,6 +33,10 @@ class Numbers:
         assert len(set(metrics)) == len(metrics), metrics
         return Numbers(metrics, torch.cat([part.values for part in parts]))
 
+    def to(self, device: torch.device) -> Numbers:
+        """Return the same numbers on a device. Does not synchronise."""
+        return Numbers(self.metrics, self.values.to(device, non_blocking=True))
+
     def to_host(self) -> dict[Metric, float]:
         """Return all numbers by their metric. Waits for the device."""
         return dict(zip(self.metrics, self.values.tolist(), strict=True))

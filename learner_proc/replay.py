@@ -21,6 +21,7 @@ import torch
 from tensordict import TensorDict
 from torch import Tensor
 
+from learner_proc.row_bounds import RowBounds
 from shared.stream import Layout, ring_views
 
 
@@ -36,15 +37,18 @@ class Replay:
         seed: int,
         device: torch.device,
         columns: Sequence[int] | None = None,
+        max_deviation: float | None = None,
     ) -> None:
         """Use the slab as an empty ring.
 
         slab: uint8 (layout.num_bytes,), on the train device or in host memory. device: where samples are put. seed: of
-        the sampler's random generator. columns: the environments to sample from; None means all of them.
+        the sampler's random generator. columns: the environments to sample from; None means all of them. max_deviation:
+        see `RowBounds`.
         """
         assert layout.capacity % ticks_per_chunk == 0, (layout.capacity, ticks_per_chunk)
         self.slab, self.layout, self.ticks_per_chunk, self.device = slab, layout, ticks_per_chunk, device
         self.views = ring_views(slab, layout)
+        self.row_bounds = RowBounds(layout, slab.device, max_deviation=max_deviation)
         self.generator = torch.Generator(slab.device).manual_seed(seed)
         self.first = self.committed = self.promised = 0
         self.columns = None if columns is None else torch.tensor(columns, dtype=torch.int64, device=slab.device)
@@ -83,14 +87,17 @@ class Replay:
     def commit(self, row: int) -> TensorDict:
         """Make the oldest granted chunk available for sampling and return views of its K rows.
 
+        First, numbers that are not finite or absurd are replaced in them (`learner_proc.row_bounds`).
         Raises: ValueError if `row` is not the ring row of the oldest grant.
         """
         expected = self._granted[0] % self.layout.capacity if self._granted else None
         if row != expected:
             raise ValueError(f"ring row {row} was committed; expected {expected}, the oldest grant")
+        chunk = self.chunk(row)
+        self.row_bounds.apply(chunk)
         self.committed = self._granted.popleft() + self.ticks_per_chunk
         self._publish_bounds()
-        return self.chunk(row)
+        return chunk
 
     def revoke(self) -> None:
         """Take all grants back. Their rows are granted again next."""
@@ -147,6 +154,8 @@ class Replay:
         """Declare that the first `num_rows` ring rows were filled from a checkpoint. They must be whole chunks."""
         assert num_rows % self.ticks_per_chunk == 0 and num_rows <= self.layout.capacity, num_rows
         self.first, self.committed, self.promised, self.num_restored = 0, num_rows, num_rows, num_rows
+        if num_rows > 0:
+            self.row_bounds.learn(self.views[:num_rows])
         self._granted.clear()
         self._publish_bounds()
 

@@ -54,6 +54,7 @@ def allocate_replay(
         seed=settings.env.seed,
         device=device,
         columns=None if settings.collector.eval_in_replay else plan.training_columns(spec.num_envs),
+        max_deviation=settings.replay_buffer.max_deviation,
     )
     return replay, fd
 

@@ -98,16 +98,16 @@ class Streaming:
         self._num_commits += 1
         self.dropped_since = None
         replay = self.shared.replay
-        chunk = Chunk(commit, replay.commit(commit.row))
         if self._check_sums:
-            found = checksum(chunk.rows[entry.key] for entry in replay.layout.fields)
+            arrived = replay.chunk(commit.row)
+            found = checksum(arrived[entry.key] for entry in replay.layout.fields)
             if found != commit.checksum:
                 raise TransportError(
                     f"chunk {commit.seq} at ring row {commit.row} has checksum {found} in the replay; expected "
                     f"{commit.checksum} as in its commit; the link between the GPUs corrupts data: "
                     "run both processes on one GPU"
                 )
-        return chunk
+        return Chunk(commit, replay.commit(commit.row))
 
     def _fault_of(self, commit: Commit, newest_version: int) -> str | None:
         if not self._open:

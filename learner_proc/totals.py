@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 import struct
 import time
 from collections import deque
@@ -63,6 +64,15 @@ class Counters:
         return max(0.0, self.gradient_steps * step_frames - pretrained) / max(learned, 1)
 
 
+@dataclass(frozen=True)
+class Spread:
+    """Mean and standard deviation of `count` returns."""
+
+    count: int
+    mean: float
+    std: float
+
+
 class Episodes:
     """Returns and lengths of the newest finished episodes."""
 
@@ -84,6 +94,11 @@ class Episodes:
         """Return the mean returns and the mean length; None for kinds without an episode."""
         returns = {metric: mean(self._returns[kind]) for kind, metric in RETURN_MEANS.items()}
         return {**returns, EPISODE_LENGTH_MEAN: mean(self._lengths)}
+
+    def spread(self, kind: str) -> Spread | None:
+        """Return the spread of the newest returns of a kind in EPISODE_KINDS; None without an episode."""
+        values = list(self._returns[kind])
+        return Spread(len(values), statistics.fmean(values), statistics.pstdev(values)) if values else None
 
     def state(self) -> dict[str, list[float]]:
         """Return the content for a checkpoint."""

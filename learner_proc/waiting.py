@@ -19,10 +19,13 @@ from learner_proc.pacing import Pacing, make_pacing
 from learner_proc.publisher import Publisher
 from learner_proc.replay import Replay
 from learner_proc.replay_files import load_replay
+from learner_proc.row_bounds import RowBounds
 from learner_proc.saver import Saver, restore
+from learner_proc.signs import Signs
 from learner_proc.startup import allocate_replay, build_gradient_step, build_measurements, build_step
 from learner_proc.streaming import Chunk
 from learner_proc.totals import Counters
+from learner_proc.warning_lines import WarningLines
 from shared import metrics
 from shared.checkpoints import Checkpoint, settle
 from shared.errors import TransportError
@@ -133,6 +136,7 @@ class WaitingLearner:
         startup_s = time.monotonic() - began
         process.log.info("networks ready", seconds=round(startup_s, 2), parameters=step.parameter_counts())
         writer = self._open_writer(shared, measurements, streaming_since=began, startup_s=startup_s)
+        writer.on_row = make_signs(process, shared, writer).check
         learner = Learner(
             process,
             device=self._device,
@@ -172,7 +176,7 @@ class WaitingLearner:
                 metrics.TRANSPORT_BYTES_PER_S: round(self.link.bandwidth),
                 metrics.STARTUP_S: round(startup_s, 3),
             },
-            once_per_row=measurements.metrics,
+            once_per_row=(*measurements.metrics, *RowBounds.metrics),
             streaming_since=streaming_since,
             evaluations=open_evaluations(self._process, self.counters, num_envs=shared.spec.num_envs),
         )
@@ -194,6 +198,12 @@ def load_saved(process: Process) -> tuple[Checkpoint, dict[str, Any]]:
     root = RunFolder(process.run_dir).checkpoints
     settle(root)
     return checkpoint.load_newest(root, on_block=process.progress.advance)
+
+
+def make_signs(process: Process, shared: SharedReplay, writer: MetricsWriter) -> Signs:
+    """Return what warns of a run that goes wrong, from each row of metrics."""
+    lines = WarningLines(RunFolder(process.run_dir).warnings("learner"), process.log)
+    return Signs(process.settings, shared.spec, lines, writer.episodes, shared.replay.row_bounds.names)
 
 
 def allocate_and_restore(

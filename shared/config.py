@@ -342,6 +342,14 @@ class ReplaySettings:
         "Keep the replay in the memory of the train GPU; false: in pinned host memory; null: only if the collector "
         "cannot write to that GPU.",
     )
+    max_deviation: Optional[float] = setting(
+        100.0,
+        "Clip observed numbers and rewards further than this from the mean of their dimension, and further "
+        "than 1000; null: clip only at 1e15.",
+        unit="standard deviations",
+        minimum=10.0,
+        maximum=1e9,
+    )
     checksum: bool = setting(False, "Verify the checksum of every chunk when it arrives; slow, for debugging.")
 
 

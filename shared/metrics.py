@@ -217,6 +217,37 @@ NAN_SKIPS = declare("nan_skips", "gradient/nan_skips", "updates", "Skipped updat
 NUM_DIVERGED = declare(
     "num_diverged", "health/num_diverged", "episodes", "Environments that were reset because a number was not finite."
 )
+CLIPPED_VALUES = declare(
+    "clipped_values",
+    "health/clipped_values",
+    "numbers",
+    "Observed numbers and rewards that were clipped since the learner started, because they lay absurdly far from the "
+    "others; a warning names them.",
+)
+MASKED_ROWS = declare(
+    "masked_rows",
+    "health/masked_rows",
+    "environment rows",
+    "Rows that arrived with a number that is not finite since the learner started, and were replaced by zeros.",
+)
+TERMINAL_ROWS = declare(
+    "terminal_rows",
+    "health/terminal_rows",
+    "environment rows",
+    "Rows that end the task since the learner started. Time-outs do not count.",
+)
+REWARD_MAX = declare(
+    "reward_max",
+    "health/reward_max",
+    "reward",
+    "The largest reward without its sign since the learner started, after clipping.",
+)
+SATURATED_ACTIONS = declare(
+    "saturated_actions",
+    "behavior/saturated_actions",
+    "share",
+    "Share of the policy's action numbers since the previous row that lie within 0.01 of a limit.",
+)
 MESSAGES_DROPPED = declare(
     "messages_dropped", "health/messages_dropped", "messages", "Malformed or unexpected messages from collectors."
 )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import structlog
@@ -10,13 +10,7 @@ import structlog
 from shared.compose import load_settings
 from shared.config import Settings
 from shared.errors import SettingError
-from shared.lifetime import (
-    SaveFlag,
-    StopFlag,
-    die_with_parent,
-    enable_stack_dumps,
-    install_stop_flag,
-)
+from shared.lifetime import StopFlag, die_with_parent, enable_stack_dumps, install_stop_flag
 from shared.logs import configure
 from shared.progress import Progress
 from shared.run_folder import Run, read_run
@@ -32,7 +26,6 @@ class Process:
     log: structlog.typing.FilteringBoundLogger
     progress: Progress
     stop: StopFlag
-    save: SaveFlag = field(default_factory=SaveFlag)  # the collector has nothing to save and ignores it
 
     def alive(self) -> None:
         """Report that this process moves. Call it inside a loop that waits. Raises: StopRequested if asked to stop."""
@@ -56,7 +49,6 @@ def start_process(run_dir: Path, name: str) -> Process:
             f"the run folder {run_dir} cannot be used: {error}; expected a folder that launch.py made, in which this "
             "user may write; correct --run-dir"
         ) from error
-    stop, save = install_stop_flag(), SaveFlag()
-    save.install()
+    stop = install_stop_flag()
     die_with_parent()
-    return Process(run_dir, settings, run, log, progress, stop, save)
+    return Process(run_dir, settings, run, log, progress, stop)

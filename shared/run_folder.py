@@ -77,6 +77,10 @@ class RunFolder:
         """The file that is locked while the run is active."""
         return self.path / "lock"
 
+    def warnings(self, process: str) -> Path:
+        """Return the path of the warnings of "learner", one JSON object with the keys time, cause and text a line."""
+        return self.logs / f"{process}.warnings.jsonl"
+
     def progress(self, process: str) -> Path:
         """Return the path of the progress file of "collector" or "learner"."""
         return self.path / f"{process}.progress"

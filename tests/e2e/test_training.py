@@ -103,6 +103,7 @@ def test_a_run_ends_and_leaves_a_complete_folder(tmp_path):
     assert result["transport"] == ("memfd" if not torch.cuda.is_available() else "cuda_ipc")
     assert result["collect_fps"] > 0 and result["updates_per_s"] > 0 and result["nan_skips"] == 0
     assert result["env_frames"] == 2 * result["agent_steps"] > 0
+    assert result["warnings"] == []
     assert [row["gradient_steps"] for row in rows(run_dir)] == list(range(5, 41, 5))
     assert all(row["loss_model"] is not None and row["kl"] >= 0 for row in rows(run_dir))
     open_loop = [family.member("policy", horizon).name for family in FAMILIES for horizon in HORIZONS]
@@ -114,6 +115,14 @@ def test_a_run_ends_and_leaves_a_complete_folder(tmp_path):
     assert not Path(json.loads((run_dir / "run.json").read_text())["socket_dir"]).exists()
     pictures = {path.name for path in write_report(run_dir).parent.glob("*.png")}
     assert pictures == {"curves.png", "open_loop_error.png", "open_loop_policy.png"}
+
+
+def test_a_warning_is_on_the_screen_in_the_log_and_in_the_summary(tmp_path):
+    run_dir, word = tmp_path / "run", "networks.continue_head=true"
+    output = finish(start(run_dir, *PENDULUM, "env.task=balance", "optimization.total_optim_steps=20"))
+    assert output.count(word) == 1 and "warning: " in output, output
+    assert (run_dir / "logs" / "learner.jsonl").read_text().count(word) == 1
+    assert [word in text for text in summary(run_dir)["warnings"]] == [True]
 
 
 def test_sigterm_saves_and_a_resume_continues_from_there(tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -19,6 +20,13 @@ DEADLINE_S = 5.0
 
 
 def nothing() -> None:
+    return None
+
+
+Spoil = Callable[[dict[tuple[str, ...], torch.Tensor]], None]
+
+
+def nothing_spoiled(rows: dict[tuple[str, ...], torch.Tensor]) -> None:
     return None
 
 
@@ -65,16 +73,20 @@ class ScriptedCollector:
         checksum, num_bytes, seconds = self._writer.write_pattern(self.welcome.test_row, nonce=self.welcome.nonce)
         self.channel.send(SelfTest(checksum + error, num_bytes, seconds))
 
-    def commit(self, grant: Grant, *, error: int = 0, version: int = 0) -> None:
-        """Fill a granted chunk with random rows and commit it; its checksum is wrong by `error`."""
+    def commit(self, grant: Grant, *, error: int = 0, version: int = 0, spoil: Spoil = nothing_spoiled) -> None:
+        """Fill a granted chunk with random rows and commit it; its checksum is wrong by `error`.
+
+        spoil: changes the rows (K, E, ...) before they are written.
+        """
         for _ in range(self._ticks):
             false = torch.zeros(2, dtype=torch.bool)
             arrival = Arrival({"policy": torch.randn(2, 3)}, torch.rand(2), false, false, false)
             self._writer.add(arrival, torch.rand(2, 1), version)
+        spoil(self._writer.rows)
         checksum = self._writer.checksum()
         self._writer.write(grant.row)
         self.channel.send(Commit(grant.seq, grant.row, 16, 32, version, checksum + error))
 
-    def commit_next(self, *, error: int = 0, version: int = 0) -> None:
+    def commit_next(self, *, error: int = 0, version: int = 0, spoil: Spoil = nothing_spoiled) -> None:
         """Receive one grant and commit its chunk."""
-        self.commit(self.receive_grant(), error=error, version=version)
+        self.commit(self.receive_grant(), error=error, version=version, spoil=spoil)

@@ -24,6 +24,7 @@ from launcher.forwarding import (
     open_forwarder,
     scalars,
     summarize,
+    warning_texts,
 )
 from shared.config import Settings
 from shared.errors import SettingError
@@ -218,3 +219,11 @@ def test_an_error_or_ctrl_c_while_the_last_rows_are_sent_does_not_change_the_end
     failure: BaseException, log: FilteringBoundLogger
 ) -> None:
     FallibleForwarder(_Broken(failure), "wandb", log).close()
+
+
+def test_the_summary_has_each_warning_of_the_learner_once(tmp_path: Path) -> None:
+    path = tmp_path / "learner.warnings.jsonl"
+    assert warning_texts(path) == []
+    lines = [json.dumps({"cause": "c", "text": text}) for text in ("first", "second", "first")]
+    path.write_text("\n".join(lines) + '\n{"text": "to')
+    assert warning_texts(path) == ["first", "second"]

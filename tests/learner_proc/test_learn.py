@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import math
 import threading
 from collections import Counter
 
@@ -14,8 +16,10 @@ from learner_proc.checkpoint import random_state
 from learner_proc.learn import Learner
 from learner_proc.waiting import WaitingLearner
 from shared.compose import compose
+from shared.model.layers import RunningNorm
+from shared.run_folder import RunFolder
 from shared.stream import plan_layout
-from tests.fakes.scripted_collector import SPEC
+from tests.fakes.scripted_collector import SPEC, nothing_spoiled
 from tests.learner_proc.conftest import OVERRIDES
 
 # Operations that make the host wait for a GPU: they read a number, or the shape of their result depends on data.
@@ -103,6 +107,44 @@ def test_requesting_a_row_of_metrics_leaves_the_random_generators_alone(waiting,
     learner.request_row()
     after = random_state(learner.replay, torch.device("cpu"))
     assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def absurd(rows) -> None:
+    rows["obs", "policy"][2, 0, 1] = 1e25
+    rows["obs", "policy"][3, 1, 2] = 1e6
+    rows["reward",][4, 0] = 1e30
+
+
+def not_finite(rows) -> None:
+    rows["obs", "policy"][5, 0, 0] = math.nan
+    rows["action",][6, 1] = math.inf
+
+
+@pytest.mark.parametrize("overrides", [[], ["networks.normalize_obs=false"], ["networks.symlog_obs=true"]])
+def test_absurd_numbers_and_nan_from_a_collector_leave_a_learner_healthy_and_are_named(process, join, overrides):
+    process.settings.networks = compose("quickstart", [*OVERRIDES, *overrides]).networks
+    waiting = WaitingLearner(process, device=torch.device("cpu"), resume=False)
+    collector = join(waiting.serve)
+    for spoil in (absurd, not_finite):  # one is in the first chunk of the run
+        collector.commit_next(spoil=spoil)
+    learner = built(waiting)
+    for step in range(12):
+        learner.serve()
+        if step % 3 == 0:
+            collector.commit_next(spoil=absurd if step == 3 else nothing_spoiled)
+        learner.train()
+    learner.request_row()
+    learner.link.close()
+    (row,) = map(json.loads, RunFolder(process.run_dir).metrics.read_text().splitlines())
+    assert row["clipped_values"] == 6 and row["masked_rows"] == 2 and row["nan_skips"] == 0
+    tensors = [tensor for group in learner._step.tensors().values() for tensor in group.values()]
+    assert all(tensor.isfinite().all() for tensor in tensors)
+    if process.settings.networks.normalize_obs:
+        norm = learner._step.policy.normaliser.entries["policy"]
+        assert isinstance(norm, RunningNorm) and norm.var.sqrt().max() < 10, "the data have standard deviation 1"
+    lines = RunFolder(process.run_dir).warnings("learner").read_text().splitlines()
+    texts = [json.loads(line)["text"] for line in lines]
+    assert len(texts) == 2 and "reward was 1e+30 (2 times), policy[1] was 1e+25 (2 times), policy[2]" in texts[0]
 
 
 @pytest.mark.gpu

@@ -13,12 +13,13 @@ import torch
 from learner_proc.evaluation import EvaluationLog
 from learner_proc.metrics_writer import MetricsWriter, check_complete, cut_after
 from learner_proc.numbers import Numbers
+from learner_proc.row_bounds import RowBounds
 from learner_proc.totals import Counters
 from shared import metrics
 from shared.messages import Commit
 from shared.metrics import LOSS_MODEL, METRICS, NAN_SKIPS, OPEN_LOOP, SKIPPED, Metric
 
-ONCE_PER_ROW = (metrics.IMAGINED_VALUE, metrics.RECORDED_RETURN, metrics.SAMPLED_VERSION_MEAN)
+ONCE_PER_ROW = (metrics.IMAGINED_VALUE, metrics.RECORDED_RETURN, metrics.SAMPLED_VERSION_MEAN, *RowBounds.metrics)
 STEP_METRICS = tuple(
     metric
     for metric in METRICS.values()

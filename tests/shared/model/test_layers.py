@@ -111,3 +111,13 @@ def test_symlogged_vectors_are_compressed_after_normalisation_and_not_clipped(no
     obs = {"pixels": torch.full((1, 64, 64, 3), 200, dtype=torch.uint8), "policy": torch.tensor([[1003.0]])}
     out = norm(obs)
     assert out["policy"].item() == pytest.approx(expected, rel=1e-5) and torch.equal(out["pixels"], obs["pixels"])
+
+
+@pytest.mark.parametrize("normalised", [True, False])
+@pytest.mark.parametrize("symlogged", [True, False])
+def test_no_finite_observation_leaves_the_range_of_the_networks(normalised, symlogged):
+    spec = StreamSpec(1, {"policy": ObsSpec((2,), "float32")}, 1)
+    norm = Normaliser(spec, enabled=normalised, symlogged=symlogged)
+    norm.update({"policy": torch.zeros(4, 2)})
+    out = norm({"policy": torch.tensor([[3e38, -3e38]])})["policy"]
+    assert out.isfinite().all() and out.square().isfinite().all() and out[0, 0] == -out[0, 1] > 0
