@@ -7,7 +7,9 @@ several settings are wrong, one SettingError lists them all.
 
 from __future__ import annotations
 
+import json
 import math
+import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import Field, fields, is_dataclass
 from pathlib import Path
@@ -241,7 +243,7 @@ def _parse_overrides(overrides: Sequence[str]) -> list[Override]:
 def _parse_override(parser: OverridesParser, text: str) -> Override:
     """Return the key and the value of an override. Raises: SettingError if it is not of the form key=value."""
     try:
-        override = parser.parse_override(text)
+        override = parser.parse_override(_quote_items(text))
         sweep = override.is_sweep_override()
     except (HydraException, ValueError) as error:
         raise SettingError(
@@ -256,6 +258,14 @@ def _parse_override(parser: OverridesParser, text: str) -> Override:
             f"such as {EXAMPLE}"
         )
     return override
+
+
+def _quote_items(text: str) -> str:
+    """Return an override with a list such as key=[physics=newton,env.decimation=4] as Hydra's grammar accepts it."""
+    match = re.fullmatch(r"([\w.]+)=\[([^\[\]{}'\"]*=[^\[\]{}'\"]*)\]", text)
+    if match is None:
+        return text
+    return f"{match[1]}=[{','.join(json.dumps(item.strip()) for item in match[2].split(','))}]"
 
 
 def _is_recipe_default(override: Override) -> bool:

@@ -71,8 +71,7 @@ class EnvSettings:
     )
     horizon: Optional[int] = setting(
         None,
-        "End episodes as time-outs after this many steps (or one more, in some direct isaaclab tasks); null: the "
-        "task's limit.",
+        "End episodes as time-outs after this many steps; null: the task's limit.",
         unit="agent steps",
         minimum=2,
         maximum=MAX_COUNT,
@@ -86,6 +85,11 @@ class EnvSettings:
     obs_groups: Optional[list[str]] = setting(
         None,
         "isaaclab, mjlab, torchrl: observations to use; null: group 'policy' or 'actor' if it exists, otherwise all.",
+    )
+    isaac_overrides: Optional[list[str]] = setting(
+        None,
+        "isaaclab, version 3: presets and fields of the task in Isaac Lab's own form, such as "
+        "[physics=newton_mjwarp,env.decimation=4].",
     )
     image_low: float = setting(0.0, "isaaclab, mjlab, torchrl: value of a float image that becomes byte 0.")
     image_high: float = setting(1.0, "isaaclab, mjlab, torchrl: value of a float image that becomes byte 255.")

@@ -34,7 +34,11 @@ if TYPE_CHECKING:
     from shared.config import Settings
 
 # Settings that choose among the spaces, rewards and first episodes of a task. A backend that fixes them ignores these.
-TASK_CHOICES = ("env.action_scale", "env.obs_groups", *IMAGE_RANGE, "env.reward_per_second", "env.randomize_start")
+ISAAC_LAB = ("env.isaac_overrides",)
+TASK_CHOICES = (
+    *("env.action_scale", "env.obs_groups", *IMAGE_RANGE, "env.reward_per_second", "env.randomize_start"),
+    *ISAAC_LAB,
+)
 
 
 @dataclass(frozen=True)
@@ -64,10 +68,12 @@ BACKENDS = {
     "torchrl": Backend(
         "collector_proc.simulators.torchrl",
         "TorchrlSimulator",
-        ("env.randomize_start", *ENV_COUNTS),
+        ("env.randomize_start", *ENV_COUNTS, *ISAAC_LAB),
         horizon_may_be_refused=True,
     ),
-    "mjlab": Backend("collector_proc.simulators.mjlab", "MjlabSimulator", ENV_COUNTS, horizon_may_be_refused=True),
+    "mjlab": Backend(
+        "collector_proc.simulators.mjlab", "MjlabSimulator", (*ENV_COUNTS, *ISAAC_LAB), horizon_may_be_refused=True
+    ),
     "isaaclab": Backend(
         "collector_proc.simulators.isaaclab", "IsaacLabSimulator", ENV_COUNTS, horizon_may_be_refused=True
     ),

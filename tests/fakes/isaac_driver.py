@@ -94,8 +94,6 @@ def record_truth(simulator: Any) -> dict[int, Any]:
         return inner(env_ids)
 
     simulator._terminal._reset_idx = reset_idx
-    if simulator._terminal._native:
-        env._reset_idx = reset_idx
     return truth
 
 

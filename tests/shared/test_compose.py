@@ -42,6 +42,25 @@ def test_overrides_change_the_settings_of_the_config() -> None:
     assert settings.optimization.replay_ratio is None
 
 
+@pytest.mark.parametrize(
+    ("text", "items"),
+    [
+        ("[physics=newton_mjwarp]", ["physics=newton_mjwarp"]),
+        ("[physics=newton_mjwarp, env.decimation=4]", ["physics=newton_mjwarp", "env.decimation=4"]),
+        ('["physics=newton_mjwarp","env.decimation=4"]', ["physics=newton_mjwarp", "env.decimation=4"]),
+        ("['presets=rgb,newton']", ["presets=rgb,newton"]),
+        ("[]", []),
+    ],
+)
+def test_items_of_a_list_may_hold_equals_signs_with_or_without_quotes(
+    text: str, items: list[str], tmp_path: Path
+) -> None:
+    settings = compose("isaaclab", [f"env.isaac_overrides={text}"])
+    assert settings.env.isaac_overrides == items
+    save_settings(settings, tmp_path / "config.yaml")
+    assert load_settings(tmp_path / "config.yaml") == settings
+
+
 @pytest.mark.parametrize("spelling", ["false", "False", '"false"'])
 def test_a_choice_may_be_a_word_that_yaml_reads_as_a_boolean(spelling: str) -> None:
     assert compose("dm_control", [f"optimization.autocast={spelling}"]).optimization.autocast == "false"

@@ -1,9 +1,11 @@
-"""Start Isaac's Kit before torch, in the main thread, and restore what Kit changes in the process. Torch-free.
+"""Start what Isaac Lab needs in this process, and restore what that start changes in it. Torch-free.
 
-Isaac Lab's AppLauncher forwards sys.argv to Kit, replaces sys.stdout, and installs a SIGTERM handler that closes the
-application but lets the process go on. With its handlers, a segmentation fault never ends the process. This file
-restores all of that. It has been run with a stand-in for Kit, but not yet with a real Isaac Sim. Isaac Lab 3 starts in
-another way; the checks of this backend refuse it.
+Isaac Lab 2.3 needs Kit, the application framework of Isaac Sim, and Kit must start before torch is imported. Isaac Lab
+3 first reads the configuration of the task, which imports torch, and then starts Kit only if the task needs it.
+
+Kit reads sys.argv, replaces sys.stdout, and installs a SIGTERM handler that closes the application but lets the process
+go on. With its handlers, a segmentation fault never ends the process. This file restores all of that. The start of Kit
+has been run with a stand-in for Kit, but not yet with a real Isaac Sim. Tasks without Kit run in the tests.
 """
 
 from __future__ import annotations
@@ -31,26 +33,59 @@ _launchers: list[Any] = []  # Kit closes when the last reference to its launcher
 
 
 def start_kit(*, device: str, cameras: bool) -> None:
-    """Start Kit for the rest of this process. It takes minutes. Call it before torch is imported.
+    """Start Kit for Isaac Lab 2.3, for the rest of this process. It takes minutes. Call it before torch is imported.
 
     Kit is never closed: its fast shutdown ends the process with code 0 even after a failure, and its slow shutdown can
     hang.
     Raises: SimulatorError outside the main thread, or if Kit tries to end the process.
     """
+    with _starting():
+        from isaaclab.app import AppLauncher  # pyright: ignore[reportMissingImports]
+
+        # With multi_gpu=True the renderer would use the learner's GPU as well.
+        _launchers.append(AppLauncher(headless=True, device=device, enable_cameras=cameras, multi_gpu=False))
+
+
+def start_for_task(cfg: Any, *, device: str, cameras: bool) -> None:
+    """Start what this task of Isaac Lab 3 needs, for the rest of this process. A task without Kit needs nothing.
+
+    cfg: the resolved configuration of the task.
+    Raises: SimulatorError outside the main thread, or if Kit tries to end the process.
+    """
+    with _starting():
+        from isaaclab.app import launch_simulation  # pyright: ignore[reportMissingImports]
+
+        launch = launch_simulation(
+            cfg, {"device": device, "headless": True, "enable_cameras": cameras, "multi_gpu": False}
+        )
+        launch.__enter__()
+        _launchers.append(launch)
+
+
+def reasons_for_kit(cfg: Any) -> list[str]:
+    """Return why this task of Isaac Lab 3 needs Kit, in Isaac Lab's own words; empty if it does not."""
+    from isaaclab.app import validate_launch  # pyright: ignore[reportMissingImports]
+
+    return list(validate_launch(cfg, {"headless": True})[1])
+
+
+@contextmanager
+def _starting() -> Iterator[None]:
+    """Let the code inside start a simulator that changes the process.
+
+    Raises: SimulatorError outside the main thread, or if the code inside tries to end the process.
+    """
     if threading.current_thread() is not threading.main_thread():
         raise SimulatorError(
             "Isaac Lab was started outside the main thread; expected the main thread, because it installs signal "
-            "handlers; call start_kit there"
+            "handlers; build the simulator there"
         )
     for name, value in ACCEPTED.items():
         os.environ.setdefault(name, value)
     end_hard()
     try:
         with protected_process():
-            from isaaclab.app import AppLauncher  # pyright: ignore[reportMissingImports]
-
-            # With multi_gpu=True the renderer would use the learner's GPU as well.
-            _launchers.append(AppLauncher(headless=True, device=device, enable_cameras=cameras, multi_gpu=False))
+            yield
     except SystemExit as asked:
         raise SimulatorError(
             f"Isaac Sim tried to end the process with code {asked.code} while it started; expected it to run; if its "

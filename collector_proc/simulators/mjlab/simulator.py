@@ -6,7 +6,6 @@ are then reset by index, and the policy acts on their first observation in the s
 
 from __future__ import annotations
 
-import contextlib
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -20,11 +19,11 @@ from collector_proc.simulators.batched.step import (
     randomize_episode_lengths,
     whole_columns,
 )
+from collector_proc.simulators.batched.warp_order import warp_order
 from shared.errors import SettingError, SimulatorError
 from shared.stream import StreamSpec
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
     from pathlib import Path
 
     from collector_proc.simulators.base import Arrival
@@ -43,7 +42,7 @@ class MjlabSimulator:
         self._torch_device = torch.device(self._env.device)
         self.device = str(self._torch_device)
         self._whole = whole_columns(settings, env.num_envs)
-        with torch.no_grad(), _warp_order(self._torch_device):
+        with torch.no_grad(), warp_order(self._torch_device):
             obs, _ = self._env.reset()
         self._observe = ObservationMap(obs, env)
         space = self._env.single_action_space
@@ -75,7 +74,7 @@ class MjlabSimulator:
 
     def reset(self) -> Arrival:
         """Reset every environment. The first training episodes start at random ages if env.randomize_start is true."""
-        with torch.no_grad(), _warp_order(self._torch_device):
+        with torch.no_grad(), warp_order(self._torch_device):
             obs, _ = self._env.reset()
             randomize_episode_lengths(self._env, whole=self._whole)
             return self._tick.begin(self._observe(obs))
@@ -86,7 +85,7 @@ class MjlabSimulator:
         Waits for the device to see whether an episode ended, as mjlab itself does in every step.
         """
         assert action.shape == (self.spec.num_envs, self.spec.action_dim), action.shape
-        with torch.no_grad(), _warp_order(self._torch_device):
+        with torch.no_grad(), warp_order(self._torch_device):
             if (stuck := self._tick.pending()) is not None:
                 self._env.reset(env_ids=stuck)
             obs, reward, terminated, time_out, _ = self._env.step(self._act(action))
@@ -115,7 +114,7 @@ def _make(env: EnvSettings, *, num_envs: int, seed: int, device: str) -> Any:
     if env.horizon is not None:
         _cut_episodes(cfg, env.horizon)
     try:
-        with _warp_order(torch.device(device)):
+        with warp_order(torch.device(device)):
             return ManagerBasedRlEnv(cfg, device=device)
     except Exception as error:
         raise SimulatorError(
@@ -136,22 +135,3 @@ def _cut_episodes(cfg: Any, horizon: int) -> None:
             f"{list(cfg.terminations)}; expected one with time_out=True; set env.horizon=null"
         )
     cfg.episode_length_s = episode_length_s(horizon, cfg.sim.mujoco.timestep * cfg.decimation)
-
-
-@contextlib.contextmanager
-def _warp_order(device: torch.device) -> Iterator[None]:
-    """Run the code inside on torch's default stream, because Warp synchronises its own stream with that one only.
-
-    The default stream first waits for the stream that was current, and that stream afterwards waits for the result.
-    """
-    if device.type != "cuda":
-        yield
-        return
-    outer, default = torch.cuda.current_stream(device), torch.cuda.default_stream(device)
-    if outer == default:
-        yield
-        return
-    default.wait_stream(outer)
-    with torch.cuda.stream(default):
-        yield
-    outer.wait_stream(default)

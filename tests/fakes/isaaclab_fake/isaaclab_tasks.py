@@ -10,6 +10,8 @@ Fake-Bounded-v0       actions are a box [0, 4]
 Fake-Groups-v0        has the groups policy and critic; critic has two terms
 Fake-Camera-v0        policy is an image (100, 100, 3): bytes, or floats with the mean subtracted
 Fake-Float-v0         as Fake-Direct-v0, but with images: floats with the mean subtracted
+Fake-Late-v0          as Fake-Direct-v0, but it times out at `max_episode_length`, as tasks of Isaac Lab 3 do
+Fake-Ageless-v0       as Fake-Direct-v0, but it does not look at the ages of its episodes
 Fake-Spread-v0        as Fake-Direct-v0, but a reset of all environments draws random ages
 Fake-Endless-v0       none of its terminations is a time-out
 Fake-Agents-v0        has several agents
@@ -54,6 +56,8 @@ def make_cfg(task: str) -> SimpleNamespace:
     cfg.scene = SimpleNamespace(num_envs=4096)
     if task in ("Fake-Direct-v0", "Fake-Float-v0", "Fake-Spread-v0"):
         cfg.episode_length_s = 11 * STEP_S
+    elif task in ("Fake-Late-v0", "Fake-Ageless-v0"):
+        cfg.episode_length_s = 10 * STEP_S
     else:
         time_out = SimpleNamespace(time_out=task != "Fake-Endless-v0")
         cfg.terminations = SimpleNamespace(old=SimpleNamespace(time_out=False), time_out=time_out)
@@ -140,18 +144,22 @@ class FakeEnv(gymnasium.Env):
         self.state[:, 2] += 1
         self.state[:, 3] = action[:, 0]
         self.episode_length_buf += 1
-        age, even = self.state[:, 2], self.state[:, 0] % 2 == 0
-        self.reset_terminated[:] = even & (age >= 5 + self.state[:, 0])
-        self.reset_time_outs[:] = self.episode_length_buf >= self.max_episode_length - self.early
+        self.reset_terminated[:], self.reset_time_outs[:] = self._get_dones()
+        age = self.state[:, 2]
         self.reward_buf[:] = age * self.step_dt  # in place, so it overwrites what earlier steps returned
         done = self.reset_terminated | self.reset_time_outs
         indices = done.nonzero(as_tuple=False).squeeze(-1)
         if getattr(self.cfg, "compute_final_obs", False):
-            self.extras["final_obs"] = self.observe()
+            raise RuntimeError("the backend takes last observations itself")
         if len(indices) > 0:
             self.extras["log"] = {"Episode/age": age[indices].mean()}  # otherwise the earlier entry stays
             self._reset_idx(indices)
         return self.observe(), self.reward_buf, self.reset_terminated, self.reset_time_outs, self.extras
+
+    def _get_dones(self) -> tuple[torch.Tensor, torch.Tensor]:
+        even = self.state[:, 0] % 2 == 0
+        terminated = even & (self.state[:, 2] >= 5 + self.state[:, 0])
+        return terminated, self.episode_length_buf >= self.max_episode_length - self.early
 
     def _reset_idx(self, env_ids: torch.Tensor) -> None:
         self.state[env_ids, 1] += 1
@@ -196,6 +204,19 @@ class DirectEnv(FakeEnv):
         return super().reset(seed, options=options)
 
 
+class LateEnv(DirectEnv):
+    """Times out at its full length, as the direct tasks of Isaac Lab 3 do."""
+
+    early = 0
+
+
+class AgelessEnv(DirectEnv):
+    """Ends its episodes by a clock of its own."""
+
+    def _get_dones(self) -> tuple[torch.Tensor, torch.Tensor]:
+        return super()._get_dones()[0], self.state[:, 2] >= 10
+
+
 class SpreadEnv(DirectEnv):
     """Draws random ages in a reset of all environments, as Isaac-Velocity-Flat-Anymal-C-Direct-v0 does."""
 
@@ -219,4 +240,5 @@ for _task in ("Manager", "Bounded", "Groups", "Camera", "Finite", "Final", "Disc
     register(f"Fake-{_task}-v0", "ManagerEnv")
 for _task in ("Direct", "Float"):
     register(f"Fake-{_task}-v0", "DirectEnv")
-register("Fake-Spread-v0", "SpreadEnv")
+for _task in ("Late", "Ageless", "Spread"):
+    register(f"Fake-{_task}-v0", f"{_task}Env")

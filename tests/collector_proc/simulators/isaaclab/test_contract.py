@@ -188,7 +188,7 @@ from collector_proc.simulators.isaaclab.kit import start_kit
 start_kit(device="cpu", cameras=True)
 import isaaclab_tasks
 from isaaclab_tasks.utils import parse_env_cfg
-from collector_proc.simulators.isaaclab.simulator import _prepare_cameras
+from collector_proc.simulators.isaaclab.task import _prepare_cameras
 cfg = parse_env_cfg("Isaac-Cartpole-RGB-v0", device="cpu", num_envs=4)
 before = cfg.num_rerenders_on_reset, cfg.observations.policy.image.params.get("normalize")
 _prepare_cameras(cfg)

@@ -20,6 +20,7 @@ import numpy as np
 import pytest
 import torch
 
+from collector_proc.simulators.isaaclab.checks import is_isaac_lab_3
 from collector_proc.simulators.isaaclab.kit import simulator_device
 from collector_proc.simulators.registry import check_env
 from shared.compose import compose
@@ -172,6 +173,12 @@ def test_a_task_of_another_package_is_found_by_module_and_id(tmp_path: Path) -> 
     assert not seen["error"] and seen["rows"]["obs.policy"][3, 1, :3].tolist() == [1, 1, 3]
 
 
+@pytest.mark.parametrize("name", ["Fake-Manager", "FakeManager-v3", "foreign_tasks:Foreign-Manager"])
+def test_a_task_is_found_by_its_name_in_the_other_generation(tmp_path: Path, name: str) -> None:
+    seen = drive(tmp_path, "A", name, WHOLE, ticks=3)
+    assert not seen["error"] and seen["rows"]["obs.policy"][3, 1, :3].tolist() == [1, 1, 3]
+
+
 def test_float_images_are_checked_after_the_first_blank_frame(tmp_path: Path) -> None:
     seen = drive(tmp_path, "A", "Fake-Float-v0", "env.from_pixels=true", "env.image_low=-1", WHOLE, ticks=3)
     assert not seen["error"] and seen["rows"]["obs.pixels"][0, 0].unique().numel() > 1
@@ -182,7 +189,7 @@ def test_rewards_per_second_are_divided_by_the_agent_step(tmp_path: Path) -> Non
     torch.testing.assert_close(rows["reward"][1:], rows["obs.policy"][1:, :, 2], rtol=1e-5, atol=0)
 
 
-@pytest.mark.parametrize("task", ["Fake-Manager-v0", "Fake-Direct-v0"])
+@pytest.mark.parametrize("task", ["Fake-Manager-v0", "Fake-Direct-v0", "Fake-Late-v0"])
 def test_a_horizon_ends_episodes_as_time_outs(tmp_path: Path, task: str) -> None:
     rows = drive(tmp_path, "A", task, WHOLE, "env.horizon=4", ticks=12)["rows"]
     assert rows["is_last"].nonzero()[:, 0].unique().tolist() == [4, 8, 12]
@@ -243,6 +250,7 @@ def test_cameras_stream_small_images_of_this_episode(tmp_path: Path) -> None:
         ("Fake-Camera-v0", [], ["env.from_pixels=false", "set env.from_pixels=true"]),
         ("Fake-Bounded-v0", ["env.action_scale=2"], ["env.action_scale=2", "set env.action_scale=1"]),
         ("Fake-Endless-v0", ["env.horizon=5"], ["env.horizon=5", "['old', 'time_out']", "set env.horizon=null"]),
+        ("Fake-Ageless-v0", ["env.horizon=5"], ["env.horizon=5", "AgelessEnv", "set env.horizon=null"]),
         ("Fake-Agents-v0", [], ["env.name=Fake-Agents-v0", "several agents", "left", "right"]),
         ("Fake-Direct-v0", ["env.reward_per_second=true"], ["direct task", "set env.reward_per_second=false"]),
         ("Fake-Float-v0", ["env.from_pixels=true"], ["env.image_low=0.0", "-1 and 1"]),
@@ -262,6 +270,7 @@ def test_settings_that_do_not_fit_the_task_are_refused_with_the_fix(
     [
         ("env.frame_skip=2", "set env.frame_skip=1"),
         ("env.task=run", "set env.task=''"),
+        ("env.isaac_overrides=[physics=newton_mjwarp]", "install isaaclab==3.0.0"),
         ("env.num_envs=null", "set env.num_envs=8"),
         ("env.image_low=2", "set env.image_low=0"),
         ("env.grayscale=true", "set env.from_pixels=true"),
@@ -281,7 +290,10 @@ def test_settings_that_do_not_apply_are_refused_before_anything_starts(
 
 def test_a_missing_installation_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(SettingError, match=r"needs the module isaaclab.*Python 3\.11.*Isaac Sim 5\.1"):
+    with pytest.raises(
+        SettingError,
+        match=r"module isaaclab.*isaaclab==3\.0\.0 \(Python 3\.12.*2\.3 \(Python 3\.11",
+    ):
         check_env(compose("isaaclab"))
 
 
@@ -303,13 +315,26 @@ def test_only_cameras_on_a_gpu_other_than_the_first_remove_the_gpu_mask(
     assert os.environ.get("CUDA_VISIBLE_DEVICES") == mask
 
 
-def test_isaac_lab_3_is_refused_by_name_without_importing_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def fake_package(monkeypatch: pytest.MonkeyPatch, root: Path, *files: str) -> None:
+    """Put packages on the path that must not be imported, with these files."""
     monkeypatch.syspath_prepend(str(TIER_A))
-    (tmp_path / "isaaclab_tasks" / "utils").mkdir(parents=True)
-    (tmp_path / "isaaclab_tasks" / "__init__.py").write_text("raise RuntimeError('imported')")
-    (tmp_path / "isaaclab_tasks" / "utils" / "sim_launcher.py").touch()
-    monkeypatch.syspath_prepend(str(tmp_path))
-    with pytest.raises(SettingError, match=r"found Isaac Lab 3 in .*expected Isaac Lab 2\.3; install isaaclab 2\.3\.2"):
+    for file in files:
+        (root / file).parent.mkdir(parents=True, exist_ok=True)
+        (root / file).touch()
+        (root / Path(file).parts[0] / "__init__.py").write_text("raise RuntimeError('imported')")
+    monkeypatch.syspath_prepend(str(root))
+
+
+def test_isaac_lab_3_is_recognised_without_importing_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    overrides = ["env.isaac_overrides=[physics=newton_mjwarp]"]
+    fake_package(monkeypatch, tmp_path, "isaaclab/app/sim_launcher.py")
+    assert is_isaac_lab_3()
+    check_env(compose("isaaclab", overrides))
+
+
+def test_a_pre_release_of_isaac_lab_3_is_refused_by_name(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    fake_package(monkeypatch, tmp_path, "isaaclab_tasks/utils/sim_launcher.py")
+    with pytest.raises(SettingError, match=r"a pre-release of Isaac Lab 3 in .*expected isaaclab 3\.0\.0 or 2\.3"):
         check_env(compose("isaaclab"))
 
 
