@@ -10,6 +10,8 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
+from shared.lifetime import held_signals
+
 KILL_S = 30.0  # how long the kernel may take to end a process after SIGKILL
 
 
@@ -21,7 +23,7 @@ class ChildProcess:
     ) -> None:
         self.name, self.command, self.output = name, list(command), output
         self.returncode: int | None = None
-        with output.open("ab") as file:
+        with output.open("ab") as file, held_signals():
             file.write(f"--- {name} {note} {time.strftime('%Y-%m-%d %H:%M:%S')} ---\n".encode())
             self._popen = subprocess.Popen(
                 self.command,
@@ -41,6 +43,11 @@ class ChildProcess:
             self._signal_group(signal.SIGKILL)
             self.returncode = self._popen.wait()
         return self.returncode
+
+    def ask_to_save(self) -> None:
+        """Send SIGUSR2, which waits until the process handles it."""
+        if self.poll() is None:
+            self._popen.send_signal(signal.SIGUSR2)
 
     def terminate(self) -> None:
         """Send SIGTERM to the process, but not to its children: if they ended first, it would report a failure."""

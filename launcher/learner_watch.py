@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,7 +18,7 @@ from launcher.children import Starter
 from launcher.ending import Outcome
 from launcher.restart_budget import TRAINING_PHASES, TRAINING_WINDOW_S, RestartBudget, pause_s
 from launcher.watched_process import WatchedProcess
-from shared.checkpoints import newest_checkpoint
+from shared.checkpoints import newest_checkpoint, settle
 from shared.lifetime import ExitCode
 from shared.metrics import GRADIENT_STEPS, LearnerStatus, read_status
 from shared.run_folder import read_run
@@ -93,6 +94,8 @@ class LearnerWatch:
         """Start the next learner, from the newest checkpoint if there is one."""
         self._restart_at = None
         self.restarts += 1
+        with suppress(OSError):
+            settle(self._starter.folder.checkpoints)  # a learner that died while it saved may have left a part
         make_room_for_sockets(Path(read_run(self._starter.folder.path).socket_dir))
         self.process = self._start()
         saved = newest_checkpoint(self._starter.folder.checkpoints)

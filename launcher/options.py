@@ -32,7 +32,7 @@ exit codes:
   0    The run finished.
   1    A process died and could not be replaced, or the last checkpoint could not be saved.
   2    A setting, an option or a checkpoint cannot work. If training had begun, the learner saved a checkpoint.
-  130  The run was interrupted by Ctrl-C (143: by SIGTERM, 129: because the terminal was closed).
+  130  The run was interrupted by Ctrl-C (143: by SIGTERM, 138: by SIGUSR1, 129: because the terminal was closed).
        If training had begun, the learner saved a checkpoint: continue with --resume.
 """
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
@@ -36,8 +37,9 @@ from shared.compose import save_settings
 from shared.errors import SettingError
 from shared.files import private_files, write_json
 from shared.geometry import geometry_notes
-from shared.lifetime import ExitCode, install_stop_flag
+from shared.lifetime import ExitCode, SaveFlag, StopFlag, StopRequested, install_stop_flag
 from shared.logs import configure
+from shared.output import write_error
 from shared.run_folder import (
     Run,
     read_run,
@@ -58,53 +60,100 @@ def run(options: Options, argv: list[str], commands: Mapping[str, Sequence[str]]
     argv: the command line, for run.json. commands: the command that starts each process, before its arguments.
     Raises: SettingError if the run cannot start as it is set; a new run then leaves no folder behind.
     """
-    with ExitStack() as stack:
-        stack.enter_context(private_files())
-        lock, options = None, options.decided()
-        if options.resume is not None:  # The lock comes first, because the checks of the settings may take long.
-            lock = stack.enter_context(open_run_folder(options.resume))
-        show = Display(Console()).print_line
-        try:
-            settings = read_settings(options, show)
-        except RunIsComplete as complete:
-            if not options.auto:
-                raise
-            show(f"nothing is left to do: {complete}")
-            return ExitCode.FINISHED
-        devices = find_devices(
-            sim=options.sim_gpu,
-            train=options.train_gpu,
-            autocast=settings.optimization.autocast,
-            gpu_storage=settings.replay_buffer.gpu_storage is not False,
-            environ=os.environ,
-        )
-        check_gpu_compiler(settings, devices)
-        if lock is None:
-            path = options.run_dir or make_default_run_dir(settings)
-            lock = stack.enter_context(create_run_folder(path, set_aside=options.auto))
-        starter = Starter(lock.folder, devices, os.environ, resume=options.resume is not None, commands=commands)
-        return _train(starter, settings, argv)
+    before = signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # between the end of the watch and that of the process
+    stop, save = install_stop_flag(signal.SIGUSR1), SaveFlag()
+    save.install()
+    try:
+        with ExitStack() as stack:
+            ready = _get_ready(options, argv, commands, stop, stack)
+            return ExitCode.FINISHED if ready is None else _train(ready, stop, save)
+    except StopRequested:
+        assert stop.signum is not None
+        write_error(f"interrupted by {signal.Signals(stop.signum).name} before anything was started\n")
+        return 128 + stop.signum
+    finally:
+        stop.restore()
+        save.restore()
+        signal.signal(signal.SIGUSR1, before)
 
 
-def _train(starter: Starter, settings: Settings, argv: list[str]) -> int:
-    """Prepare the locked run folder, run both processes in it, and return the exit code."""
+@dataclass(frozen=True)
+class _Ready:
+    """A run whose settings are checked and whose folder is locked."""
+
+    starter: Starter
+    settings: Settings
+    prepared: _Prepared
+
+
+def _get_ready(
+    options: Options, argv: list[str], commands: Mapping[str, Sequence[str]], stop: StopFlag, stack: ExitStack
+) -> _Ready | None:
+    """Return a run that can start, or None if nothing is left to do. `stack` closes what was opened.
+
+    Raises: SettingError; StopRequested if a signal arrives, which interrupts everything here.
+    """
+    try:
+        with stop.interrupting():
+            return _check_and_prepare(options, argv, commands, stack)
+    except Exception:
+        stop.check()  # other code may have turned the interruption into an error of its own
+        raise
+
+
+def _check_and_prepare(
+    options: Options, argv: list[str], commands: Mapping[str, Sequence[str]], stack: ExitStack
+) -> _Ready | None:
+    stack.enter_context(private_files())
+    lock, options = None, options.decided()
+    if options.resume is not None:  # The lock comes first, because the checks of the settings may take long.
+        lock = stack.enter_context(open_run_folder(options.resume))
+    show = Display(Console()).print_line
+    try:
+        settings = read_settings(options, show)
+    except RunIsComplete as complete:
+        if not options.auto:
+            raise
+        show(f"nothing is left to do: {complete}")
+        return None
+    devices = find_devices(
+        sim=options.sim_gpu,
+        train=options.train_gpu,
+        autocast=settings.optimization.autocast,
+        gpu_storage=settings.replay_buffer.gpu_storage is not False,
+        environ=os.environ,
+    )
+    check_gpu_compiler(settings, devices)
+    if lock is None:
+        path = options.run_dir or make_default_run_dir(settings)
+        lock = stack.enter_context(create_run_folder(path, set_aside=options.auto))
+    starter = Starter(lock.folder, devices, os.environ, resume=options.resume is not None, commands=commands)
+    return _Ready(starter, settings, _prepare_or_discard(starter, settings, argv, stack))
+
+
+def _prepare_or_discard(starter: Starter, settings: Settings, argv: list[str], stack: ExitStack) -> _Prepared:
+    """Prepare the locked run folder. If that is not possible or is interrupted, discard the folder of a new run."""
     folder = starter.folder
-    with ExitStack() as stack:
-        try:
-            prepared = _prepare(starter, settings, argv, stack)
-        except (SettingError, OSError) as error:
-            if not starter.resume:
-                discard_run_folder(folder)
-            if isinstance(error, SettingError):
-                raise
-            raise SettingError(
-                f"cannot prepare the run folder {folder.path}: {error}; expected files that this user may write, on a "
-                "disk with free space; correct this, or give another --run-dir"
-            ) from error
-        outcome = _watch(starter, settings, prepared)
-        if prepared.undo is not None and outcome.exit_code != ExitCode.FINISHED and prepared.relay.num_rows == 0:
-            prepared.undo.unless_saved()
-        return outcome.exit_code
+    try:
+        return _prepare(starter, settings, argv, stack)
+    except (SettingError, OSError, StopRequested) as error:
+        if not starter.resume:
+            discard_run_folder(folder)
+        if not isinstance(error, OSError):
+            raise
+        raise SettingError(
+            f"cannot prepare the run folder {folder.path}: {error}; expected files that this user may write, on a "
+            "disk with free space; correct this, or give another --run-dir"
+        ) from error
+
+
+def _train(ready: _Ready, stop: StopFlag, save: SaveFlag) -> int:
+    """Run both processes in the prepared run folder, and return the exit code."""
+    prepared = ready.prepared
+    outcome = _watch(ready, stop, save)
+    if prepared.undo is not None and outcome.exit_code != ExitCode.FINISHED and prepared.relay.num_rows == 0:
+        prepared.undo.unless_saved()
+    return outcome.exit_code
 
 
 @dataclass(frozen=True)
@@ -171,17 +220,18 @@ def _previous_launch(folder: RunFolder, log: FilteringBoundLogger) -> Run:
         return Run(run_id="", socket_dir="")
 
 
-def _watch(starter: Starter, settings: Settings, prepared: _Prepared) -> Outcome:
+def _watch(ready: _Ready, stop: StopFlag, save: SaveFlag) -> Outcome:
     """Run both processes to the end of the run and write summary.json, even if launch itself fails."""
+    starter, settings, prepared = ready.starter, ready.settings, ready.prepared
     folder, log, began, events = starter.folder, prepared.log, time.monotonic(), Events()
-    stop, display = install_stop_flag(), Display(Console())
+    display = Display(Console())
     outcome = Outcome(ExitCode.FAILED, "launch failed")
     for line in _opening_lines(starter, settings):
         display.print_line(line)
     display.start()
     try:
         outcome = run_processes(
-            starter, settings, stop=stop, events=events, log=log, display=display, relay=prepared.relay
+            starter, settings, stop=stop, save=save, events=events, log=log, display=display, relay=prepared.relay
         )
     except Exception as error:
         outcome = _failure(error, folder)

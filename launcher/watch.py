@@ -11,9 +11,10 @@ the collector reached its age          it is restarted
 the collector died too often, or       the learner saves and ends; exit code 1
 twice in the same way without a chunk
 the collector refuses to work          the learner saves and ends; exit code 2
-the first Ctrl-C, SIGTERM or SIGHUP    the learner saves and ends, then the collector is stopped; exit code 130, 143,
-                                       or 129 (SIGHUP: the terminal was closed)
-the second one                         both are killed at once
+Ctrl-C, SIGTERM, SIGHUP or SIGUSR1     the learner saves and ends, then the collector is stopped; exit code 130, 143,
+                                       129 (SIGHUP: the terminal was closed) or 138
+a second Ctrl-C or SIGTERM             both are killed at once
+SIGUSR2                                the learner saves and goes on
 an error of launch itself              the learner saves and ends, then the collector is killed; exit code 1
 """
 
@@ -28,7 +29,7 @@ from launcher.children import Starter
 from launcher.collector_watch import CollectorWatch
 from launcher.ending import OrderlyEnd, Outcome
 from launcher.learner_watch import LearnerWatch
-from shared.lifetime import ExitCode, StopFlag
+from shared.lifetime import ExitCode, SaveFlag, StopFlag
 from shared.metrics import STARTUP_S
 
 if TYPE_CHECKING:
@@ -48,6 +49,7 @@ def run_processes(
     settings: Settings,
     *,
     stop: StopFlag,
+    save: SaveFlag,
     events: Events,
     log: FilteringBoundLogger,
     display: Display,
@@ -64,7 +66,7 @@ def run_processes(
                 f"the two processes cannot be started: {error}; expected a run folder in which this user may write, on "
                 "a disk with free space; correct this, or give another --run-dir",
             )
-        watch = Watch(learner, collector, settings, stop=stop, log=log, display=display, relay=relay)
+        watch = Watch(learner, collector, settings, stop=stop, save=save, log=log, display=display, relay=relay)
         try:
             outcome = watch.run()
             watch.stop_collector()
@@ -88,12 +90,13 @@ class Watch:
         settings: Settings,
         *,
         stop: StopFlag,
+        save: SaveFlag,
         log: FilteringBoundLogger,
         display: Display,
         relay: RowRelay,
     ) -> None:
         self._learner, self._collector, self._settings = learner, collector, settings
-        self._stop, self._log, self._display, self._relay = stop, log, display, relay
+        self._stop, self._save, self._log, self._display, self._relay = stop, save, log, display, relay
         self._end: OrderlyEnd | None = None  # set as soon as the run is to end in order
         self._watched_since = self._passed_at = time.monotonic()
         self._start_shown = False
@@ -108,12 +111,11 @@ class Watch:
             self._check_collector()
             time.sleep(TICK_S)
 
-    def stop_collector(self, *, patience: int = 1) -> None:
-        """Ask the collector to end, and kill it if it does not end in time or after more signals than `patience`."""
+    def stop_collector(self) -> None:
+        """Ask the collector to end, and kill it if it does not end in time or the user is impatient."""
         child = self._collector.process.child
         if child.poll() is None:
-            stop_s = self._settings.deadlines.stop_s
-            returncode = child.stop(stop_s, give_up=lambda: self._stop.count > patience)
+            returncode = child.stop(self._settings.deadlines.stop_s, give_up=self._is_impatient)
             self._log.info("collector stopped", how=describe_exit(returncode))
 
     def end_after_error(self, error: Exception) -> None:
@@ -124,7 +126,7 @@ class Watch:
             self._settings.deadlines,
             self._log,
         )
-        while end.check() is None and not self._second_signal():
+        while end.check() is None and not self._is_impatient():
             time.sleep(TICK_S)
 
     def _observe(self) -> None:
@@ -152,11 +154,14 @@ class Watch:
 
     def _check_signals(self) -> Outcome | None:
         """Begin an orderly end at the first signal. Return the outcome at the second one."""
+        if self._save.take() and not self._stop.requested:
+            self._log.info("SIGUSR2: asking the learner to save", phase=self._learner.process.snapshot.phase)
+            self._learner.process.child.ask_to_save()
         if not self._stop.requested:
             return None
         assert self._stop.signum is not None
         name, code = signal.Signals(self._stop.signum).name, 128 + self._stop.signum
-        if self._second_signal():
+        if self._is_impatient():
             self._log.warning("second signal: both processes are killed, nothing more is saved")
             return Outcome(code, f"interrupted by {name}, then killed by a second signal")
         if self._learner.is_down:
@@ -166,7 +171,8 @@ class Watch:
             self._end_in_order(Outcome(code, f"interrupted by {name}"))
         return None
 
-    def _second_signal(self) -> bool:
+    def _is_impatient(self) -> bool:
+        """Return whether a Ctrl-C or SIGTERM came while the run was already ending because of another one."""
         return self._stop.count >= 2
 
     def _end_in_order(self, outcome: Outcome) -> None:
@@ -184,7 +190,7 @@ class Watch:
         self._forward_rows()  # the last rows of a learner that has ended
         outcome = self._learner.check(watched_since=self._watched_since)
         if self._learner.is_down:
-            self.stop_collector(patience=0)
+            self.stop_collector()
         return outcome
 
     def _check_collector(self) -> None:

@@ -98,6 +98,7 @@ class Learner:
                 self.train()
             else:
                 self.idle()
+                self._saver.save_if_due()
             self.show_status()
         self._end()
 

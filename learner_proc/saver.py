@@ -51,8 +51,9 @@ class Saver:
         self._saved_at = time.monotonic()
 
     def save_if_due(self) -> None:
-        """Write a checkpoint if the last attempt is old enough. If it fails, log a warning: training must go on."""
-        if time.monotonic() - self._saved_at <= self._process.settings.checkpoint.every_s:
+        """Write a checkpoint if it is due or asked for. If it fails, log a warning: training must go on."""
+        due = time.monotonic() - self._saved_at > self._process.settings.checkpoint.every_s
+        if not due and not self._process.save.take():
             return
         try:
             self.save()

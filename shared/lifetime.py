@@ -69,9 +69,14 @@ class StopRequested(Exception):
 
 
 class StopFlag:
-    """Remember that SIGTERM, SIGINT or SIGHUP arrived. Loops poll `requested` and then end in an orderly way."""
+    """Remember that SIGTERM, SIGINT or SIGHUP arrived. Loops poll `requested` and then end in an orderly way.
 
-    def __init__(self) -> None:
+    further: other signals with the same meaning. count: how many of them were SIGINT or SIGTERM. Only these show
+    impatience: a scheduler sends SIGUSR1 first, and a session that closes sends SIGHUP together with SIGTERM.
+    """
+
+    def __init__(self, *further: int) -> None:
+        self._signals = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, *further)
         self.requested = False
         self.signum: int | None = None
         self.count = 0
@@ -79,8 +84,8 @@ class StopFlag:
         self._interrupts = False
 
     def install(self) -> None:
-        """Handle SIGTERM, SIGINT and SIGHUP (a closed terminal). Call it again if a simulator replaced the handlers."""
-        for signum in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        """Handle the signals; SIGHUP: a closed terminal. Call it again if a simulator replaced the handlers."""
+        for signum in self._signals:
             if signum == signal.SIGHUP and signal.getsignal(signum) == signal.SIG_IGN:
                 continue  # the user started the run with nohup, so it must continue without its terminal
             before = signal.signal(signum, self._set)
@@ -113,17 +118,56 @@ class StopFlag:
     def _set(self, signum: int, frame: FrameType | None) -> None:
         self.requested = True
         self.signum = self.signum or signum
-        self.count += 1
+        self.count += signum in (signal.SIGINT, signal.SIGTERM)
         if self._interrupts:
             self._interrupts = False
             raise StopRequested
 
 
-def install_stop_flag() -> StopFlag:
-    """Return a new stop flag that already handles the signals."""
-    flag = StopFlag()
+def install_stop_flag(*further: int) -> StopFlag:
+    """Return a new stop flag that already handles the signals, and `further` ones."""
+    flag = StopFlag(*further)
     flag.install()
     return flag
+
+
+class SaveFlag:
+    """Remember that SIGUSR2 arrived, which asks the learner to save and to go on."""
+
+    def __init__(self) -> None:
+        self._requested = False
+        self._before: Any = None
+
+    def install(self) -> None:
+        """Handle SIGUSR2, also one that has waited since this process was started (`held_signals`)."""
+        self._before = signal.signal(signal.SIGUSR2, self._set)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGUSR2])
+
+    def take(self) -> bool:
+        """Return whether SIGUSR2 has arrived since the last call."""
+        requested, self._requested = self._requested, False
+        return requested
+
+    def restore(self) -> None:
+        """Install the handler again that was there before."""
+        signal.signal(signal.SIGUSR2, self._before)
+
+    def _set(self, signum: int, frame: FrameType | None) -> None:
+        self._requested = True
+
+
+# A process of a run starts with these blocked, because their default action would end it before it has handlers.
+HELD_SIGNALS = (signal.SIGUSR1, signal.SIGUSR2)
+
+
+@contextlib.contextmanager
+def held_signals() -> Iterator[None]:
+    """Let a process that is started inside begin with HELD_SIGNALS blocked. Ours wait until the block is left."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, HELD_SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def enable_stack_dumps(crash_dir: Path, process: str) -> Path:
@@ -132,6 +176,7 @@ def enable_stack_dumps(crash_dir: Path, process: str) -> Path:
     file = path.open("a")
     faulthandler.enable(file=file, all_threads=True)
     faulthandler.register(signal.SIGUSR1, file=file, all_threads=True)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGUSR1])  # launch starts its processes with it blocked
     _dump_files.append(file)
     return path
 

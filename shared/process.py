@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import structlog
@@ -10,7 +10,13 @@ import structlog
 from shared.compose import load_settings
 from shared.config import Settings
 from shared.errors import SettingError
-from shared.lifetime import StopFlag, die_with_parent, enable_stack_dumps, install_stop_flag
+from shared.lifetime import (
+    SaveFlag,
+    StopFlag,
+    die_with_parent,
+    enable_stack_dumps,
+    install_stop_flag,
+)
 from shared.logs import configure
 from shared.progress import Progress
 from shared.run_folder import Run, read_run
@@ -26,6 +32,7 @@ class Process:
     log: structlog.typing.FilteringBoundLogger
     progress: Progress
     stop: StopFlag
+    save: SaveFlag = field(default_factory=SaveFlag)  # the collector has nothing to save and ignores it
 
     def alive(self) -> None:
         """Report that this process moves. Call it inside a loop that waits. Raises: StopRequested if asked to stop."""
@@ -49,6 +56,7 @@ def start_process(run_dir: Path, name: str) -> Process:
             f"the run folder {run_dir} cannot be used: {error}; expected a folder that launch.py made, in which this "
             "user may write; correct --run-dir"
         ) from error
-    stop = install_stop_flag()
+    stop, save = install_stop_flag(), SaveFlag()
+    save.install()
     die_with_parent()
-    return Process(run_dir, settings, run, log, progress, stop)
+    return Process(run_dir, settings, run, log, progress, stop, save)

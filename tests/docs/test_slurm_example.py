@@ -9,11 +9,11 @@ import time
 from pathlib import Path
 
 SCRIPT = Path(__file__).resolve().parents[2] / "docs" / "examples" / "slurm.sbatch"
-# Runs until SIGTERM, then saves a checkpoint as launch does. A resumed run ends at once.
+# Runs until SIGUSR1, then ends as a launch that has saved a checkpoint. The next attempt ends at once.
 TANDEM = """#!/usr/bin/env bash
 echo "$@" >> calls
-[ "$1" = --resume ] && exit 0
-trap 'mkdir -p "$2/checkpoints"; echo 00000001 > "$2/checkpoints/latest"; exit 143' TERM
+[ -e started ] && exit 0
+trap 'exit 138' USR1
 touch started
 for _ in $(seq 600); do sleep 0.1; done
 """
@@ -43,19 +43,18 @@ def test_a_job_near_its_time_limit_saves_requeues_and_continues(tmp_path: Path) 
     try:
         _wait_for(tmp_path / "started")
         first.send_signal(signal.SIGUSR1)
-        assert first.wait(timeout=300) == 143
+        assert first.wait(timeout=300) == 138
     finally:
         first.kill()
     assert (tmp_path / "requeued").read_text() == "requeue 7\n"
     assert _start(tmp_path, "--config", "quickstart").wait(timeout=300) == 0
     calls = (tmp_path / "calls").read_text().splitlines()
-    assert calls == ["--run-dir runs/slurm-7 --config quickstart", "--resume runs/slurm-7"]
+    assert calls == ["--run-dir runs/slurm-7 --resume auto --config quickstart"] * 2
     assert (tmp_path / "requeued").read_text() == "requeue 7\n", "a finished job must not be requeued"
 
 
-def test_a_job_that_ended_before_its_first_checkpoint_starts_again(tmp_path: Path) -> None:
-    _program(tmp_path / "tandem", '#!/usr/bin/env bash\necho "$@" >> calls\n[ ! -e "$2" ]\n')
-    (tmp_path / "runs" / "slurm-7" / "logs").mkdir(parents=True)
-    assert _start(tmp_path, "env.seed=3").wait(timeout=300) == 0
-    assert (tmp_path / "calls").read_text() == "--run-dir runs/slurm-7 env.seed=3\n"
-    assert (tmp_path / "runs" / "slurm-7.attempt-0" / "logs").is_dir()
+def test_a_job_whose_run_fails_is_not_requeued(tmp_path: Path) -> None:
+    _program(tmp_path / "tandem", "#!/usr/bin/env bash\nexit 1\n")
+    _program(tmp_path / "scontrol", "#!/usr/bin/env bash\ntouch requeued\n")
+    assert _start(tmp_path, "env.seed=3").wait(timeout=300) == 1
+    assert not (tmp_path / "requeued").exists()

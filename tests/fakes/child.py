@@ -4,6 +4,7 @@
     finish             (learner) writes two metrics rows and ends
     serve[:FILE]       makes progress until it is asked to stop, or until FILE appears in the run folder
     save[:FILE]        (learner) serves, then saves a checkpoint
+    save-late:FILE     (learner) serves until it is asked to end, and saves once FILE appears in the run folder
     lives:HOW,N        (learner) each of the first N learners fails as HOW states; the next one finishes
                            progress   it makes 10 gradient steps more than the one before, saves, and dies
                            same       it makes 10 gradient steps, saves, and dies
@@ -34,7 +35,14 @@ import time
 from pathlib import Path
 
 from shared.checkpoints import Manifest, StoredFile, file_crc32, write_manifest
-from shared.lifetime import ExitCode, StopFlag, die_with_parent, enable_stack_dumps, install_stop_flag
+from shared.lifetime import (
+    ExitCode,
+    SaveFlag,
+    StopFlag,
+    die_with_parent,
+    enable_stack_dumps,
+    install_stop_flag,
+)
 from shared.metrics import CollectorStatus, LearnerStatus
 from shared.progress import Progress
 from shared.run_folder import read_run
@@ -80,6 +88,8 @@ class Child:
         self.progress: Progress = Progress.create(run_dir / f"{role}.progress")
         enable_stack_dumps(run_dir / "crash", role)
         self.stop: StopFlag = install_stop_flag()
+        self.save = SaveFlag()
+        self.save.install()
         die_with_parent()
         assert Path(read_run(run_dir).socket_dir).is_dir()
 
@@ -106,6 +116,12 @@ class Child:
             self.progress.phase("compiling")
             self._mark(f"{self.role}-serves")
             time.sleep(DEADLINE_S)
+        elif behaviour == "save-late":
+            self._serve()
+            self._mark("learner-was-asked")
+            while not (self.run_dir / argument).exists():
+                time.sleep(0.01)
+            save_checkpoint(self.run_dir, 60)
         elif behaviour == "lives":
             return self._live(*argument.split(","))
         elif behaviour == "repeat":
@@ -166,6 +182,8 @@ class Child:
         while not self.stop.requested and not (until and (self.run_dir / until).exists()):
             assert time.monotonic() < end, f"the fake {self.role} was not stopped within {DEADLINE_S} s"
             self.progress.advance()
+            if self.save.take() and self.role == "learner":
+                save_checkpoint(self.run_dir, 50)
             time.sleep(0.02)
 
     def _stand_still(self) -> None:

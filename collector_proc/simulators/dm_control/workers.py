@@ -32,7 +32,7 @@ from typing import NoReturn
 from collector_proc.simulators.dm_control.environment import SuiteEnvironment, SuitePlan, renderer_variables, run_tick
 from collector_proc.simulators.dm_control.tick_buffer import TickBuffer, tick_bytes
 from shared.errors import SimulatorError
-from shared.lifetime import die_with_parent
+from shared.lifetime import HELD_SIGNALS, die_with_parent
 from shared.stream import StreamSpec
 
 MESSAGE_BYTES = 65536
@@ -216,6 +216,8 @@ def main() -> NoReturn:
     # Only the collector handles these signals. It ends a worker by closing the socket.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    for signum in HELD_SIGNALS:  # a scheduler may send them to every process of a job
+        signal.signal(signum, signal.SIG_IGN)
     link = socket.socket(fileno=job["fd"])
     try:
         _serve(link, SuitePlan(**job["plan"]), range(*job["envs"]))
