@@ -104,13 +104,15 @@ class LearnerWatch:
 
     def check(self, *, watched_since: float) -> Outcome | None:
         """Return the outcome of the run if the learner has ended and is not replaced. Otherwise see `is_down`."""
-        returncode = self.process.child.poll()
-        if returncode == ExitCode.FINISHED and self.steps_done() >= self._settings.optimization.total_optim_steps:
+        returncode, total = self.process.child.poll(), self._settings.optimization.total_optim_steps
+        if returncode == ExitCode.FINISHED and self.steps_done() >= total:
             return Outcome(ExitCode.FINISHED, "finished")
         how = self._find_death(returncode, watched_since)
         if how is None:
             return None
         self.process.show_death(how)
+        if self._steps_saved() >= total:  # it died after its work was done
+            return Outcome(ExitCode.FINISHED, f"finished; the learner then died ({how})")
         if returncode == ExitCode.REFUSED:
             return Outcome(ExitCode.REFUSED, f"the learner cannot start or continue: {self.process.refusal()}")
         cause = self.process.cause()
@@ -118,9 +120,12 @@ class LearnerWatch:
 
     def steps_done(self) -> int:
         """Return the largest number of gradient steps that a checkpoint, a row or the status of this launch shows."""
-        saved = newest_checkpoint(self._starter.folder.checkpoints)
         rows = GRADIENT_STEPS.of(self._relay.newest) if self._relay.num_rows else None
-        return max(saved.manifest.step if saved is not None else 0, int(rows or 0), self._steps_made())
+        return max(self._steps_saved(), int(rows or 0), self._steps_made())
+
+    def _steps_saved(self) -> int:
+        saved = newest_checkpoint(self._starter.folder.checkpoints)
+        return 0 if saved is None else saved.manifest.step
 
     def _start(self) -> WatchedProcess:
         self._budget.started(at=time.monotonic())
