@@ -57,12 +57,19 @@ def _do(argv: list[str], commands: Mapping[str, Sequence[str]] | None) -> int:
 
 
 def _train(argv: list[str], commands: Mapping[str, Sequence[str]] | None) -> int:
-    """Start or resume a run, and return its exit code."""
+    """Start or resume a run, and return its exit code. With --print-config, only print its settings."""
     from launcher.children import COMMANDS
     from launcher.options import parse_options
     from launcher.run import run
+    from launcher.settings import compose_settings
+    from shared.compose import settings_text
+    from shared.output import write_output
 
-    return run(parse_options(argv), argv, COMMANDS if commands is None else commands)
+    options = parse_options(argv)
+    if options.print_config:
+        write_output(settings_text(compose_settings(options.decided())))
+        return 0
+    return run(options, argv, COMMANDS if commands is None else commands)
 
 
 def find_name_conflict(folders: Sequence[Path]) -> str | None:

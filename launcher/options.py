@@ -47,6 +47,7 @@ class Options:
     run_dir: Path | None
     resume: Path | None
     overrides: list[str]
+    print_config: bool = False
     auto: bool = False  # --resume auto: a run that is complete is no error, and an attempt without checkpoint is no run
 
     def decided(self) -> Options:
@@ -82,7 +83,12 @@ def _parser() -> Parser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument("--config", metavar="NAME", help=f"a file of configs/ (default: {DEFAULT_CONFIG})")
+    parser.add_argument(
+        "--config",
+        metavar="NAME|PATH",
+        help=f"a file of configs/ (default: {DEFAULT_CONFIG}), or a YAML file such as the config.yaml of a run",
+    )
+    parser.add_argument("--print-config", action="store_true", help="print all settings as YAML and start nothing")
     parser.add_argument(
         "--sim-gpu",
         metavar="N",

@@ -7,10 +7,11 @@ import sys
 from pathlib import Path
 from typing import NoReturn
 
+from launcher.foreign_flags import translations
 from shared.errors import SettingError
 from shared.words import nearest
 
-EVALUATION = "no option evaluates: collector.eval_envs=N environments act without noise during the training"
+SIMILAR = 0.7  # a flag is suggested if it is at least as similar as this
 
 
 def command_name() -> str:
@@ -43,10 +44,9 @@ class Parser(argparse.ArgumentParser):
         """Raise SettingError with the message of argparse and a fix."""
         hint = "see --help"
         if message.startswith("unrecognized arguments:"):
-            flag = message.split()[2].split("=")[0]
+            flags = message.split()[2:]
             known = [option for action in self._actions for option in action.option_strings]
-            similar = nearest(flag, known)
+            similar = nearest(flags[0].split("=")[0], known, cutoff=SIMILAR)
             hint = f"write {similar[0]}" if similar else "give settings as key=value, such as env.seed=3"
-            if flag.startswith("--eval"):
-                hint = EVALUATION
+            hint = "; ".join(translations(flags, command_name())) or hint
         raise SettingError(f"cannot read the command line: {message}; expected the options that --help lists; {hint}")

@@ -47,14 +47,12 @@ def read_settings(options: Options, show: Callable[[str], None]) -> Settings:
     Raises: SettingError if the settings cannot work.
     """
     before: Settings | None = None
+    settings = compose_settings(options)
     if options.resume is not None:
         folder = RunFolder(options.resume.resolve())
         before = load_settings(folder.config, on_missing=show)
-        settings = load_settings(folder.config, options.overrides)
         check_changes(before, settings)
         check_unfinished(folder, settings)
-    else:
-        settings = compose(DEFAULT_CONFIG if options.config is None else options.config, options.overrides)
     with _current_folder_importable():
         check_env(settings, show)
     check_settings(settings)
@@ -64,6 +62,13 @@ def read_settings(options: Options, show: Callable[[str], None]) -> Settings:
         for key, old, new in changed_settings(before, settings):
             show(f"changed: {key}={old} -> {new}")
     return settings
+
+
+def compose_settings(options: Options) -> Settings:
+    """Return what `read_settings` checks further: keys, types and bounds are right. Raises: SettingError."""
+    if options.resume is not None:
+        return load_settings(RunFolder(options.resume.resolve()).config, options.overrides)
+    return compose(DEFAULT_CONFIG if options.config is None else options.config, options.overrides)
 
 
 def changed_settings(before: Settings, now: Settings) -> list[tuple[str, Any, Any]]:

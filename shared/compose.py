@@ -46,10 +46,14 @@ def config_names(config_dir: Path = CONFIG_DIR) -> list[str]:
 
 
 def compose(config_name: str, overrides: Sequence[str] = (), *, config_dir: Path = CONFIG_DIR) -> Settings:
-    """Return the settings of a named config, changed by `key=value` overrides. Types, keys and bounds are checked.
+    """Return the settings of a config, changed by `key=value` overrides. Types, keys and bounds are checked.
 
+    config_name: a file of `config_dir`, or the path of a YAML file or of a run folder. A file has all settings, as the
+    config.yaml of a run, or begins with `defaults: [settings, _self_]`, as the files of `configs/`.
     Raises: SettingError if the config, a key or a value is wrong.
     """
+    if "/" in config_name or config_name.endswith((".yaml", ".yml")):
+        return _compose_file(Path(config_name).expanduser(), overrides)
     _check_config_name(config_name, config_dir)
     _read_file(config_dir / f"{config_name}.yaml")
     kept = [override.input_line or "" for override in _parse_overrides(overrides)]
@@ -63,6 +67,16 @@ def compose(config_name: str, overrides: Sequence[str] = (), *, config_dir: Path
         return _to_settings(composed)
     except OmegaConfBaseException as error:
         raise _explain(error, f"config {config_name!r}") from error
+
+
+def _compose_file(path: Path, overrides: Sequence[str]) -> Settings:
+    """Return the settings in a YAML file or in the config.yaml of a folder. Raises: SettingError."""
+    file = path / "config.yaml" if path.is_dir() else path
+    if "defaults" in _read_file(file):
+        if file.suffix != ".yaml":
+            raise SettingError(f"{path} has defaults; expected a name that ends in .yaml, as Hydra does; rename it")
+        return compose(file.stem, overrides, config_dir=file.parent)
+    return load_settings(file, overrides)
 
 
 def load_settings(
@@ -96,14 +110,20 @@ def _missing_settings(raw: DictConfig, path: Path) -> list[str]:
         # A default in its place could be another task or another network than that of the checkpoint.
         raise SettingError(
             f"{path} lacks {', '.join(lacking)}; expected these settings, which launch.py always writes; restore the "
-            "file from a copy, or add the settings with which the run was started"
+            "file from a copy, or add the settings with which the run was started (a file that only changes some "
+            "settings begins with 'defaults: [settings, _self_]')"
         )
     return [f"{key}={_as_typed(entry.default)}" for key, entry in setting_keys() if key not in found]
 
 
 def save_settings(settings: Settings, path: Path) -> None:
     """Write the settings as YAML with `write_atomic`."""
-    write_atomic(path, OmegaConf.to_yaml(OmegaConf.structured(settings)))
+    write_atomic(path, settings_text(settings))
+
+
+def settings_text(settings: Settings) -> str:
+    """Return the settings as YAML."""
+    return OmegaConf.to_yaml(OmegaConf.structured(settings))
 
 
 def setting_keys(node: Any = Settings, prefix: str = "") -> Iterator[tuple[str, Field[Any]]]:
@@ -180,7 +200,11 @@ def _check_config_name(name: str, config_dir: Path) -> None:
         similar = nearest(name, names)
         raise SettingError(
             f"there is no config {name!r} in configs/; expected one of {', '.join(names)}; "
-            + (f"use --config {similar[0]}" if similar else "use --config with one of them")
+            + (
+                f"use --config {similar[0]}"
+                if similar
+                else "use --config with one of them, or with a path such as ./{name}.yaml"
+            )
         )
 
 
@@ -255,7 +279,7 @@ def _parse_override(parser: OverridesParser, text: str) -> Override:
     if override.is_add() or override.is_delete() or override.is_force_add() or sweep:
         raise SettingError(
             f"{text!r} adds, deletes or sweeps; expected one value for an existing setting; write key=value, "
-            f"such as {EXAMPLE}"
+            f"such as {EXAMPLE}, and start one run for each value"
         )
     return override
 

@@ -10,7 +10,7 @@ _DEVICE = "choose the devices of the processes with --sim-gpu and --train-gpu"
 _WINDOWS = "remove it: windows are sampled on the train GPU as a part of the gradient step, so nothing is prefetched"
 _EVALUATION = "use collector.eval_envs: some of the environments evaluate all the time"
 _GRAPHS = "use optimization.compile.enabled, which compiles the whole gradient step"
-_VIDEO = "remove it: a run records no videos"
+_VIDEO = "remove it: a run records no videos, and `python launch.py play RUN` films its policy at any time"
 _ROLLOUT = "use optimization.compile.enabled: the RSSM's steps are a part of the compiled gradient step"
 
 RECIPE_KEYS = {
@@ -71,5 +71,10 @@ def replacement(key: str) -> str | None:
     for known, text in RECIPE_KEYS.items():
         if key == known or (known.endswith(".") and (key + ".").startswith(known)):
             return f"although TorchRL's recipe has it; expected a setting of Tandem; {text}"
+    if key.replace("/", ".").startswith("hydra."):
+        return (
+            "because Hydra only composes the settings here; expected a setting of Tandem; use --run-dir DIR for the "
+            "folder of the run, and --config PATH for a config of your own"
+        )
     text = OTHER_WORDS.get(key.split(".")[-1])
     return None if text is None else f"although other trainers have it; expected a setting of Tandem; {text}"

@@ -80,8 +80,23 @@ BACKENDS = {
 }
 
 
+# Names that users try, and what is called so here.
+OTHER_NAMES = dict.fromkeys(("gym", "gymnasium", "mujoco"), "env.backend=torchrl env.name=gym:ID") | {
+    "dmc": "env.backend=dm_control",
+    "isaac": "env.backend=isaaclab",
+    "isaacgym": "env.backend=isaaclab",
+    "isaacsim": "env.backend=isaaclab",
+    "brax": "env.backend=torchrl env.name=brax:ID",
+}
+
+
 def find_backend(name: str) -> Backend:
     """Return the backend that env.backend names. Raises: SettingError if there is none."""
+    if name in OTHER_NAMES:
+        raise SettingError(
+            f"env.backend={name} is not a simulator backend; expected one of {', '.join(BACKENDS)}; "
+            f"set {OTHER_NAMES[name]}"
+        )
     if name not in BACKENDS:
         raise unknown(f"env.backend={name} is not a simulator backend", name, BACKENDS, setting="env.backend={}")
     return BACKENDS[name]

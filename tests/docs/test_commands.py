@@ -50,6 +50,13 @@ def _program(words: list[str]) -> str:
     return words[2] if words[1] == "-m" else words[1]
 
 
+def _trains(words: list[str]) -> bool:
+    """Return whether a command starts a run."""
+    _, command = _split(words)
+    arguments = command[1 if command[0] == "tandem" else 2 :]
+    return _program(words) == "launch.py" and find_command(arguments) is None
+
+
 def _launches() -> list[tuple[str, list[str]]]:
     commands = [(block.place, words) for block in blocks() for words in block.commands]
     found = [(place, _split(words)[1]) for place, words in commands if _program(words) == "launch.py"]
@@ -85,7 +92,7 @@ def _run_block(block: Block, request: pytest.FixtureRequest, tmp_path: Path) -> 
         if "runs/NAME" in words:
             words = [str(request.getfixturevalue("finished_run")) if word == "runs/NAME" else word for word in words]
         words = words + added
-        if _program(words) == "launch.py" and not {"--resume", "--run-dir"} & set(words):
+        if _trains(words) and not {"--resume", "--run-dir", "--print-config"} & set(words):
             words += ["--run-dir", str(tmp_path / f"run-{number}")]
         _execute(words)
 

@@ -57,11 +57,6 @@ def test_a_misspelled_option_gets_a_suggestion_only_if_one_is_near() -> None:
         parse_options(["--walk"])
 
 
-def test_an_option_for_evaluation_names_the_settings_that_evaluate() -> None:
-    with pytest.raises(SettingError, match=r"--eval-only.*; no option evaluates: collector\.eval_envs=N"):
-        parse_options(["--eval-only"])
-
-
 @pytest.mark.parametrize("option", ["--run-dir", "--resume"])
 def test_an_empty_path_is_refused(option: str) -> None:
     with pytest.raises(SettingError, match=f"{option}.*the path is empty"):

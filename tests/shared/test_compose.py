@@ -304,3 +304,42 @@ def test_an_unknown_setting_in_an_old_file_is_refused(tmp_path: Path) -> None:
     path.write_text(path.read_text().replace("env:\n", "env:\n  wind: 3\n"))
     with pytest.raises(SettingError, match=r"there is no setting env\.wind"):
         load_settings(path)
+
+
+def test_the_config_of_a_run_is_a_config_too(tmp_path: Path) -> None:
+    before = compose("quickstart", ["env.seed=7", "optimization.gamma=0.9"])
+    save_settings(before, tmp_path / "config.yaml")
+    for path in (tmp_path, tmp_path / "config.yaml"):
+        again = compose(str(path), ["env.seed=8"])
+        assert (again.env.seed, again.optimization.gamma) == (8, 0.9)
+        again.env.seed = 7
+        assert again == before
+
+
+def test_a_file_of_the_user_changes_some_settings(tmp_path: Path) -> None:
+    (tmp_path / "mine.yaml").write_text("defaults: [settings, _self_]\nenv:\n  seed: 5\n")
+    settings = compose(f"{tmp_path}/mine.yaml", ["env.frame_skip=4"])
+    assert (settings.env.seed, settings.env.frame_skip, settings.env.name) == (5, 4, Settings().env.name)
+
+
+def test_a_file_of_the_user_with_another_ending_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "mine.yml").write_text("defaults: [settings, _self_]\n")
+    with pytest.raises(SettingError, match=r"mine\.yml has defaults; expected a name that ends in \.yaml"):
+        compose(str(tmp_path / "mine.yml"))
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, r"mine\.yaml cannot be read: .*No such file"),
+        ("env:\n  seed: 5\n", r"mine\.yaml lacks env\.backend, .*begins with 'defaults: \[settings, _self_\]'"),
+        ("defaults: [settings, _self_]\nenv:\n  sed: 5\n", r"there is no setting env\.sed \(in mine\.yaml\)"),
+        ("defaults: [settings, _self_]\nenv:\n  seed: x\n", r"env\.seed has a value of the wrong type"),
+    ],
+)
+def test_a_file_of_the_user_that_cannot_work_is_refused(content: str | None, message: str, tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    if content is not None:
+        path.write_text(content)
+    with pytest.raises(SettingError, match=message):
+        compose(str(path))
