@@ -152,17 +152,26 @@ def size_damage(folder: Path) -> str | None:
     return None
 
 
-def damage(folder: Path, *, on_block: Callable[[], None] = lambda: None) -> str | None:
+def damage(
+    folder: Path,
+    *,
+    on_block: Callable[[], None] = lambda: None,
+    known: dict[tuple[int, int], str] | None = None,
+) -> str | None:
     """Return what is wrong with a checkpoint, or None: `size_damage`, and then the checksum of every file.
 
-    on_block: called for each block that was read, to report progress.
+    on_block: called for each block that was read, to report progress. known: remembers the checksums of shared files
+    from one call to the next.
     """
+    known = {} if known is None else known
     found = size_damage(folder)
     if found is not None:
         return found
     for name, file in read_manifest(folder).files.items():
         try:
-            crc32 = file_crc32(folder / name, on_block=on_block)
+            status = (folder / name).stat()
+            key = (status.st_dev, status.st_ino)
+            crc32 = known[key] = known.get(key) or file_crc32(folder / name, on_block=on_block)
         except OSError as error:
             return f"{name} cannot be read: {error}"
         if file.crc32 not in (None, crc32):
@@ -204,8 +213,9 @@ def newest_verified(root: Path, *, on_block: Callable[[], None] = lambda: None) 
     Raises: SettingError if a newer version of Tandem wrote one: to continue from an older one would undo its work.
     """
     _refuse_newer_formats(root)
+    known: dict[tuple[int, int], str] = {}
     for checkpoint in whole_checkpoints(root):
-        found = damage(checkpoint.folder, on_block=on_block)
+        found = damage(checkpoint.folder, on_block=on_block, known=known)
         if found is None:
             return checkpoint
         mark_damaged(checkpoint.folder, found)

@@ -26,6 +26,7 @@ COMMANDS = {
     "evaluate": Command("launcher.commands.evaluate", "measure the returns of a trained policy over many episodes"),
     "export": Command("launcher.commands.export", "write a trained policy as ONNX, torch.export and safetensors"),
     "play": Command("launcher.commands.play", "film episodes of a trained policy"),
+    "checkpoints": Command("launcher.commands.checkpoints", "list the checkpoints of a run with their health"),
     "settings": Command("launcher.commands.settings", "list the settings: default, type, bounds, meaning"),
     "probe": Command("launcher.commands.probe", "check one simulator on this machine"),
 }
