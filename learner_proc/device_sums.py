@@ -36,6 +36,7 @@ class DeviceSums:
         self._device, self._once = device, once_per_window
         self._metrics: tuple[Metric, ...] = ()  # of a step; the first step decides them
         self._sums, self._pinned = self._buffers()
+        self._last: Tensor | None = None  # what the newest step measured
         self._requested_steps: int | None = None  # None while no window is requested
         self._event: torch.cuda.Event | None = None
         self.num_steps = 0  # in the present window
@@ -46,9 +47,14 @@ class DeviceSums:
             self._metrics = numbers.metrics
             self._sums, self._pinned = self._buffers()
         assert numbers.metrics == self._metrics, numbers.metrics
+        self._last = numbers.values
         finite = numbers.values.isfinite()
         self._sums += torch.stack([torch.where(finite, numbers.values, 0.0), finite.float()])
         self.num_steps += 1
+
+    def last(self, metric: Metric) -> Tensor | None:
+        """Return what the newest step measured, () on the device, or None before the first step. Does not wait."""
+        return None if self._last is None else self._last[self._metrics.index(metric)]
 
     def request(self, measured: Numbers | None) -> None:
         """End the present window. Call `result(wait=True)` first if a window is still requested.

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import structlog
 import torch
+from torch import Tensor
 
 from learner_proc.device_sums import DeviceSums
 from learner_proc.evaluation import EvaluationLog
@@ -63,6 +64,11 @@ class MetricsWriter:
         self._diverged_before = 0
         self.skipped_in_a_row = 0  # steps in the newest windows in which no step had a finite gradient
 
+    @property
+    def last_skipped(self) -> Tensor | None:
+        """Return whether the last step was skipped, a number () on the device; None before the first step."""
+        return self._sums.last(metrics.SKIPPED)
+
     def add_commit(self, commit: Commit, *, newest_version: int, collector: int) -> None:
         """Count a commit.
 
@@ -96,8 +102,7 @@ class MetricsWriter:
         self.poll(wait=True)
         if self._sums.num_steps == 0 and self._has_rows:
             return
-        self._has_rows = True
-        self._requested = self._host_numbers() | dict(further)
+        self._has_rows, self._requested = True, self._host_numbers() | dict(further)
         self._pace.start_window()
         self._sums.request(measured)
         self.poll()

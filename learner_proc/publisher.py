@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from shared.logs import LimitedLog
 from shared.socket_folder import obtain_secret
 from shared.weights import (
     acting_tensors,
@@ -24,6 +25,7 @@ from shared.weights import (
 )
 
 REPUBLISH_S = 0.2  # time between two attempts to send a version that the collector has missed
+NOT_FINITE, GOOD = 0, 1  # the state of packed weights; 2: they are finite, but the last step was skipped
 
 
 class Publisher:
@@ -31,6 +33,10 @@ class Publisher:
 
     On a GPU: pack into one flat buffer on the learner's stream, copy on a side stream into one of two pinned buffers,
     and send once that copy's event has passed (`flush`). While both buffers are busy, a publication is skipped.
+
+    Weights that are not finite, and those after a step that was skipped, are not sent: the version then carries the
+    last weights that were sent, so that a collector that waits for it goes on. This is found on the device, by a byte
+    that travels behind the weights, so the learner does not wait for it.
 
     It also knows which version the collector has. ZeroMQ drops a message to a collector that has not subscribed yet, so
     a version is sent again until a commit shows that the collector acts with it.
@@ -42,14 +48,18 @@ class Publisher:
         self._sources = list(self._tensors.values())
         device = self._sources[0].device
         self._num_bytes = flat_bytes(self._sources)
-        self._flat = torch.zeros(self._num_bytes, dtype=torch.uint8, device=device)
-        self._views = flat_views(self._flat, self._sources)
+        # The last byte is the state of the weights.
+        self._flat = torch.zeros(self._num_bytes + 1, dtype=torch.uint8, device=device)
+        self._views = flat_views(self._flat[: self._num_bytes], self._sources)
+        self._floats = [view for view in self._views if view.is_floating_point()]
+        self._good = b""  # the newest weights that could be sent
+        self._limited = LimitedLog()
         self._run_id, self._manifest = run_id, manifest_of(self._tensors)
         self._endpoint, self._secret = endpoint(socket_dir), obtain_secret(socket_dir)
         self._socket = publisher_socket(socket_dir)
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._free = (
-            [torch.empty(self._num_bytes, dtype=torch.uint8, pin_memory=True) for _ in range(2)] if self._stream else []
+            [torch.empty(len(self._flat), dtype=torch.uint8, pin_memory=True) for _ in range(2)] if self._stream else []
         )
         self._copying: list[tuple[int, torch.Tensor, torch.cuda.Event]] = []
         self._read: torch.cuda.Event | None = None  # passed once the flat buffer has been copied
@@ -61,14 +71,17 @@ class Publisher:
         self.published_step = -1  # gradient step at which this process last published
         self.num_skipped = 0
 
-    def publish(self, *, step: int) -> None:
-        """Send the present weights, those after `step` gradient steps, as a new version."""
+    def publish(self, *, step: int, skipped: torch.Tensor | None = None) -> None:
+        """Send the present weights, those after `step` gradient steps, as a new version.
+
+        skipped: whether the last step was skipped, a number () on the device; None before the first step.
+        """
         if self._stream is not None and not self._free:
             self.num_skipped += 1
             return
         self.version += 1
         self.published_step, self._sent_at = step, time.monotonic()
-        self._pack()
+        self._pack(skipped)
         self._copy_out()
 
     def republish(self) -> None:
@@ -114,11 +127,15 @@ class Publisher:
         self._socket.close(linger=0)
 
     @torch.no_grad()
-    def _pack(self) -> None:
-        """Copy the present weights into the flat buffer."""
+    def _pack(self, skipped: torch.Tensor | None) -> None:
+        """Copy the present weights into the flat buffer, and note there whether they may be sent."""
         if self._read is not None:
             torch.cuda.current_stream().wait_event(self._read)  # overwrite the buffer only after it has been copied
         torch._foreach_copy_(self._views, self._sources)  # pyright: ignore[reportPrivateImportUsage]
+        largest = torch._foreach_norm(self._floats, float("inf"))  # pyright: ignore[reportPrivateImportUsage]
+        healthy = torch.stack([norm.float() for norm in largest]).isfinite().all()
+        # Only numbers of Python and tensors of the device: a tensor on the host would be a copy that waits.
+        self._flat[-1].copy_(healthy if skipped is None else healthy * (1 + (skipped > 0).byte()))
 
     def _copy_out(self) -> None:
         """Send the flat buffer: at once from the CPU, through pinned memory from a GPU."""
@@ -134,7 +151,14 @@ class Publisher:
         self._copying.append((self.version, buffer, event))
 
     def _send(self, version: int, buffer: torch.Tensor) -> None:
-        """Send one version from host memory."""
+        """Send one version from host memory, or the last weights that were sent if these may not be sent."""
+        content = buffer.numpy()
+        if content[-1] == GOOD:
+            self._good = content[:-1].tobytes()
+        if content[-1] == NOT_FINITE:
+            self._limited.warning("weights that are not finite are not sent", version=version)
+        if not self._good:
+            return
         header = pack_header(
             run_id=self._run_id,
             secret=self._secret,
@@ -142,4 +166,4 @@ class Publisher:
             manifest=self._manifest,
             num_bytes=self._num_bytes,
         )
-        self._socket.send(header + buffer.numpy().tobytes())
+        self._socket.send(header + self._good)

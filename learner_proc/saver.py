@@ -18,13 +18,20 @@ from learner_proc.host_blocks import HostBlocks
 from learner_proc.metrics_writer import MetricsWriter
 from learner_proc.replay import Replay
 from learner_proc.replay_files import ReplayFiles
-from learner_proc.snapshot import Groups, on_host
+from learner_proc.snapshot import Groups, not_finite, on_host
 from learner_proc.totals import Counters
 from shared import metrics
-from shared.checkpoints import Checkpoint
+from shared.checkpoints import Checkpoint, CheckpointError
 from shared.errors import SettingError
 from shared.process import Process
 from shared.run_folder import RunFolder
+
+SOON_S = 60.0  # the time after which a save is tried again that found a bad state
+MOST_SKIPPED = 20  # float16 skips a dozen steps until its loss scale settles, and single ones later
+
+
+class BadStateError(CheckpointError):
+    """The state of the learner is not worth keeping. The earlier checkpoints are as they were."""
 
 
 class Saver:
@@ -52,27 +59,31 @@ class Saver:
 
     def save_if_due(self) -> None:
         """Write a checkpoint if it is due or asked for. If it fails, log a warning: training must go on."""
-        due = time.monotonic() - self._saved_at > self._process.settings.checkpoint.every_s
-        if not due and not self._process.save.take():
+        every_s = self._process.settings.checkpoint.every_s
+        if time.monotonic() - self._saved_at <= every_s and not self._process.save.take():
             return
         try:
-            self.save()
-        except checkpoint.CheckpointError as error:
+            self.save(most_skipped=0)
+        except CheckpointError as error:
             self._process.log.warning("a checkpoint failed; it is tried again later", reason=str(error))
-            self._saved_at = time.monotonic()
+            retry_s = SOON_S if isinstance(error, BadStateError) else every_s
+            self._saved_at = time.monotonic() - every_s + min(retry_s, every_s)
             self._process.progress.phase("training")
 
-    def save(self) -> None:
+    def save(self, *, most_skipped: int = MOST_SKIPPED) -> None:
         """Write a checkpoint. Afterwards the process is in phase "training" again.
+
+        most_skipped: refuse to save if more than so many gradient steps in a row were skipped.
 
         Every block that leaves the GPU counts as progress. No message is served meanwhile: a grant would let the
         collector overwrite rows that are not saved yet, and a commit would move the ring's bounds. The collector goes
         on with the chunks that are granted already.
-        Raises: CheckpointError if it cannot be written.
+        Raises: CheckpointError if it cannot be written; BadStateError if the state is not worth keeping.
         """
         process, options = self._process, self._process.settings.checkpoint
         process.progress.phase("saving")
         began = time.perf_counter()
+        self._check_state(most_skipped)
         folder = checkpoint.save(
             RunFolder(process.run_dir).checkpoints,
             self._content(),
@@ -82,6 +93,24 @@ class Saver:
         self._saved_at = time.monotonic()
         process.log.info("checkpoint", folder=str(folder), seconds=round(time.perf_counter() - began, 2))
         process.progress.phase("training")
+
+    def _check_state(self, most_skipped: int) -> None:
+        """Raise BadStateError if a number is not finite or too many steps in a row were skipped. Waits for the device.
+
+        A checkpoint of such a state would replace a good one.
+        """
+        last = self._writer.last_skipped
+        in_a_row = max(self._writer.skipped_in_a_row, 1) if last is not None and last.item() > 0 else 0
+        name, problem = not_finite(self._step.tensors()), None
+        if name is not None:
+            problem = f"{name} holds numbers that are not finite; expected finite ones"
+        elif in_a_row > most_skipped:
+            problem = f"the last gradient step was skipped, {in_a_row} in a row or more; expected finite gradients"
+        if problem is not None:
+            raise BadStateError(
+                f"the checkpoint of step {self._counters.gradient_steps} was not saved: {problem}; resume from the "
+                "checkpoint before with a lower learning rate if this goes on"
+            )
 
     def _content(self) -> Content:
         """Return a copy of what a checkpoint holds beside the replay."""

@@ -25,6 +25,14 @@ def on_host(live: Groups, blocks: HostBlocks) -> Groups:
     return {group: {name: next(copies) for name in tensors} for group, tensors in live.items()}
 
 
+def not_finite(live: Groups) -> str | None:
+    """Return the name of a tensor that holds a number that is not finite, or None. Waits for the device once."""
+    named = {f"{group}/{name}": t for group, tensors in live.items() for name, t in tensors.items()}
+    floats = {name: tensor for name, tensor in named.items() if tensor.is_floating_point()}
+    finite = torch.stack([tensor.isfinite().all() for tensor in floats.values()]).tolist()
+    return next((name for name, good in zip(floats, finite, strict=True) if not good), None)
+
+
 @torch.no_grad()
 def restore(live: Groups, saved: Groups, *, optional: str) -> None:
     """Copy saved tensors into the live ones. Addresses stay, so compiled code and CUDA graphs stay valid.

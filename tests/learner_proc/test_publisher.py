@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import nn
 
+from collector_proc.weights_receiver import WeightsReceiver
 from learner_proc import publisher
 from learner_proc.publisher import Publisher
 
@@ -70,6 +71,58 @@ def test_a_resumed_run_continues_the_numbers_of_its_versions(tmp_path):
     resumed.close()
 
 
+def received(socket_dir: Path, publisher: Publisher, *steps: dict[str, Any]) -> list[tuple[int, float]]:
+    """Publish once for each of `steps`, and return the version and the weight that a collector has after each."""
+    policy = nn.Linear(1, 1, bias=False)
+    receiver = WeightsReceiver(policy, socket_dir=socket_dir, run_id="run")
+    found = []
+    for step, options in enumerate(steps):
+        publisher.publish(step=step, **options)
+        end = time.monotonic() + 20
+        while receiver.version < publisher.version and receiver.version + 1 >= publisher.version:
+            assert time.monotonic() < end
+            if not receiver.adopt():
+                publisher.republish()
+        found.append((receiver.version, policy.weight.item()))
+    receiver.close()
+    publisher.close()
+    return found
+
+
+def test_weights_that_are_not_finite_are_never_sent_and_the_version_has_the_last_good_ones(tmp_path):
+    policy = nn.Linear(1, 1, bias=False)
+
+    class Training(Publisher):
+        def publish(self, *, step: int, skipped: torch.Tensor | None = None, weight: float = 0.0) -> None:
+            with torch.no_grad():
+                policy.weight.fill_(weight)
+            super().publish(step=step, skipped=skipped)
+
+    nan, inf, no, yes = float("nan"), float("inf"), torch.tensor(0.0), torch.tensor(1.0)
+    assert received(
+        tmp_path,
+        Training(policy, socket_dir=tmp_path, run_id="run"),
+        {"weight": 1.0},
+        {"weight": nan},
+        {"weight": 2.0, "skipped": no},
+        {"weight": -inf, "skipped": no},
+        {"weight": 3.0, "skipped": yes},
+        {"weight": nan, "skipped": yes},
+        {"weight": 4.0, "skipped": no},
+    ) == [(1, 1.0), (2, 1.0), (3, 2.0), (4, 2.0), (5, 2.0), (6, 2.0), (7, 4.0)]
+
+
+def test_without_any_good_weights_nothing_is_sent(tmp_path, monkeypatch):
+    policy = nn.Linear(1, 1, bias=False)
+    publisher = Publisher(policy, socket_dir=tmp_path, run_id="run")
+    monkeypatch.setattr(publisher, "_socket", None)  # sending would raise
+    with torch.no_grad():
+        policy.weight.fill_(float("nan"))
+    publisher.publish(step=0)
+    publisher.republish()
+    assert publisher.version == 1
+
+
 class RecordingPublisher(Publisher):
     """Records what it would send."""
 
@@ -100,5 +153,5 @@ def test_on_a_gpu_a_version_has_the_weights_of_its_step_although_later_steps_ove
         publisher.flush()
     publisher.close()
     for version, content in publisher.sent.items():
-        floats = set(torch.frombuffer(bytearray(content), dtype=torch.float32)[:64].tolist())
+        floats = set(torch.frombuffer(bytearray(content[:-1]), dtype=torch.float32)[:64].tolist())
         assert floats == {values[version]}, f"version {version} holds {floats}"

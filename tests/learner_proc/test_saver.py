@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import json
+import re
+import time
 
 import pytest
 import torch
 
 from learner_proc.checkpoint import CheckpointError
 from learner_proc.learn import Learner
+from learner_proc.numbers import Numbers
+from learner_proc.saver import BadStateError
 from learner_proc.waiting import WaitingLearner
+from shared import metrics
+from shared.checkpoints import newest_checkpoint
 from shared.errors import TransportError
 from shared.handover import connect
 
@@ -87,3 +93,58 @@ def test_a_run_that_was_stopped_in_its_prefill_resumes_with_the_rest_of_the_rand
     welcome = join(resumed.serve).welcome
     assert (welcome.random_frames, welcome.agent_steps) == (16, 16)
     resumed.link.close()
+
+
+def warnings(process) -> list[str]:
+    lines = (process.run_dir / "logs" / "learner.jsonl").read_text().splitlines()
+    return [event["reason"] for event in map(json.loads, lines) if event["level"] == "warning"]
+
+
+def numbers(*, skipped: float) -> Numbers:
+    return Numbers((metrics.SKIPPED,), torch.tensor([skipped]))
+
+
+@pytest.mark.parametrize("group", ["normaliser", "actor", "adam_model"])
+def test_a_state_that_is_not_finite_is_not_saved_and_tried_again_soon(process, waiting, join, monkeypatch, group):
+    learner, saves = built(waiting, join), process.run_dir / "checkpoints"
+    learner.train()
+    process.settings.checkpoint.every_s = 100.0
+    saver = learner._saver
+    now = time.monotonic()
+    monkeypatch.setattr(time, "monotonic", lambda: now)
+    now += 101
+    saver.save_if_due()
+    assert newest_checkpoint(saves) is not None
+    tensor = next(iter(t for t in learner._step.tensors()[group].values() if t.is_floating_point() and t.numel() > 1))
+    before = tensor.clone()
+    tensor.view(-1)[-1] = float("nan")
+    now += 101
+    saver.save_if_due()
+    assert [path.name for path in saves.glob("0*")] == ["00000001"]
+    (reason,) = warnings(process)
+    assert re.search(rf"step 1 was not saved: {group}/.* not finite; expected finite", reason)
+    tensor.copy_(before)
+    now += 30
+    saver.save_if_due()
+    assert len(list(saves.glob("0*"))) == 1, "one minute has not passed"
+    now += 31
+    saver.save_if_due()
+    assert len(list(saves.glob("0*"))) == 2
+
+
+def test_nothing_is_saved_while_steps_are_skipped(process, waiting, join):
+    learner, saves = built(waiting, join), process.run_dir / "checkpoints"
+    process.settings.checkpoint.every_s = 0.0
+    learner._writer._sums._metrics = ()
+    learner._writer.add_step(numbers(skipped=1.0))
+    learner._saver.save_if_due()
+    assert not list(saves.glob("0*")) and "step was skipped, 1 in a row" in warnings(process)[0]
+    learner._saver.save()
+    assert len(list(saves.glob("0*"))) == 1, "one skipped step is no reason to end without the last checkpoint"
+    learner._writer.skipped_in_a_row = 50
+    with pytest.raises(BadStateError, match="50 in a row"):
+        learner._saver.save()
+    learner._writer.skipped_in_a_row = 0
+    learner._writer.add_step(numbers(skipped=0.0))
+    learner._saver.save_if_due()
+    assert len(list(saves.glob("0*"))) == 2
