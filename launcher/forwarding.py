@@ -207,9 +207,14 @@ class FallibleForwarder:
 
 
 class TensorBoardForwarder:
-    """Writes rows into the folder `tb/`. It uses tensorboard's own writer, because torch's would import torch."""
+    """Writes rows into the folder `tb/`. It uses tensorboard's own writer, because torch's would import torch.
 
-    def __init__(self, folder: Path) -> None:
+    After a resume from an older checkpoint, steps that were undone are made again. TensorBoard forgets what it has from
+    a step on if an event marks the start of a session at that step, so no step is shown twice.
+    """
+
+    def __init__(self, folder: Path, *, last_step: int = -1) -> None:
+        """last_step: the gradient step of the newest row that an earlier launch wrote into the folder."""
         from tensorboard.compat.proto import event_pb2, summary_pb2
         from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
@@ -217,15 +222,20 @@ class TensorBoardForwarder:
         self._event: Any = event_pb2
         self._summary: Any = summary_pb2
         self._writer = EventFileWriter(str(folder), flush_secs=10)
+        self._last_step = last_step
 
     def add(self, row: Mapping[str, Any]) -> None:
         """Write the numbers of a row at its gradient step and time."""
-        written_at = TIME.of(row)
+        written_at, step = TIME.of(row), int(GRADIENT_STEPS.of(row) or 0)
+        if step <= self._last_step:
+            start = self._event.SessionLog(status=self._event.SessionLog.START)
+            self._writer.add_event(self._event.Event(wall_time=time.time(), step=step, session_log=start))
+        self._last_step = step
         values = [self._summary.Summary.Value(tag=tag, simple_value=value) for tag, value in scalars(row).items()]
         self._writer.add_event(
             self._event.Event(
                 wall_time=time.time() if written_at is None else written_at,
-                step=int(GRADIENT_STEPS.of(row) or 0),
+                step=step,
                 summary=self._summary.Summary(value=values),
             )
         )
@@ -280,5 +290,6 @@ def open_forwarder(settings: Settings, folder: RunFolder) -> Forwarder:
     if settings.logger.backend == "wandb":
         return WandbForwarder(folder, settings)
     if settings.logger.backend == "tensorboard":
-        return TensorBoardForwarder(folder.tensorboard)
+        newest = GRADIENT_STEPS.of(last_row(folder.metrics))
+        return TensorBoardForwarder(folder.tensorboard, last_step=-1 if newest is None else int(newest))
     return NoForwarder()

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 from structlog.typing import FilteringBoundLogger
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
 
 from launcher.forwarding import (
@@ -125,6 +126,32 @@ class _FakeWandb(types.ModuleType):
 
     def finish(self) -> None:
         self.calls.append("finished")
+
+
+@pytest.mark.parametrize("within_one_launch", [True, False])
+def test_tensorboard_shows_no_step_twice_after_a_resume_from_an_older_checkpoint(
+    within_one_launch: bool, tmp_path: Path
+) -> None:
+    folder = RunFolder(tmp_path)
+    folder.tensorboard.mkdir()
+    forwarder = open_forwarder(Settings(), folder)
+
+    def forward(*rows: tuple[int, float]) -> None:
+        for step, loss in rows:
+            row = {"gradient_steps": step, "loss_model": loss, "time": 1.7e9 + loss}
+            forwarder.add(row)
+            with folder.metrics.open("a") as file:
+                file.write(json.dumps(row) + "\n")
+
+    forward((100, 1.0), (200, 2.0), (300, 3.0), (350, 3.5))
+    if not within_one_launch:
+        forwarder.close()
+        forwarder = open_forwarder(Settings(), folder)
+    folder.metrics.write_text("")  # the learner deletes the rows that the resume undid
+    forward((200, 20.0), (300, 30.0), (400, 40.0))
+    forwarder.close()
+    shown = EventAccumulator(str(folder.tensorboard)).Reload().Scalars("loss/model")
+    assert [(event.step, event.value) for event in shown] == [(100, 1.0), (200, 20.0), (300, 30.0), (400, 40.0)]
 
 
 def _wandb_settings() -> Settings:
