@@ -151,7 +151,7 @@ class Learner:
 
     def publish(self) -> None:
         """Send the present weights to the collector as a new version."""
-        self.publisher.publish(step=self.counters.gradient_steps, skipped=self._writer.last_skipped)
+        self.publisher.publish(step=self.counters.gradient_steps, skipped=self._writer.sums.last(metrics.SKIPPED))
         self.counters.policy_version = self.publisher.version
         self._writer.evaluations.published(self.publisher.version, self.counters)
 

@@ -11,7 +11,6 @@ from pathlib import Path
 
 import structlog
 import torch
-from torch import Tensor
 
 from learner_proc.device_sums import DeviceSums
 from learner_proc.evaluation import EvaluationLog
@@ -54,7 +53,7 @@ class MetricsWriter:
         self.on_row: Callable[[Mapping[Metric, Value]], None] | None = None  # called with each row that is complete
         self._has_rows = path.stat().st_size > 0
         self._counters, self._constants = counters, constants
-        self._sums = DeviceSums(device, once_per_window=once_per_row)
+        self.sums = DeviceSums(device, once_per_window=once_per_row)
         self._requested: dict[Metric, Value] = {}  # the host's numbers of the row whose other numbers are being copied
         self.evaluations = evaluations
         self.episodes, self._pace = Episodes(), Pace(counters, streaming_since=streaming_since)
@@ -63,11 +62,6 @@ class MetricsWriter:
         self._meter, self._collector_memory = MemoryMeter(str(device), whole_device=False), Memory(0)
         self._diverged_before = 0
         self.skipped_in_a_row = 0  # steps in the newest windows in which no step had a finite gradient
-
-    @property
-    def last_skipped(self) -> Tensor | None:
-        """Return whether the last step was skipped, a number () on the device; None before the first step."""
-        return self._sums.last(metrics.SKIPPED)
 
     def add_commit(self, commit: Commit, *, newest_version: int, collector: int) -> None:
         """Count a commit.
@@ -90,7 +84,7 @@ class MetricsWriter:
 
     def add_step(self, numbers: Numbers) -> None:
         """Add what one gradient step measured. Call it before the step is counted."""
-        self._sums.add(numbers)
+        self.sums.add(numbers)
         self._pace.count_step()
 
     def request_row(self, measured: Numbers | None, further: Mapping[Metric, Value]) -> None:
@@ -100,16 +94,16 @@ class MetricsWriter:
         what only the caller knows.
         """
         self.poll(wait=True)
-        if self._sums.num_steps == 0 and self._has_rows:
+        if self.sums.num_steps == 0 and self._has_rows:
             return
         self._has_rows, self._requested = True, self._host_numbers() | dict(further)
         self._pace.start_window()
-        self._sums.request(measured)
+        self.sums.request(measured)
         self.poll()
 
     def poll(self, *, wait: bool = False) -> None:
         """Write the requested row if its numbers have arrived. wait: wait for them."""
-        window = self._sums.result(wait=wait)
+        window = self.sums.result(wait=wait)
         if window is None:
             return
         self._counters.nan_skips += window.num_skipped

@@ -99,7 +99,7 @@ class Saver:
 
         A checkpoint of such a state would replace a good one.
         """
-        last = self._writer.last_skipped
+        last = self._writer.sums.last(metrics.SKIPPED)
         in_a_row = max(self._writer.skipped_in_a_row, 1) if last is not None and last.item() > 0 else 0
         name, problem = not_finite(self._step.tensors()), None
         if name is not None:
