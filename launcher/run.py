@@ -22,6 +22,7 @@ from launcher.forwarding import FallibleForwarder, RowRelay, last_row, open_forw
 from launcher.main import ROOT
 from launcher.parser import command_name
 from launcher.provenance import describe_run
+from launcher.reports import Reports
 from launcher.run_folder import (
     ResumeUndo,
     RunIsComplete,
@@ -223,15 +224,15 @@ def _previous_launch(folder: RunFolder, log: FilteringBoundLogger) -> Run:
 def _watch(ready: _Ready, stop: StopFlag, save: SaveFlag) -> Outcome:
     """Run both processes to the end of the run and write summary.json, even if launch itself fails."""
     starter, settings, prepared = ready.starter, ready.settings, ready.prepared
-    folder, log, began, events = starter.folder, prepared.log, time.monotonic(), Events()
-    display = Display(Console())
+    folder, log, began = starter.folder, prepared.log, time.monotonic()
+    display, reports = Display(Console()), Reports(starter, settings, log)
     outcome = Outcome(ExitCode.FAILED, "launch failed")
     for line in _opening_lines(starter, settings):
         display.print_line(line)
     display.start()
     try:
         outcome = run_processes(
-            starter, settings, stop=stop, save=save, events=events, log=log, display=display, relay=prepared.relay
+            starter, settings, stop=stop, save=save, reports=reports, log=log, display=display, relay=prepared.relay
         )
     except Exception as error:
         outcome = _failure(error, folder)
@@ -241,11 +242,13 @@ def _watch(ready: _Ready, stop: StopFlag, save: SaveFlag) -> Outcome:
     finally:
         display.stop()
         seconds = time.monotonic() - began
-        problem = _write_summary(starter, outcome, events, seconds)
+        problem, signals = _write_summary(starter, outcome, reports.events, seconds), stop.count
+        reports.end(outcome)
         log.info("ended", exit_code=outcome.exit_code, reason=outcome.reason)
         trained = prepared.relay.num_rows > 0
         for line in [*problem, *_closing_lines(outcome, starter, settings, seconds=seconds, trained=trained)]:
             display.print_line(line)
+        reports.close(give_up=lambda: stop.count > signals)
         stop.restore()
     return outcome
 

@@ -36,8 +36,8 @@ if TYPE_CHECKING:
     from structlog.typing import FilteringBoundLogger
 
     from launcher.display import Display
-    from launcher.events import Events
     from launcher.forwarding import RowRelay
+    from launcher.reports import Reports
     from shared.config import Settings
 
 TICK_S = 0.2
@@ -50,7 +50,7 @@ def run_processes(
     *,
     stop: StopFlag,
     save: SaveFlag,
-    events: Events,
+    reports: Reports,
     log: FilteringBoundLogger,
     display: Display,
     relay: RowRelay,
@@ -58,15 +58,17 @@ def run_processes(
     """Start the learner and the collector, watch them until the run is over, and leave neither of them behind."""
     try:
         try:
-            learner = LearnerWatch(starter, settings, relay=relay, events=events, log=log, display=display)
-            collector = CollectorWatch(starter, settings, events=events, log=log, display=display)
+            learner = LearnerWatch(starter, settings, relay=relay, events=reports.events, log=log, display=display)
+            collector = CollectorWatch(starter, settings, events=reports.events, log=log, display=display)
         except OSError as error:
             return Outcome(
                 ExitCode.REFUSED,
                 f"the two processes cannot be started: {error}; expected a run folder in which this user may write, on "
                 "a disk with free space; correct this, or give another --run-dir",
             )
-        watch = Watch(learner, collector, settings, stop=stop, save=save, log=log, display=display, relay=relay)
+        watch = Watch(
+            learner, collector, settings, stop=stop, save=save, reports=reports, log=log, display=display, relay=relay
+        )
         try:
             outcome = watch.run()
             watch.stop_collector()
@@ -91,12 +93,14 @@ class Watch:
         *,
         stop: StopFlag,
         save: SaveFlag,
+        reports: Reports,
         log: FilteringBoundLogger,
         display: Display,
         relay: RowRelay,
     ) -> None:
         self._learner, self._collector, self._settings = learner, collector, settings
-        self._stop, self._save, self._log, self._display, self._relay = stop, save, log, display, relay
+        self._stop, self._save, self._reports = stop, save, reports
+        self._log, self._display, self._relay = log, display, relay
         self._end: OrderlyEnd | None = None  # set as soon as the run is to end in order
         self._watched_since = self._passed_at = time.monotonic()
         self._start_shown = False
@@ -138,12 +142,9 @@ class Watch:
         self._learner.observe()
         self._collector.observe()
         self._forward_rows()
-        self._display.show(
-            self._learner.process.snapshot,
-            self._collector.process.snapshot,
-            self._relay.newest,
-            restarts=self._collector.restarts,
-        )
+        seen = self._learner.process.snapshot, self._collector.process.snapshot, self._relay.newest
+        self._display.show(*seen, restarts=self._collector.restarts)
+        self._reports.update(*seen)
 
     def _forward_rows(self) -> None:
         for row in self._relay.forward():

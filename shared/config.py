@@ -420,7 +420,7 @@ class DeadlineSettings:
 
 @dataclass
 class SupervisionSettings:
-    """How launch replaces processes that died."""
+    """How launch replaces processes that died, and of what it warns whom."""
 
     max_learner_restarts: int = setting(
         5,
@@ -435,6 +435,20 @@ class SupervisionSettings:
         unit="s",
         minimum=0.0,
         maximum=300.0,
+    )
+    warn_hours: float = setting(
+        12.0,
+        "Warn if disk, memory or GPU memory will be used up within this time at the present pace.",
+        unit="hours",
+        minimum=0.0,
+        maximum=1e4,
+    )
+    on_event: Optional[str] = setting(
+        None,
+        "Shell command that gets a JSON object on stdin at restarts, warnings and the end of the run; null: none.",
+    )
+    on_event_s: float = setting(
+        30.0, "Longest time of one call of on_event; then it is killed.", unit="s", minimum=0.1, maximum=3600.0
     )
 
 

@@ -5,7 +5,7 @@
     metrics.jsonl, evaluations.jsonl     written by the learner
     checkpoints/                         written by the learner
     logs/, crash/                        written by every process; crash/ holds stack dumps
-    tb/, summary.json                    written by launch; summary.json when the run ends
+    tb/, status.json, summary.json       written by launch; summary.json when the run ends
 
 Only the sockets are somewhere else, in a folder with a short path (`shared.socket_folder`).
 """
@@ -51,6 +51,11 @@ class RunFolder:
     def summary(self) -> Path:
         """The result, written when the run ends."""
         return self.path / "summary.json"
+
+    @property
+    def status(self) -> Path:
+        """What the run does now, for `launch.py status`."""
+        return self.path / "status.json"
 
     @property
     def logs(self) -> Path:

@@ -28,6 +28,7 @@ COMMANDS = {
     "play": Command("launcher.commands.play", "film episodes of a trained policy"),
     "checkpoints": Command("launcher.commands.checkpoints", "list the checkpoints of a run with their health"),
     "settings": Command("launcher.commands.settings", "list the settings: default, type, bounds, meaning"),
+    "status": Command("launcher.commands.status", "show what a run does, or how it ended"),
     "probe": Command("launcher.commands.probe", "check one simulator on this machine"),
 }
 # Options begin with "-", and settings have a "=" or a sign of Hydra, so none of them looks like this.

@@ -7,7 +7,7 @@
              sending    the collector has started to copy its first chunk
              adopting   the collector takes new weights
 
-The file `struck` in the run folder shows that the fault has happened. The next process does not fail.
+The file `struck` beside the run folder shows that the fault has happened. The next process does not fail.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class Fault:
     """A fault that happens once in a run."""
 
     def __init__(self, target: str, kind: str, place: str, run_dir: Path) -> None:
-        self._target, self._kind, self._place, self._struck = target, kind, place, run_dir / "struck"
+        self._target, self._kind, self._place, self._struck = target, kind, place, run_dir.parent / "struck"
         self._entered: Counter[str] = Counter()
 
     def at(self, place: str) -> None:
