@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from shared.checkpoints import Checkpoint, whole_checkpoints
 from shared.errors import SettingError
-from shared.metrics import EVAL_RETURN_MEAN, GRADIENT_STEPS, parse_row
 from shared.run_folder import RunFolder
 
 CHOICES = "STEP, best, latest or all"
@@ -29,7 +29,7 @@ def choose_checkpoints(folder: RunFolder, choice: str) -> list[Path]:
     if choice == "latest":
         return [newest_first[0].folder]
     if choice == "best":
-        return [best_checkpoint(folder, whole).folder]
+        return [best_checkpoint(folder, newest_first).folder]
     found = [each.folder for each in whole if choice.isdecimal() and each.manifest.step == int(choice)]
     if not found:
         steps = ", ".join(str(each.manifest.step) for each in whole)
@@ -40,26 +40,15 @@ def choose_checkpoints(folder: RunFolder, choice: str) -> list[Path]:
     return found[-1:]
 
 
-def best_checkpoint(folder: RunFolder, whole: list[Checkpoint]) -> Checkpoint:
-    """Return the checkpoint at whose step the run's own evaluation return was highest.
+def best_checkpoint(folder: RunFolder, newest_first: Sequence[Checkpoint]) -> Checkpoint:
+    """Return the checkpoint at which the run's own evaluation return was highest; checkpoint.keep_best keeps it too.
 
-    Raises: SettingError if the run reported no evaluation return before any of its checkpoints.
+    Raises: SettingError if the run had not evaluated when it saved any of them.
     """
-    scores = [(score, each) for each in whole if (score := _score_at(folder, each.manifest.step)) is not None]
-    if not scores:
+    rated = [each for each in newest_first if each.manifest.eval_return_mean is not None]
+    if not rated:
         raise SettingError(
-            f"--checkpoint best needs {EVAL_RETURN_MEAN.name} in {folder.metrics}, and no row has it; expected a run "
-            "with collector.eval_envs of at least 1 that has evaluated; use --checkpoint latest"
+            f"--checkpoint best compares evaluation returns, and no checkpoint of {folder.path} has one; expected a "
+            "run with collector.eval_envs of at least 1 that has evaluated; use --checkpoint latest"
         )
-    return max(scores, key=lambda scored: scored[0])[1]
-
-
-def _score_at(folder: RunFolder, step: int) -> float | None:
-    """Return the newest evaluation return that the run had reported when it saved the checkpoint of a step."""
-    score = None
-    lines = folder.metrics.read_bytes().splitlines() if folder.metrics.is_file() else []
-    for row in filter(None, map(parse_row, lines)):
-        done, value = GRADIENT_STEPS.of(row), EVAL_RETURN_MEAN.of(row)
-        if done is not None and done <= step and value is not None:
-            score = value
-    return score
+    return max(rated, key=lambda each: each.manifest.eval_return_mean or 0.0)

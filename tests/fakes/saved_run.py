@@ -40,6 +40,6 @@ def save_run(folder: RunFolder, settings: Settings, spec: StreamSpec, steps: tup
         learner.policy.normaliser.update(seen)
         state = {"gradient_step": learner.state_dict()}
         options = CheckpointSettings(keep=len(steps))
-        checkpoint.save(folder.checkpoints, Content(step, state, {}, spec.digest()), None, options)
+        checkpoint.save(folder.checkpoints, Content(step, state, {}, spec.digest(), RETURNS.get(step)), None, options)
     rows = [{"gradient_steps": step, "eval_return_mean": value} for step, value in RETURNS.items()]
     folder.metrics.write_text("".join(json.dumps(row) + "\n" for row in rows))

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from launcher.checkpoint_choice import choose_checkpoints
+from shared.checkpoints import whole_checkpoints, write_manifest
 from shared.errors import SettingError
 from shared.run_folder import RunFolder
 
@@ -29,12 +31,16 @@ def test_a_checkpoint_that_does_not_exist_is_refused_with_those_that_do(choice: 
 
 
 def test_the_best_checkpoint_needs_an_evaluation(run_dir: Path) -> None:
-    (run_dir / "metrics.jsonl").write_text('{"gradient_steps": 20, "eval_return_mean": null}\n{"gradient_st')
-    with pytest.raises(SettingError, match=r"--checkpoint best needs eval_return_mean in .*; use --checkpoint latest"):
+    for checkpoint in whole_checkpoints(run_dir / "checkpoints"):
+        write_manifest(checkpoint.folder, replace(checkpoint.manifest, eval_return_mean=None))
+    with pytest.raises(SettingError, match=r"--checkpoint best compares evaluation returns.*; use --checkpoint latest"):
         _steps(run_dir, "best")
-    (run_dir / "metrics.jsonl").unlink()
-    with pytest.raises(SettingError, match="use --checkpoint latest"):
-        _steps(run_dir, "best")
+
+
+def test_the_newest_of_equally_good_checkpoints_is_the_best(run_dir: Path) -> None:
+    for checkpoint in whole_checkpoints(run_dir / "checkpoints"):
+        write_manifest(checkpoint.folder, replace(checkpoint.manifest, eval_return_mean=-5.0))
+    assert _steps(run_dir, "best") == [20]
 
 
 def test_a_checkpoint_that_is_not_whole_is_not_chosen(run_dir: Path) -> None:
