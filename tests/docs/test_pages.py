@@ -23,6 +23,7 @@ OF_A_RUN = (
     "run.json",
     "metrics.jsonl",
     "summary.json",
+    "status.json",
     "manifest.json",
     "policy.json",
     "run_policy.py",
