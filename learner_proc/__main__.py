@@ -7,6 +7,7 @@ import os
 import sys
 from pathlib import Path
 
+from shared.checkpoints import CheckpointError
 from shared.config import Settings
 from shared.errors import HandoverError, SettingError, TransportError
 from shared.gpu import check_gpu
@@ -48,7 +49,6 @@ def train(process: Process, device: str, *, resume: bool) -> ExitCode:
     """
     import torch  # only now: it takes seconds, and a signal that arrives meanwhile must find its handler installed
 
-    from learner_proc.checkpoint import CheckpointError
     from learner_proc.waiting import WaitingLearner
 
     prepare_torch(process.settings, device)

@@ -1,7 +1,8 @@
 """Save a checkpoint, and load the newest one that is whole. `shared/checkpoints.py` shows the files.
 
 A folder is written as `.partial-*`, flushed to the disk and then renamed, so a folder with a step as its name was
-complete. No folder is ever replaced: a second checkpoint of a step is called `00001200.1`.
+complete. No folder is ever replaced: a second checkpoint of a step is called `00001200.1`. The learner writes the files
+(`write_files`) and trains on; `learner_proc/finishing.py` does the rest.
 """
 
 from __future__ import annotations
@@ -16,31 +17,25 @@ from typing import Any
 import structlog
 import torch
 
+from learner_proc.finishing import failure, finish
 from learner_proc.replay import Replay
 from learner_proc.replay_files import ReplayFiles, StoredRows
-from learner_proc.retention import delete_others
-from learner_proc.stored_file import FileWriter
 from learner_proc.weights_file import write_safetensors
 from shared.checkpoints import (
     Checkpoint,
-    CheckpointError,
     DamagedError,
     Manifest,
     StoredFile,
     damaged_checkpoints,
     file_crc32,
-    free_folder,
     mark_damaged,
-    newest_checkpoint,
     newest_verified,
     read_manifest,
     settle,
     whole_checkpoints,
-    write_manifest,
 )
 from shared.config import CheckpointSettings
 from shared.errors import SettingError
-from shared.files import sync_folder, write_atomic
 from shared.stream import ObsSpec, StreamSpec
 
 
@@ -59,35 +54,52 @@ class Content:
     eval_return_mean: float | None = None
 
 
-def save(root: Path, content: Content, replay: ReplayFiles | None, options: CheckpointSettings) -> Path:
-    """Write a checkpoint and return its folder. Then delete the checkpoints that `options` does not keep.
+@dataclass(frozen=True)
+class Written:
+    """The files of a checkpoint in a folder `.partial-*`. They are not flushed, and the manifest is not written.
 
-    replay: writes the rows; None saves none.
+    manifest: without the checksums of new files.
+    """
+
+    partial: Path
+    manifest: Manifest
+    rows: tuple[StoredRows, ...]
+
+
+def save(
+    root: Path,
+    content: Content,
+    replay: ReplayFiles | None,
+    options: CheckpointSettings,
+    *,
+    on_block: Callable[[], None] = lambda: None,
+) -> Path:
+    """Write and finish a checkpoint and return its folder. Then delete the checkpoints that `options` does not keep.
+
+    replay: writes the rows; None saves none. on_block: called for each block that was read for a checksum.
     Raises: CheckpointError if it cannot be written. Nothing of it is left then.
     """
+    written = write_files(root, content, replay)
+    final = finish(written.partial, written.manifest, options, on_block=on_block)
+    if replay is not None:
+        replay.finished(final, written.rows)
+    return final
+
+
+def write_files(root: Path, content: Content, replay: ReplayFiles | None) -> Written:
+    """Write the files of a checkpoint. Raises: CheckpointError if it cannot be written. Nothing of it is left then."""
     partial = root / f".partial-{content.step:08d}"
     try:
         root.mkdir(exist_ok=True)
         settle(root)
         partial.mkdir()
-        rows = _write(partial, content, replay, serial=1 + _newest_serial(root))
-        final = free_folder(root, content.step)
-        partial.rename(final)
-        sync_folder(root)
+        return _write(partial, content, replay, serial=1 + _newest_serial(root))
     except BaseException as error:
         shutil.rmtree(partial, ignore_errors=True)  # it may fill a disk that is full already
         # torch.save raises RuntimeError if the disk is full.
         if isinstance(error, OSError | RuntimeError):
-            raise CheckpointError(
-                f"the checkpoint of step {content.step} could not be saved, {_what_is_kept(root)}: {_cause(error)}; "
-                f"expected a disk with free space at {root}; free some of it"
-            ) from error
+            raise failure(root, content.step, _cause(error)) from error
         raise
-    if replay is not None:
-        replay.written(final, rows)
-    _name_latest(root, final)
-    delete_others(root, options)
-    return final
 
 
 def load_newest(root: Path, *, on_block: Callable[[], None] = lambda: None) -> tuple[Checkpoint, dict[str, Any]]:
@@ -171,17 +183,16 @@ def restore_random_state(state: dict[str, torch.Tensor], replay: Replay, device:
         torch.cuda.set_rng_state(state["cuda"], device)
 
 
-def _write(partial: Path, content: Content, replay: ReplayFiles | None, *, serial: int) -> tuple[StoredRows, ...]:
-    """Write the files of a checkpoint into an empty folder, the manifest last. Return the segments of the replay."""
-    files: dict[str, StoredFile] = {}
-    with FileWriter(partial / "state.pt") as file:
-        torch.save(content.state, file)  # pyright: ignore[reportArgumentType]
-    files["state.pt"] = file.stored
+def _write(partial: Path, content: Content, replay: ReplayFiles | None, *, serial: int) -> Written:
+    """Write the files of a checkpoint into an empty folder."""
+    with (partial / "state.pt").open("xb") as file:
+        torch.save(content.state, file)
     if content.weights:
         metadata = {"format": "pt", "step": str(content.step)}
-        files["weights.safetensors"] = write_safetensors(partial / "weights.safetensors", content.weights, metadata)
+        write_safetensors(partial / "weights.safetensors", content.weights, metadata)
     rows = () if replay is None else replay.write(partial)
-    files |= {each.path.name: each.file for each in rows}
+    known = {each.path.name: each.crc32 for each in rows}
+    files = {path.name: StoredFile(path.stat().st_size, known.get(path.name)) for path in sorted(partial.iterdir())}
     manifest = Manifest(
         step=content.step,
         serial=serial,
@@ -193,30 +204,12 @@ def _write(partial: Path, content: Content, replay: ReplayFiles | None, *, seria
         segments=tuple(each.segment for each in rows),
         files=files,
     )
-    write_manifest(partial, manifest)
-    return rows
+    return Written(partial, manifest, rows)
 
 
 def _newest_serial(root: Path) -> int:
     """Return the highest serial number of a checkpoint; 0 if there is none."""
     return max((each.manifest.serial for each in whole_checkpoints(root)), default=0)
-
-
-def _name_latest(root: Path, final: Path) -> None:
-    """Let `latest` name the newest checkpoint. A failure is no reason to lose the checkpoint."""
-    latest = root / "latest"
-    try:
-        if latest.is_dir() and not latest.is_symlink():
-            shutil.rmtree(latest)
-        write_atomic(latest, final.name)
-    except OSError as error:
-        structlog.get_logger().warning("the file latest could not be written", error=str(error))
-
-
-def _what_is_kept(root: Path) -> str:
-    """Return which checkpoint is there after a save that failed."""
-    last = newest_checkpoint(root)
-    return "there is no earlier one" if last is None else f"the last one is of step {last.manifest.step}"
 
 
 def _cause(error: BaseException) -> str:

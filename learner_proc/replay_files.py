@@ -19,7 +19,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,22 +27,23 @@ import torch
 
 from learner_proc.host_blocks import BLOCK_BYTES, HostBlocks
 from learner_proc.replay import Replay
-from learner_proc.stored_file import FileWriter
-from shared.checkpoints import Checkpoint, Segment, StoredFile
+from shared.checkpoints import Checkpoint, DamagedError, Segment, read_manifest
 from shared.errors import SettingError
 from shared.stream import DTYPE_BYTES
 
 SEGMENT_BYTES = 1 << 30  # of one segment, so that little space is lost to rows that no longer count
 MAX_SMALL_SEGMENTS = 256  # more than these, beyond what the size demands: then all rows are written again
-SYNC_BLOCKS = 4  # after so many blocks the file is flushed to the disk, so that no single flush takes long
 
 
 @dataclass(frozen=True)
 class StoredRows:
-    """A segment in a folder. It holds the rows `first` to `end` - 1, in the numbers of `Replay`."""
+    """A segment in a folder. It holds the rows `first` to `end` - 1, in the numbers of `Replay`.
+
+    crc32: its checksum; None if it is new, so that the checksum is not known yet.
+    """
 
     path: Path
-    file: StoredFile
+    crc32: str | None
     first: int
     end: int
 
@@ -77,7 +78,7 @@ class ReplayFiles:
         manifest, stored, end = checkpoint.manifest, [], self._replay.num_restored
         for segment in reversed(manifest.segments):
             path = checkpoint.folder / segment.file
-            stored.insert(0, StoredRows(path, manifest.files[segment.file], end - segment.rows, end))
+            stored.insert(0, StoredRows(path, manifest.files[segment.file].crc32, end - segment.rows, end))
             end -= segment.rows
         # The checksums of format 1 are not known.
         self._stored = tuple(stored) if manifest.format > 1 and self._replay.num_restored > 0 else ()
@@ -98,15 +99,24 @@ class ReplayFiles:
             number += 1
         return tuple(stored)
 
-    def written(self, folder: Path, stored: tuple[StoredRows, ...]) -> None:
-        """Remember the segments of a checkpoint that is complete and now has the name `folder`."""
-        self._stored = tuple(StoredRows(folder / s.path.name, s.file, s.first, s.end) for s in stored)
+    def finished(self, folder: Path, stored: tuple[StoredRows, ...]) -> None:
+        """Remember the segments of a checkpoint that is finished and now has the name `folder`."""
+        try:
+            files = read_manifest(folder).files
+        except DamagedError:  # somebody deleted the folder already: the next checkpoint writes all rows
+            self._stored = ()
+            return
+        paths = [folder / each.path.name for each in stored]
+        self._stored = tuple(
+            replace(each, path=path, crc32=files[path.name].crc32) for each, path in zip(stored, paths, strict=True)
+        )
 
     def _linked(self, folder: Path) -> list[StoredRows]:
         """Link the segments that still hold rows that can be sampled. Return none if all rows must be written again."""
         replay = self._replay
         still = [each for each in self._stored if each.end > replay.first]
-        live_bytes = replay.num_rows * _row_bytes(replay)
+        row_bytes = _row_bytes(replay)
+        live_bytes = replay.num_rows * row_bytes
         if len(still) > MAX_SMALL_SEGMENTS + 2 * live_bytes // SEGMENT_BYTES:
             return []
         linked = []
@@ -114,8 +124,8 @@ class ReplayFiles:
             for each in still:
                 path = folder / each.path.name
                 os.link(each.path, path)
-                linked.append(StoredRows(path, each.file, each.first, each.end))
-                if path.stat().st_size != each.file.size:
+                linked.append(replace(each, path=path))
+                if path.stat().st_size != each.segment.rows * row_bytes:
                     raise OSError(f"{each.path} was changed")
         except OSError:  # no hard links here, or somebody deleted or cut the file
             for path in folder.glob("replay-*"):
@@ -130,13 +140,10 @@ class ReplayFiles:
         stop = start + end - first
         spans = [(start, min(stop, capacity))] + ([(0, stop - capacity)] if stop > capacity else [])
         views = [replay.views.get(entry.key) for entry in replay.layout.fields]
-        with FileWriter(path) as file:
-            blocks = self._blocks.read(view[a:b] for view in views for a, b in spans)
-            for number, block in enumerate(blocks, 1):
+        with path.open("xb") as file:
+            for block in self._blocks.read(view[a:b] for view in views for a, b in spans):
                 file.write(block.numpy().data)
-                if number % SYNC_BLOCKS == 0:
-                    file.sync()
-        return StoredRows(path, file.stored, first, end)
+        return StoredRows(path, None, first, end)
 
 
 def load_replay(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +12,13 @@ import torch
 
 from learner_proc import checkpoint
 from learner_proc.checkpoint import Content
+from learner_proc.finishing import Finisher
 from learner_proc.gradient_step import SCALE_GROUP, GradientStep
 from learner_proc.handshake import SharedReplay
 from learner_proc.host_blocks import HostBlocks
 from learner_proc.metrics_writer import MetricsWriter
 from learner_proc.replay import Replay
-from learner_proc.replay_files import ReplayFiles
+from learner_proc.replay_files import ReplayFiles, StoredRows
 from learner_proc.snapshot import Groups, not_finite, on_host
 from learner_proc.totals import Counters
 from shared import metrics
@@ -32,6 +33,16 @@ MOST_SKIPPED = 20  # float16 skips a dozen steps until its loss scale settles, a
 
 class BadStateError(CheckpointError):
     """The state of the learner is not worth keeping. The earlier checkpoints are as they were."""
+
+
+@dataclass(frozen=True)
+class _Pending:
+    """A checkpoint that is being finished: since when (`time.perf_counter()`), and how long training waited for it."""
+
+    finisher: Finisher
+    rows: tuple[StoredRows, ...]
+    began: float
+    waited_s: float
 
 
 class Saver:
@@ -56,22 +67,48 @@ class Saver:
         if saved is not None:
             self._replay.continue_from(saved)
         self._saved_at = time.monotonic()
+        self._pending: _Pending | None = None
 
     def save_if_due(self) -> None:
-        """Write a checkpoint if it is due or asked for. If it fails, log a warning: training must go on."""
+        """Begin a checkpoint if it is due or asked for. If it fails, log a warning: training must go on.
+
+        The files are written here. Another process computes their checksums and flushes them while training goes on.
+        """
         every_s = self._process.settings.checkpoint.every_s
-        if time.monotonic() - self._saved_at <= every_s and not self._process.save.take():
-            return
         try:
-            self.save(most_skipped=0)
+            if self._pending is not None and not self._take_finished():
+                return
+            if time.monotonic() - self._saved_at > every_s or self._process.save.take():
+                self._begin()
         except CheckpointError as error:
             self._process.log.warning("a checkpoint failed; it is tried again later", reason=str(error))
             retry_s = SOON_S if isinstance(error, BadStateError) else every_s
             self._saved_at = time.monotonic() - every_s + min(retry_s, every_s)
             self._process.progress.phase("training")
 
-    def save(self, *, most_skipped: int = MOST_SKIPPED) -> None:
-        """Write a checkpoint. Afterwards the process is in phase "training" again.
+    def wait(self) -> None:
+        """Wait until no checkpoint is being finished. If it fails, log a warning."""
+        if self._pending is not None:
+            self._process.progress.phase("saving")
+            try:
+                self._take_finished(wait=True)
+            except CheckpointError as error:
+                self._process.log.warning("a checkpoint failed", reason=str(error))
+            self._process.progress.phase("training")
+
+    def save(self) -> None:
+        """Write a checkpoint and wait for it. Afterwards the process is in phase "training" again.
+
+        Raises: CheckpointError if it cannot be written; BadStateError if the state is not worth keeping.
+        """
+        self.wait()
+        self._begin(most_skipped=MOST_SKIPPED)
+        self._process.progress.phase("saving")
+        self._take_finished(wait=True)
+        self._process.progress.phase("training")
+
+    def _begin(self, *, most_skipped: int = 0) -> None:
+        """Write the files of a checkpoint, and start the process that finishes it.
 
         most_skipped: refuse to save if more than so many gradient steps in a row were skipped.
 
@@ -84,15 +121,35 @@ class Saver:
         process.progress.phase("saving")
         began = time.perf_counter()
         self._check_state(most_skipped)
-        folder = checkpoint.save(
-            RunFolder(process.run_dir).checkpoints,
-            self._content(),
-            self._replay if options.replay else None,
-            options,
+        root, replay = RunFolder(process.run_dir).checkpoints, self._replay if options.replay else None
+        written = checkpoint.write_files(root, self._content(), replay)
+        self._pending = _Pending(
+            Finisher(written.partial, written.manifest, options), written.rows, began, time.perf_counter() - began
         )
         self._saved_at = time.monotonic()
-        process.log.info("checkpoint", folder=str(folder), seconds=round(time.perf_counter() - began, 2))
         process.progress.phase("training")
+
+    def _take_finished(self, *, wait: bool = False) -> bool:
+        """Return whether the pending checkpoint is finished, and note its rows then. wait: wait for it.
+
+        Raises: CheckpointError if it failed.
+        """
+        pending, advance = self._pending, self._process.progress.advance
+        assert pending is not None
+        try:
+            folder = pending.finisher.wait(on_block=advance) if wait else pending.finisher.poll()
+        except CheckpointError:
+            self._pending = None
+            raise
+        if folder is None:
+            return False
+        self._pending = None
+        self._replay.finished(folder, pending.rows)
+        seconds = round(time.perf_counter() - pending.began, 2)
+        self._process.log.info(
+            "checkpoint", folder=str(folder), seconds=seconds, training_waited_s=round(pending.waited_s, 2)
+        )
+        return True
 
     def _check_state(self, most_skipped: int) -> None:
         """Raise BadStateError if a number is not finite or too many steps in a row were skipped. Waits for the device.

@@ -17,9 +17,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from learner_proc.stored_file import FileWriter
-from shared.checkpoints import StoredFile
-
 DTYPES = {
     torch.float64: "F64",
     torch.float32: "F32",
@@ -32,7 +29,7 @@ DTYPES = {
 }
 
 
-def write_safetensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> StoredFile:
+def write_safetensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
     """Write tensors that are in host memory to a new file. Raises: OSError, for example if the disk is full."""
     header: dict[str, Any] = {"__metadata__": dict(metadata)}
     end = 0
@@ -41,8 +38,7 @@ def write_safetensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mappi
         header[name] = {"dtype": DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [begin, end]}
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)  # the tensors begin at a multiple of 8
-    with FileWriter(path) as file:
+    with path.open("xb") as file:
         file.write(struct.pack("<Q", len(text)) + text)
         for tensor in tensors.values():
             file.write(tensor.contiguous().view(-1).view(torch.uint8).numpy().data)
-    return file.stored

@@ -51,7 +51,7 @@ class NewerFormatError(DamagedError):
 
 @dataclass(frozen=True)
 class StoredFile:
-    """Size and checksum of a file. The checksum is 8 hexadecimal digits, or None in a checkpoint of format 1.
+    """Size and checksum of a file. The checksum is 8 hexadecimal digits. None: not known yet, or in format 1 never.
 
     A size of None means any size but 0; only the first checkpoints of Tandem 0.1 have it.
     """
@@ -127,7 +127,13 @@ def read_manifest(folder: Path) -> Manifest:
             f"it has format {content['format']}; expected at most {FORMAT}, the newest that this version reads"
         )
     del content["crc32"]
-    return Manifest(**content | {
+    return manifest_of(content)
+
+
+def manifest_of(content: Mapping[str, Any]) -> Manifest:
+    """Return the manifest that `dataclasses.asdict` turned into `content`, also after a way through JSON."""
+    return Manifest(**{
+        **content,
         "fields": tuple(content["fields"]),
         "segments": tuple(Segment(**segment) for segment in content["segments"]),
         "files": {name: StoredFile(**file) for name, file in content["files"].items()},

@@ -44,11 +44,16 @@ def write_atomic(path: Path, content: str | bytes) -> None:
 
 def sync_folder(path: Path) -> None:
     """Flush the names in a folder to the disk. Without this, a power failure could undo a rename."""
-    folder = os.open(path, os.O_RDONLY)
+    sync_file(path)
+
+
+def sync_file(path: Path) -> None:
+    """Flush a file to the disk that was written before. Raises: OSError, for example if the disk is full."""
+    file = os.open(path, os.O_RDONLY)
     try:
-        os.fsync(folder)
+        os.fsync(file)
     finally:
-        os.close(folder)
+        os.close(file)
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:

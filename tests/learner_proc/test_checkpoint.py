@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from learner_proc import checkpoint
+from learner_proc import checkpoint, finishing
 from shared.checkpoints import CheckpointError, damaged_checkpoints, newest_checkpoint
 from shared.errors import SettingError
 from tests.learner_proc.identified_rows import fill, make_replay
@@ -59,7 +59,7 @@ def test_a_save_that_is_killed_at_its_end_leaves_a_whole_checkpoint(tmp_path, mo
         if killed_at == "rename":
             patch.setattr(Path, "rename", killed)
         else:
-            patch.setattr(checkpoint, {"latest": "_name_latest"}.get(killed_at, killed_at), killed)
+            patch.setattr(finishing, {"latest": "_name_latest"}.get(killed_at, killed_at), killed)
         patch.setattr("shutil.rmtree", lambda *arguments, **options: None)  # a kill cleans nothing up
         with pytest.raises(KeyboardInterrupt):
             save(tmp_path, 3, keep=1)

@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from learner_proc import checkpoint, replay_files
+from learner_proc import checkpoint, finishing, replay_files
 from learner_proc.host_blocks import HostBlocks
 from learner_proc.replay import Replay
 from learner_proc.replay_files import ReplayFiles, load_replay
-from shared.checkpoints import Checkpoint, read_manifest
+from shared.checkpoints import Checkpoint, CheckpointError, read_manifest
 from shared.errors import SettingError
 from tests.learner_proc.identified_rows import LENGTH, SPEC, fill, make_replay, sampled_rows
 from tests.learner_proc.saved_checkpoints import save
@@ -146,8 +146,8 @@ def test_a_save_that_fails_does_not_count_its_rows_as_stored(tmp_path, monkeypat
     files = ReplayFiles(replay)
     fill(replay, 2)
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoint, "write_manifest", _full)
-        with pytest.raises(checkpoint.CheckpointError):
+        patch.setattr(finishing, "write_manifest", _full)
+        with pytest.raises(CheckpointError):
             save(tmp_path, 1, files)
     fresh = make_replay()
     assert restored(save(tmp_path, 2, files), fresh) == 8

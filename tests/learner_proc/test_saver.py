@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 import time
 
 import pytest
 import torch
 
-from learner_proc.checkpoint import CheckpointError
+from learner_proc.finishing import Finisher
 from learner_proc.learn import Learner
 from learner_proc.numbers import Numbers
 from learner_proc.saver import BadStateError
 from learner_proc.waiting import WaitingLearner
 from shared import metrics
-from shared.checkpoints import newest_checkpoint
+from shared.checkpoints import CheckpointError, newest_checkpoint
 from shared.errors import TransportError
 from shared.handover import connect
 
@@ -43,7 +44,9 @@ def test_a_periodic_checkpoint_that_fails_is_reported_and_tried_again(process, w
     events = [json.loads(line) for line in (process.run_dir / "logs" / "learner.jsonl").read_text().splitlines()]
     (warning,) = [event for event in events if event["level"] == "warning"]
     assert "step 1 could not be saved, there is no earlier one: Pytorch" in warning["reason"]
+    process.settings.checkpoint.every_s = 0.0
     learner.train()
+    learner._saver.wait()
     assert (process.run_dir / "checkpoints" / "latest").read_text() == "00000002"
 
 
@@ -114,6 +117,7 @@ def test_a_state_that_is_not_finite_is_not_saved_and_tried_again_soon(process, w
     monkeypatch.setattr(time, "monotonic", lambda: now)
     now += 101
     saver.save_if_due()
+    saver.wait()
     assert newest_checkpoint(saves) is not None
     tensor = next(iter(t for t in learner._step.tensors()[group].values() if t.is_floating_point() and t.numel() > 1))
     before = tensor.clone()
@@ -129,6 +133,7 @@ def test_a_state_that_is_not_finite_is_not_saved_and_tried_again_soon(process, w
     assert len(list(saves.glob("0*"))) == 1, "one minute has not passed"
     now += 31
     saver.save_if_due()
+    saver.wait()
     assert len(list(saves.glob("0*"))) == 2
 
 
@@ -146,4 +151,35 @@ def test_nothing_is_saved_while_steps_are_skipped(process, waiting, join):
     learner._writer.skipped_in_a_row = 0
     learner._writer.add_step(numbers(skipped=0.0))
     learner._saver.save_if_due()
+    learner._saver.wait()
     assert len(list(saves.glob("0*"))) == 2
+
+
+def test_training_goes_on_while_a_checkpoint_is_finished_and_no_second_one_begins(process, waiting, join, monkeypatch):
+    learner, saves = built(waiting, join), process.run_dir / "checkpoints"
+    process.settings.checkpoint.every_s = 0.0
+    with monkeypatch.context() as patch:
+        patch.setattr(Finisher, "poll", lambda self: None)
+        for _ in range(3):
+            learner.train()
+        assert [path.name for path in saves.glob(".partial-*")] == [".partial-00000001"]
+    assert learner.counters.gradient_steps == 3
+    learner._saver.wait()
+    assert [path.name for path in saves.glob("0*")] == ["00000001"]
+    learner._saver.save()
+    assert sorted(path.name for path in saves.glob("0*")) == ["00000001", "00000003"]
+
+
+def test_a_checkpoint_that_cannot_be_finished_is_reported_and_the_next_one_is_whole(
+    process, waiting, join, monkeypatch
+):
+    learner, saves = built(waiting, join), process.run_dir / "checkpoints"
+    learner.train()
+    process.settings.checkpoint.every_s = 0.0
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "executable", "/bin/false")
+        learner._saver.save_if_due()
+        learner._saver.wait()
+    assert "step 1 could not be saved" in warnings(process)[0]
+    learner._saver.save()
+    assert newest_checkpoint(saves) is not None

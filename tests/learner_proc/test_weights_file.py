@@ -8,7 +8,6 @@ import struct
 import torch
 
 from learner_proc.weights_file import write_safetensors
-from shared.checkpoints import file_crc32
 
 
 def test_header_offsets_and_bytes_follow_the_format(tmp_path):
@@ -19,9 +18,8 @@ def test_header_offsets_and_bytes_follow_the_format(tmp_path):
         "half": torch.tensor([1.5, -2.0], dtype=torch.bfloat16),
         "flag": torch.tensor([True, False, True]),
     }
-    stored = write_safetensors(path, tensors, {"step": "12"})
+    write_safetensors(path, tensors, {"step": "12"})
     raw = path.read_bytes()
-    assert (stored.size, stored.crc32) == (len(raw), file_crc32(path))
     (length,) = struct.unpack("<Q", raw[:8])
     header, body = json.loads(raw[8 : 8 + length]), raw[8 + length :]
     assert length % 8 == 0 and header.pop("__metadata__") == {"step": "12"}
