@@ -22,7 +22,7 @@ from typing import Any
 from collector_proc.simulators.registry import BACKENDS
 from launcher.setting_words import bounds_of, type_of, value_in_words
 from shared.compose import config_names, setting_keys
-from shared.metrics import FAMILIES, METRICS, Metric, MetricFamily
+from shared.metrics import FAMILIES, METRICS, SATURATED, DimensionFamily, Metric, MetricFamily
 
 DOCS = Path(__file__).resolve().parent
 REPO = DOCS.parent
@@ -66,8 +66,8 @@ def backends(_: str) -> str:
 
 def metrics(_: str) -> str:
     """Return one section for each group of metrics, in the order in which they are declared."""
-    groups: dict[str, list[Metric | MetricFamily]] = {}
-    for metric in (*METRICS.values(), *FAMILIES):
+    groups: dict[str, list[Declared]] = {}
+    for metric in (*METRICS.values(), *FAMILIES, SATURATED):
         groups.setdefault(metric.tag.partition("/")[0], []).append(metric)
     return "\n\n".join(f"## {group}\n\n{_metric_table(members)}" for group, members in groups.items())
 
@@ -83,6 +83,7 @@ def body(path: str) -> str:
     return (REPO / path).read_text().partition("\n")[2].strip()
 
 
+Declared = Metric | MetricFamily | DimensionFamily
 PARTS: dict[str, Callable[[str], str]] = {
     "settings": settings,
     "presets": presets,
@@ -117,7 +118,7 @@ def main() -> int:
     return int(check and bool(stale))
 
 
-def _metric_table(members: Iterable[Metric | MetricFamily]) -> str:
+def _metric_table(members: Iterable[Declared]) -> str:
     rows = ([code(metric.name), code(metric.tag), metric.unit, metric.meaning] for metric in members)
     return table(["column", "tag", "unit", "meaning"], rows)
 

@@ -12,7 +12,7 @@ SMALLEST = 1e-5  # a minimum below this stands for "above 0"
 
 def type_of(field: Field[Any]) -> str:
     """Return the type of a setting, such as "int or null"."""
-    text = str(field.type)
+    text = {"Any": "float or list[float]"}.get(str(field.type), str(field.type))
     optional = re.fullmatch(r"Optional\[(.*)\]", text)
     return f"{optional[1]} or null" if optional else text
 

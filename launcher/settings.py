@@ -32,6 +32,7 @@ FIXED_KEYS = (
     "env.from_pixels",
     "env.grayscale",
     "env.action_scale",
+    "env.action_bounds",
     "env.obs_groups",
     "env.image_low",
     "env.image_high",

@@ -17,6 +17,7 @@ from learner_proc.gradient_step import GradientStep
 from learner_proc.numbers import Numbers
 from learner_proc.replay import Replay
 from learner_proc.return_check import ReturnCheck
+from learner_proc.saturation import SaturationCheck
 from shared.config import OptimizationSettings
 from shared.metrics import SAMPLED_VERSION_MEAN
 from shared.model.capture import capture
@@ -25,7 +26,7 @@ NUM_WINDOWS = 64
 
 
 class Measurements:
-    """Prediction errors, critic values and the age of the data, measured on NUM_WINDOWS windows of the replay.
+    """Prediction errors, critic values, the actor's limits and the age of the data, on NUM_WINDOWS replayed windows.
 
     They are measured for each row of metrics.jsonl and not for every gradient step.
     """
@@ -36,7 +37,9 @@ class Measurements:
         self.length = min(WINDOW_LENGTH, replay.layout.capacity - 2 * replay.ticks_per_chunk)
         self._diagnostics = Diagnostics(step.spec, step.world_model, step.policy.normaliser, length=self.length)
         self._returns = ReturnCheck(step.world_model, step.policy.normaliser, step.critic, optimization)
-        self.metrics = (*self._diagnostics.metrics, *self._returns.metrics, SAMPLED_VERSION_MEAN)
+        self._saturation = SaturationCheck(step.policy.actor)
+        parts = (self._diagnostics, self._returns, self._saturation)
+        self.metrics = (*(metric for part in parts for metric in part.metrics), SAMPLED_VERSION_MEAN)
 
     def __call__(self, *, seed: int) -> Numbers | None:
         """Return the numbers of `metrics`, or None while the replay holds less than one window.
@@ -52,7 +55,9 @@ class Measurements:
     def measure(self, batch: TensorDict) -> Numbers:
         """Return the numbers of `metrics`, measured on a batch [NUM_WINDOWS, length]. Does not synchronise."""
         version = Numbers.of({SAMPLED_VERSION_MEAN: batch["policy_version"].float().mean()})
-        return Numbers.join([self._diagnostics(batch), self._returns(batch), version])
+        features = self._returns.features(batch)
+        numbers = [self._diagnostics(batch), self._returns(batch, features), self._saturation(features)]
+        return Numbers.join([*numbers, version])
 
 
 class CapturedMeasurements(Measurements):

@@ -10,6 +10,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor
 
 from learner_proc.diagnostics import MAX_CONTEXT
 from learner_proc.numbers import Numbers
@@ -37,20 +38,25 @@ class ReturnCheck:
         self._gamma, self._reward_scale = optimization.gamma, optimization.reward_scale
 
     @torch.no_grad()
-    def __call__(self, batch: TensorDict) -> Numbers:
+    def features(self, batch: TensorDict) -> Tensor:
+        """Return the features (B, L, F) of a batch [B, L], without noise."""
+        num_windows, length = batch["reward"].shape
+        obs = self._normaliser(batch.get("obs").to_dict())
+        noise = torch.zeros(length, num_windows, self._world_model.rssm.stoch_dim, device=batch["reward"].device)
+        return feat(self._world_model.observe(obs, batch["action"], batch["is_first"], noise).belief)
+
+    @torch.no_grad()
+    def __call__(self, batch: TensorDict, features: Tensor) -> Numbers:
         """Return both means over the windows in which no episode begins after row 0, or NaN. Does not synchronise.
 
         The state is the last row of the context. Its recorded return is the sum of the discounted rewards from this row
         to the row before the window's end, and of the critic's discounted value at the end.
-        Shapes: batch [B, L] in the arrival layout of `shared.stream`.
+        Shapes: batch [B, L] in the arrival layout of `shared.stream`; features (B, L, F), those of `features`.
         Units: scaled rewards.
         """
         reward, first = batch.get("reward"), batch.get("is_first")
-        num_windows, length = reward.shape
+        length = reward.shape[1]
         start = min(MAX_CONTEXT, length - 1) - 1
-        obs = self._normaliser(batch.get("obs").to_dict())
-        noise = torch.zeros(length, num_windows, self._world_model.rssm.stoch_dim, device=reward.device)
-        features = feat(self._world_model.observe(obs, batch["action"], first, noise).belief)  # (B, L, F)
         states = torch.stack([features[:, start], features[:, -1]], 1)  # a list as index would copy it from the host
         value = self._critic(states)  # (B, 2); a value includes its own state's reward
         steps = length - 1 - start

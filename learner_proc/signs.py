@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from learner_proc.diagnostics import HORIZONS
 from learner_proc.warning_lines import WarningLines
 from shared import metrics
-from shared.metrics import OPEN_LOOP, Metric
+from shared.metrics import OPEN_LOOP, SATURATED, Metric
 
 if TYPE_CHECKING:
     from learner_proc.totals import Episodes
@@ -25,6 +25,7 @@ ROWS = 10  # rows of metrics for which a sign must last
 FIRST_STEPS = 1000  # gradient steps before which no sign counts that needs trained networks
 VALUE_SLACK = 1.5  # values above this many times what rewards allow are a sign; networks are never exact
 DEAD_KL = 0.01  # nats
+ALWAYS_SATURATED = 0.95  # share of an actor's samples at a limit, above which it hardly learns
 ERROR_FACTOR = 10.0  # growth of the prediction error over its lowest
 # The error of a prediction that is always the mean: about 1 for a normalised vector, less than 0.25 for an image.
 HIGH_VECTOR_ERROR, HIGH_IMAGE_ERROR = 2.0, 0.3
@@ -61,6 +62,7 @@ class Signs:
     _kl: Lasting = field(default_factory=Lasting)
     _random: Lasting = field(default_factory=Lasting)
     _errors: dict[str, Lasting] = field(default_factory=dict)
+    _saturated: dict[int, Lasting] = field(default_factory=dict)
     _lowest: dict[str, float] = field(default_factory=dict)  # prediction error of each entry
     _clipped: float = 0.0
     _masked: float = 0.0
@@ -74,6 +76,8 @@ class Signs:
             self._check_kl(row)
             for entry in sorted(self.spec.obs):
                 self._check_error(row, entry)
+            for dimension in range(self.spec.action_dim):
+                self._check_saturation(row, dimension)
         self._check_return(row)
 
     def _check_arrivals(self, row: Row) -> None:
@@ -107,6 +111,17 @@ class Signs:
                 f"no episode has ended in {ticks:.0f} steps of each environment, so there is no return to report, and "
                 "the agent may stay in one place for ever; expected a task with an end or a time limit; set for "
                 "example env.horizon=1000",
+            )
+
+    def _check_saturation(self, row: Row, dimension: int) -> None:
+        """Warn of an action dimension that is always at a limit."""
+        share = _number(row, SATURATED.member(dimension))
+        if self._saturated.setdefault(dimension, Lasting()).after(share > ALWAYS_SATURATED):
+            self.warnings.once(
+                f"saturated action {dimension}",
+                f"action dimension {dimension} is at a limit in {share:.0%} of the sampled states; expected less than "
+                f"{ALWAYS_SATURATED:.0%}, because the actor hardly learns there; unless the task needs full force, "
+                "widen this dimension with env.action_scale, or lower networks.init_std",
             )
 
     def _check_value(self, row: Row) -> None:

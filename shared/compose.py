@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 
 CONFIG_DIR = Path(__file__).resolve().parent.parent / "configs"
 EXAMPLE = "env.name=walker"
+NUMBERS = "Any"  # the type of a setting that is a number or a list of numbers: OmegaConf has no such type
 # Every version has saved these, from the first to the last line of the file. A file without them was damaged or cut.
 ALWAYS_SAVED = ("env.backend", "env.name", "env.task", "networks.hidden_dim", "checkpoint.keep", "deadlines.stop_s")
 _SAME_SPELLING = 0.85  # similarity of two keys that differ in a letter or two
@@ -173,8 +174,15 @@ def _check_value(key: str, value: Any, entry: Field[Any]) -> Any:
                 + (f"set {key}={similar[0]}" if similar else f"set {key} to one of them")
             )
         return spelled
-    if isinstance(value, int | float) and not isinstance(value, bool):
-        _check_bounds(key, value, entry)
+    is_list = entry.type == NUMBERS and isinstance(value, list | ListConfig) and len(value) > 0
+    for number in value if is_list else [value]:
+        if isinstance(number, int | float) and not isinstance(number, bool):
+            _check_bounds(key, number, entry)
+        elif entry.type == NUMBERS:
+            raise SettingError(
+                f"{key}={value} has a value of the wrong type; expected {_type_in_words(entry)}; write for example "
+                f"{key}={_as_typed(entry.default)}. {_meaning(key, entry)}"
+            )
     return value
 
 
@@ -377,6 +385,7 @@ def _type_in_words(entry: Field[Any]) -> str:
     kind = str(entry.type).removeprefix("Optional[").removesuffix("]")
     names = {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "a word"}
     names["list[str]"] = "a list of words, such as [a,b]"
+    names[NUMBERS] = "a number, or a list of numbers such as [1,0.5]"
     return names[kind] + (" or null" if str(entry.type).startswith("Optional[") else "")
 
 

@@ -76,11 +76,17 @@ class EnvSettings:
         minimum=2,
         maximum=MAX_COUNT,
     )
-    action_scale: float = setting(
+    action_scale: Any = setting(
         1.0,
-        "isaaclab, mjlab, torchrl: factor s of actions without bounds: [-s, s]; with one bound: [low, low + 2s] or "
+        "isaaclab, mjlab, torchrl: s, or a list of one per dimension. No bounds: [-s, s]; one: [low, low + 2s] or "
         "[high - 2s, high].",
         minimum=1e-6,
+    )
+    action_bounds: str = setting(
+        "task",
+        "isaaclab, mjlab: joint_limits: action_scale counts in shares of the way from the standing pose to the farther "
+        "joint limit.",
+        choices=("task", "joint_limits"),
     )
     obs_groups: Optional[list[str]] = setting(
         None,
@@ -314,6 +320,11 @@ class NetworkSettings:
     )
     init_std: float = setting(
         5.0, "Standard deviation of the actor's actions before the tanh, at the start of training.", minimum=1e-3
+    )
+    actor_min_std: float = setting(
+        1e-4,
+        "Lowest standard deviation of the actor's actions before the tanh; 0.1 explores without exploration_noise.",
+        minimum=1e-6,
     )
     exploration_noise: float = setting(
         0.3, "Standard deviation of the noise that is added to training actions.", minimum=0.0

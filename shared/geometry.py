@@ -113,6 +113,7 @@ def check_settings(settings: Settings) -> None:
     """
     geometry = Geometry.of(settings)
     _check_lockstep(settings)
+    _check_actor_std(settings)
     _check_eval_envs(settings, geometry)
     _check_batch(settings)
     _check_starts(settings)
@@ -125,6 +126,15 @@ def _check_lockstep(settings: Settings) -> None:
         raise SettingError(
             "collector.mode=lockstep with optimization.replay_ratio=null, so the learner's turn would never end; "
             "expected a number; set optimization.replay_ratio=64 or collector.mode=async"
+        )
+
+
+def _check_actor_std(settings: Settings) -> None:
+    lowest, first = settings.networks.actor_min_std, settings.networks.init_std
+    if lowest > first:
+        raise SettingError(
+            f"networks.actor_min_std={lowest} is above networks.init_std={first}, with which the actor starts; "
+            f"expected at most {first}; lower it, or raise networks.init_std"
         )
 
 

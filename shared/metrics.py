@@ -317,6 +317,34 @@ REPEAT_LAST = MetricFamily(
 FAMILIES = (OPEN_LOOP, REPEAT_LAST)
 
 
+@dataclass(frozen=True)
+class DimensionFamily:
+    """Metrics that exist once per action dimension. The texts hold {dimension}."""
+
+    name: str
+    tag: str
+    unit: str
+    meaning: str
+
+    @property
+    def prefix(self) -> str:
+        """Return what the column names begin with."""
+        return self.name.partition("{")[0]
+
+    def member(self, dimension: int) -> Metric:
+        """Return the metric of one dimension, counted from 0."""
+        texts = (self.name, self.tag, self.unit, self.meaning)
+        return Metric(*(text.format(dimension=dimension) for text in texts))
+
+
+SATURATED = DimensionFamily(
+    "saturated_action_{dimension}",
+    "behavior/saturated_action_{dimension}",
+    "share",
+    "Share of the actor's samples beyond 0.97 in dimension {dimension}, at sampled replay states.",
+)
+
+
 def finite_or_none(value: Any) -> Any:
     """Return the value, or None in place of NaN and infinity, which JSON cannot express."""
     return None if isinstance(value, float) and not math.isfinite(value) else value
@@ -331,6 +359,9 @@ def find(name: str) -> Metric | None:
     """Return the metric whose column has this name, members of families included; None if it is not declared."""
     if name in METRICS:
         return METRICS[name]
+    dimension = name.removeprefix(SATURATED.prefix)
+    if dimension != name and dimension.isdecimal():
+        return SATURATED.member(int(dimension))
     for family in FAMILIES:
         prefix = family.name.partition("{")[0]
         entry, _, horizon = name.removeprefix(prefix).rpartition("_")

@@ -36,7 +36,8 @@ if TYPE_CHECKING:
 # Settings that choose among the spaces, rewards and first episodes of a task. A backend that fixes them ignores these.
 ISAAC_LAB = ("env.isaac_overrides",)
 TASK_CHOICES = (
-    *("env.action_scale", "env.obs_groups", *IMAGE_RANGE, "env.reward_per_second", "env.randomize_start"),
+    *("env.action_scale", "env.action_bounds", "env.obs_groups", *IMAGE_RANGE),
+    *("env.reward_per_second", "env.randomize_start"),
     *ISAAC_LAB,
 )
 
@@ -68,7 +69,7 @@ BACKENDS = {
     "torchrl": Backend(
         "collector_proc.simulators.torchrl",
         "TorchrlSimulator",
-        ("env.randomize_start", *ENV_COUNTS, *ISAAC_LAB),
+        ("env.action_bounds", "env.randomize_start", *ENV_COUNTS, *ISAAC_LAB),
         horizon_may_be_refused=True,
     ),
     "mjlab": Backend(

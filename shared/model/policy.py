@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 ACTOR_LAYERS = 4
 MEAN_SCALE = 5.0
-MIN_ACTION_STD = 1e-4  # before the tanh
+MIN_ACTION_STD = 1e-4  # before the tanh, in the code of arXiv 1912.01603
 
 
 class Actor(nn.Module):
@@ -33,8 +33,10 @@ class Actor(nn.Module):
         super().__init__()
         self.action_dim = action_dim
         self.layers = mlp(feat_dim, networks.hidden_dim, ACTOR_LAYERS, networks.activation, 2 * action_dim)
-        # The inverse of softplus at init_std, in a form that does not overflow.
-        self.raw_init_std = networks.init_std + math.log(-math.expm1(-networks.init_std))
+        self.min_std = networks.actor_min_std
+        # The inverse of softplus at init_std, in a form that does not overflow. A higher floor does not change the sum.
+        above_floor = networks.init_std - (self.min_std - MIN_ACTION_STD)
+        self.raw_init_std = above_floor + math.log(-math.expm1(-above_floor))
 
     def forward(self, feat: Tensor, linear: Linear = plain) -> tuple[Tensor, Tensor]:
         """Return mean and std before the tanh, in float32. Shapes: (..., F) to two of (..., A)."""
@@ -46,7 +48,7 @@ class Actor(nn.Module):
     def stats(self, mean: Tensor, raw_std: Tensor) -> tuple[Tensor, Tensor]:
         """Return mean and std before the tanh, in float32, from the two halves (..., A) of the last layer's output."""
         mean, raw_std = mean.float(), raw_std.float()
-        return MEAN_SCALE * torch.tanh(mean / MEAN_SCALE), F.softplus(raw_std + self.raw_init_std) + MIN_ACTION_STD
+        return MEAN_SCALE * torch.tanh(mean / MEAN_SCALE), F.softplus(raw_std + self.raw_init_std) + self.min_std
 
 
 class Policy(nn.Module):

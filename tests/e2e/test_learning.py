@@ -19,7 +19,7 @@ def test_the_quickstart_learns_to_swing_up(tmp_path, seed):
     command = [sys.executable, "launch.py", "--config", "quickstart", "--run-dir", str(run_dir), f"env.seed={seed}"]
     subprocess.run([*command, "optimization.total_optim_steps=2000"], cwd=REPO, check=True, timeout=900)
     rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-    assert max(row["eval_return_mean"] or 0.0 for row in rows) > 150, "of at most 200; random actions reach about 64"
+    assert max(row["evaluation_mean"] or 0.0 for row in rows) > 170, "of at most 200; random actions reach about 64"
     assert rows[-1]["open_loop_policy_5"] < 0.5 * rows[-1]["repeat_last_policy_5"], (
         "the model predicts better than a repetition of the last observation"
     )

@@ -216,6 +216,7 @@ ALGORITHM = {
         "normalize_obs": False,
         "symlog_obs": True,
         "init_std": 2.0,
+        "actor_min_std": 0.3,
     },
 }
 # settings of the loop, the processes or the collector; encoder_channels is counted with images, the rest in their tests

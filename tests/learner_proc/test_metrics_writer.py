@@ -19,7 +19,12 @@ from shared import metrics
 from shared.messages import Commit
 from shared.metrics import LOSS_MODEL, METRICS, NAN_SKIPS, OPEN_LOOP, SKIPPED, Metric
 
-ONCE_PER_ROW = (metrics.IMAGINED_VALUE, metrics.RECORDED_RETURN, metrics.SAMPLED_VERSION_MEAN, *RowBounds.metrics)
+ONCE_PER_ROW = (
+    metrics.IMAGINED_VALUE,
+    metrics.RECORDED_RETURN,
+    metrics.SAMPLED_VERSION_MEAN,
+    *RowBounds.metrics,
+)
 STEP_METRICS = tuple(
     metric
     for metric in METRICS.values()

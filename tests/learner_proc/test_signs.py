@@ -13,7 +13,7 @@ from learner_proc.totals import Episodes
 from learner_proc.warning_lines import WarningLines
 from shared import metrics
 from shared.config import Settings
-from shared.metrics import OPEN_LOOP, Metric
+from shared.metrics import OPEN_LOOP, SATURATED, Metric
 from shared.stream import ObsSpec, StreamSpec
 
 SPEC = StreamSpec(4, {"policy": ObsSpec((3,), "float32"), "pixels": ObsSpec((64, 64, 1), "uint8")}, 1)
@@ -34,6 +34,7 @@ HEALTHY: dict[Metric, float | None] = {
     metrics.CLIPPED_VALUES: 0,
     metrics.MASKED_ROWS: 0,
     metrics.SATURATED_ACTIONS: 0.2,
+    SATURATED.member(0): 0.94,
     ERROR["policy"]: 0.1,
     ERROR["pixels"]: 0.01,
 }
@@ -123,6 +124,14 @@ def test_a_model_that_knows_ends_is_not_warned_of_them(tmp_path):
     signs.settings.networks.continue_head = True
     check(signs, TERMINAL_ROWS=7)
     assert given(tmp_path) == {}
+
+
+def test_an_action_dimension_that_is_always_at_a_limit_is_warned_of(tmp_path):
+    signs = make(tmp_path)
+    for row in range(2 * ROWS):
+        signs.check(HEALTHY | {SATURATED.member(0): 0.9 if row == ROWS - 1 else 0.99})
+        assert bool(given(tmp_path)) == (row == 2 * ROWS - 1), "it has to last"
+    assert "action dimension 0 is at a limit in 99%" in given(tmp_path)["saturated action 0"]
 
 
 def test_the_likely_causes_of_a_random_return_come_in_their_order(tmp_path):

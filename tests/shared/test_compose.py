@@ -273,7 +273,7 @@ def test_every_integer_has_bounds_and_seeds_leave_room_for_restarts_and_resumes(
     assert largest + 1000 * 1000 + 1_000_000 * 1000 < 2**32
 
 
-@pytest.mark.parametrize("kept", [0, 10, 60, 80])
+@pytest.mark.parametrize("kept", [0, 10, 60, 82])
 def test_a_saved_file_that_was_cut_is_refused(kept: int, tmp_path: Path) -> None:
     path = tmp_path / "config.yaml"
     save_settings(compose("quickstart"), path)
@@ -343,3 +343,22 @@ def test_a_file_of_the_user_that_cannot_work_is_refused(content: str | None, mes
         path.write_text(content)
     with pytest.raises(SettingError, match=message):
         compose(str(path))
+
+
+@pytest.mark.parametrize(("text", "expected"), [("2", 2), ("0.5", 0.5), ("[1,0.5]", [1, 0.5])])
+def test_the_scale_of_actions_is_a_number_or_a_list_of_numbers(text: str, expected: object, tmp_path: Path) -> None:
+    settings = compose("isaaclab", [f"env.action_scale={text}"])
+    assert settings.env.action_scale == expected
+    save_settings(settings, tmp_path / "config.yaml")
+    assert load_settings(tmp_path / "config.yaml") == settings
+
+
+@pytest.mark.parametrize("text", ["wide", "[]", "[1,wide]", "true", "null", "{a:1}", "[1,[2]]"])
+def test_a_scale_of_actions_that_is_something_else_is_refused(text: str) -> None:
+    with pytest.raises(SettingError, match=r"env\.action_scale.* expected a number, or a list of numbers such"):
+        compose("isaaclab", [f"env.action_scale={text}"])
+
+
+def test_every_number_in_a_list_has_the_bounds_of_the_setting() -> None:
+    with pytest.raises(SettingError, match=r"env\.action_scale=-2 is out of bounds; expected a finite number"):
+        compose("isaaclab", ["env.action_scale=[1,-2]"])

@@ -142,3 +142,12 @@ def test_the_prefill_fits_the_replay() -> None:
     settings.collector.init_random_frames = 30_000
     with pytest.raises(SettingError, match=r"init_random_frames=30000 .*more than the 19152 .*lower it or raise"):
         check_settings(settings)
+
+
+def test_an_actor_cannot_start_below_its_lowest_std() -> None:
+    settings = Settings()
+    settings.networks.init_std, settings.networks.actor_min_std = 0.5, 0.6
+    with pytest.raises(SettingError, match=r"actor_min_std=0\.6 is above networks\.init_std=0\.5.*expected at most 0"):
+        check_settings(settings)
+    settings.networks.actor_min_std = 0.5
+    check_settings(settings)

@@ -15,6 +15,7 @@ from shared.metrics import (
     METRICS,
     OPEN_LOOP,
     REPEAT_LAST,
+    SATURATED,
     TRANSPORT,
     UPDATES_PER_S,
     CollectorStatus,
@@ -63,6 +64,13 @@ def test_every_metric_has_a_constant_of_its_name() -> None:
 def test_a_member_of_a_family_is_found_by_its_column_name(family: metrics.MetricFamily, entry: str) -> None:
     member = family.member(entry, 15)
     assert member.name.endswith(f"_{entry}_15") and find(member.name) == member
+
+
+def test_the_metric_of_an_action_dimension_is_found_by_its_column_name() -> None:
+    member = SATURATED.member(11)
+    assert (member.name, member.tag) == ("saturated_action_11", "behavior/saturated_action_11")
+    assert find(member.name) == member and "dimension 11" in member.meaning
+    assert find("saturated_action_") is None and find("saturated_action_x") is None
 
 
 def test_a_declared_metric_is_found_and_an_unknown_column_is_not() -> None:

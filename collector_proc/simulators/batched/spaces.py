@@ -135,21 +135,35 @@ class ActionMap:
 
     bounds    low, high          none               low only                   high only
     becomes   [low, high]        [-scale, scale]    [low, low + 2 * scale]     [high - 2 * scale, high]
+
+    The scale is env.action_scale; with joint limits, it is their share of the largest action that these allow.
     """
 
-    def __init__(self, low: Any, high: Any, *, scale: float, device: torch.device) -> None:
+    def __init__(
+        self,
+        low: Any,
+        high: Any,
+        *,
+        scale: float | Sequence[float],
+        device: torch.device,
+        at_limits: Tensor | None = None,
+    ) -> None:
         """Build the map from the bounds `low` and `high`, each (A,), infinite where there is no bound.
 
-        Raises: SettingError if `scale` is set although every dimension is bounded, so that it would do nothing.
+        at_limits: (A,), from `joint_limits.actions_at_limits`, or None.
+        Raises: SettingError if `scale` does not have A numbers, or is set for a dimension that is bounded, where it
+        would do nothing, or if joint limits are asked for although every dimension is bounded.
         """
         low, high = (torch.as_tensor(bound, dtype=torch.float32, device=device).flatten() for bound in (low, high))
         bounded = low.isfinite() & high.isfinite()
-        if scale != 1 and bool(bounded.all()):
+        _check_scale(scale, bounded, low, high)
+        if at_limits is not None and bool(bounded.all()):
             raise SettingError(
-                f"env.action_scale={scale} has no effect, because the task bounds all its actions: [-1, 1] is mapped "
-                f"to {low.tolist()} .. {high.tolist()}; expected 1; set env.action_scale=1"
+                "env.action_bounds=joint_limits has no effect, because the task bounds all its actions: [-1, 1] is "
+                f"mapped to {low.tolist()} .. {high.tolist()}; expected task; set env.action_bounds=task"
             )
-        self._factor = torch.where(bounded, (high - low) / 2, scale)
+        scales = torch.as_tensor(scale, dtype=torch.float32, device=device).expand(len(low))
+        self._factor = torch.where(bounded, (high - low) / 2, scales if at_limits is None else scales * at_limits)
         lower, upper = torch.where(low.isfinite(), low + self._factor, 0.0), high - self._factor
         self._offset = torch.where(high.isfinite() & ~low.isfinite(), upper, lower)
         self.action_dim = len(self._factor)
@@ -163,6 +177,30 @@ class ActionMap:
         """The simulator's values of the actions -1 and 1."""
         bounds = (self._offset - self._factor, self._offset + self._factor)
         return ActionRange(*(tuple(bound.tolist()) for bound in bounds))
+
+
+def _check_scale(scale: float | Sequence[float], bounded: Tensor, low: Tensor, high: Tensor) -> None:
+    """Check env.action_scale against the bounds of the actions. Raises: SettingError, see `ActionMap`."""
+    ranges = f"[-1, 1] is mapped to {low.tolist()} .. {high.tolist()}"
+    if isinstance(scale, int | float):
+        if scale != 1 and bool(bounded.all()):
+            raise SettingError(
+                f"env.action_scale={scale} has no effect, because the task bounds all its actions: {ranges}; expected "
+                "1; set env.action_scale=1"
+            )
+        return
+    if len(scale) != len(bounded):
+        raise SettingError(
+            f"env.action_scale={list(scale)} has {len(scale)} numbers, and the task's actions have {len(bounded)} "
+            f"dimensions; expected one number for each, or one for all; set for example "
+            f"env.action_scale={[1.0] * len(bounded)}"
+        )
+    idle = [index for index, value in enumerate(scale) if value != 1 and bool(bounded[index])]
+    if idle:
+        raise SettingError(
+            f"env.action_scale={list(scale)} has no effect in the dimensions {idle}, which the task bounds: {ranges}; "
+            "expected 1 there; set them to 1"
+        )
 
 
 def chosen_groups(sample: Mapping[str, Any], groups: Sequence[str] | None) -> list[str]:

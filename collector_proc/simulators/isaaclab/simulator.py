@@ -74,7 +74,7 @@ class IsaacLabSimulator:
         self._whole = whole_columns(settings, self._env.num_envs)
         self._entries = ObservationMap(self._first_obs, env)
         self._terminal = TerminalObservations(self._env, self._entries)
-        self._actions = self._action_map(env.action_scale)
+        self._actions = _action_map(self._env, env, self.device)
         self.action_range = self._actions.range
         factor = 1 / self._env.step_dt if env.reward_per_second else 1.0
         self._steps = BatchedStep(
@@ -164,19 +164,23 @@ class IsaacLabSimulator:
                 sample, _ = self._env.reset()
         return sample
 
-    def _action_map(self, scale: float) -> ActionMap:
-        """Return the map from [-1, 1] to the task's actions.
 
-        Raises: SettingError unless they are one continuous vector.
-        """
-        import torch
+def _action_map(environment: Any, env: EnvSettings, device: str) -> ActionMap:
+    """Return the map from [-1, 1] to the task's actions.
 
-        from collector_proc.simulators.batched.spaces import ActionMap
+    Raises: SettingError unless they are one continuous vector.
+    """
+    import torch
 
-        space: Any = getattr(self._env, "single_action_space", None)
-        if not hasattr(space, "low"):
-            raise SettingError(
-                f"the task's action space is {space}; expected one box of continuous actions for one agent; choose "
-                "another env.name"
-            )
-        return ActionMap(space.low, space.high, scale=scale, device=torch.device(self.device))
+    from collector_proc.simulators.batched.joint_limits import actions_at_limits
+    from collector_proc.simulators.batched.spaces import ActionMap
+
+    space: Any = getattr(environment, "single_action_space", None)
+    if not hasattr(space, "low"):
+        raise SettingError(
+            f"the task's action space is {space}; expected one box of continuous actions for one agent; choose "
+            "another env.name"
+        )
+    where = torch.device(device)
+    at_limits = actions_at_limits(environment, env.action_bounds, device=where)
+    return ActionMap(space.low, space.high, scale=env.action_scale, device=where, at_limits=at_limits)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from collector_proc.simulators.batched.joint_limits import actions_at_limits
 from collector_proc.simulators.batched.spaces import ActionMap, ObservationMap
 from collector_proc.simulators.batched.step import (
     BatchedStep,
@@ -47,7 +48,8 @@ class MjlabSimulator:
         self._observe = ObservationMap(obs, env)
         space = self._env.single_action_space
         low, high = (torch.as_tensor(bound).expand(space.shape) for bound in (space.low, space.high))
-        self._act = ActionMap(low, high, scale=env.action_scale, device=self._torch_device)
+        at_limits = actions_at_limits(self._env, env.action_bounds, device=self._torch_device)
+        self._act = ActionMap(low, high, scale=env.action_scale, device=self._torch_device, at_limits=at_limits)
         self.action_range = self._act.range
         self._tick = BatchedStep(
             env.num_envs,

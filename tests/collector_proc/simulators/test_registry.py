@@ -116,6 +116,7 @@ def test_settings_that_cannot_work_are_refused_with_a_fix(settings: Settings, me
 
 IGNORED = {
     "action_scale": (2.0, "1.0"),
+    "action_bounds": ("joint_limits", '"task"'),
     "obs_groups": (["policy"], "null"),
     "reward_per_second": (True, "false"),
     "image_low": (-1.0, "0.0"),

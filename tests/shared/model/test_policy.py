@@ -37,6 +37,14 @@ def test_the_actor_starts_at_its_initial_std(init_std):
     torch.testing.assert_close(std, torch.full((3, A), init_std + 1e-4), rtol=1e-4, atol=0.0)
 
 
+@pytest.mark.parametrize("floor", [1e-4, 0.1, 1.0])
+def test_the_std_never_falls_below_its_floor_which_does_not_change_the_initial_std(floor):
+    actor = Actor(4, A, NetworkSettings(hidden_dim=8, init_std=1.0, actor_min_std=floor))
+    _, std = actor.stats(torch.zeros(3), torch.tensor([0.0, -1e3, 5.0]))
+    torch.testing.assert_close(std[:2], torch.tensor([1.0 + 1e-4, floor]), rtol=1e-4, atol=0.0)
+    assert std[2] > std[0]
+
+
 def test_the_mean_before_the_tanh_stays_within_five():
     actor = Actor(4, A, NetworkSettings(hidden_dim=8))
     mean, _ = actor(torch.randn(100, 4) * 1e4)

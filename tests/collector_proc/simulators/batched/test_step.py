@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -306,6 +307,25 @@ def test_actions_with_one_bound_reach_twice_the_scale_from_it() -> None:
     inf = float("inf")
     actions = ActionMap([0.0, -inf], [inf, 3.0], scale=2.5, device=CPU)
     assert actions(torch.tensor([[-1.0, -1.0], [0.0, 0.0], [1.0, 1.0]])).tolist() == [[0, -2], [2.5, 0.5], [5, 3]]
+
+
+def test_every_dimension_can_have_a_scale_of_its_own() -> None:
+    actions = ActionMap([-math.inf, -1.0], [math.inf, 1.0], scale=[2.5, 1.0], device=CPU)
+    assert actions(torch.tensor([[1.0, 1.0]])).tolist() == [[2.5, 1.0]]
+    for scale, message in (
+        ([2.5], r"has 1 numbers.* 2 dimensions.*=\[1\.0, 1\.0\]"),
+        ([2.5, 2.0], r"dimensions \[1\]"),
+    ):
+        with pytest.raises(SettingError, match=message):
+            ActionMap([-math.inf, -1.0], [math.inf, 1.0], scale=scale, device=CPU)
+
+
+def test_joint_limits_multiply_the_scale_of_dimensions_without_bounds() -> None:
+    limits = torch.tensor([4.0, 8.0])
+    actions = ActionMap([-math.inf, -1.0], [math.inf, 1.0], scale=0.5, device=CPU, at_limits=limits)
+    assert actions(torch.tensor([[1.0, 1.0]])).tolist() == [[2.0, 1.0]]
+    with pytest.raises(SettingError, match=r"action_bounds=joint_limits has no effect.*set env.action_bounds=task"):
+        ActionMap([-1.0], [1.0], scale=1.0, device=CPU, at_limits=limits[:1])
 
 
 @pytest.mark.parametrize(
