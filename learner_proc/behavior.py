@@ -17,6 +17,9 @@ if TYPE_CHECKING:
     from shared.config import OptimizationSettings
 
 
+REINFORCE_SHARE = 0.9  # with optimization.actor_gradient=mix, as in arXiv 2010.02193 for tasks with few actions
+
+
 class ActorLoss(NamedTuple):
     """The actor's loss and what the critic learns from; only `total` carries a gradient.
 
@@ -57,7 +60,7 @@ class Behavior(nn.Module):
         self.frozen_value = frozen_view(critic) if self.slow_critic is None else self.slow_critic
         self.frozen_cont = None if cont is None else frozen_view(cont)
         self.gamma, self.lam = optimization.gamma, optimization.lmbda
-        self.entropy_scale = optimization.entropy_scale
+        self.entropy_scale, self.actor_gradient = optimization.entropy_scale, optimization.actor_gradient
         normed, device = optimization.return_norm == "percentile", next(critic.parameters()).device
         self.return_scale = ReturnScale().to(device) if normed else None
 
@@ -67,13 +70,23 @@ class Behavior(nn.Module):
         return heads if self.frozen_cont is None else heads | {"cont": self.frozen_cont}
 
     def actor_loss(
-        self, reward: Tensor, value: Tensor, start_terminal: Tensor, entropy: Tensor, cont: Tensor | None = None
+        self,
+        reward: Tensor,
+        value: Tensor,
+        start_terminal: Tensor,
+        entropy: Tensor,
+        cont: Tensor | None = None,
+        log_prob: Tensor | None = None,
+        start_value: Tensor | None = None,
     ) -> ActorLoss:
         """Return minus the weighted mean return, from the outputs of `heads` for the imagined features.
 
         With a continue head, an imagination that starts where the task ended has weight 0. The entropy of an action has
         the same weight as the step that the action leads to.
-        Shapes: reward, value and cont (the continue head's logit) are (N, H), entropy (N, H), start_terminal (N,) bool.
+        With `log_prob`, the actor learns from the score function (REINFORCE): an action becomes more likely if its
+        return exceeds the value of the belief in which it was chosen. `start_value` is the value of the starts.
+        Shapes: reward, value and cont (the continue head's logit) are (N, H), entropy (N, H), start_terminal (N,) bool;
+        log_prob (N, H), start_value (N,), or None with actor_gradient=dynamics.
         Units: entropy in nats.
         Source: arXiv 1912.01603, eq. 7.
         """
@@ -88,10 +101,20 @@ class Behavior(nn.Module):
         weight = trajectory_weight(discount, start_weight)
         scale = torch.ones_like(reward[0, 0]) if self.return_scale is None else self.return_scale(target)
         objective = target if self.return_scale is None else target / scale
+        if log_prob is not None and start_value is not None:
+            objective = self._with_score(objective, log_prob, target, value, start_value, scale)
         if self.entropy_scale > 0:
             objective = objective + self.entropy_scale * entropy[:, :-1]
         total = -(weight * objective).mean()
         return ActorLoss(total, target.detach(), weight, reward.detach().mean(), value.detach().mean(), scale)
+
+    def _with_score(
+        self, objective: Tensor, log_prob: Tensor, target: Tensor, value: Tensor, start_value: Tensor, scale: Tensor
+    ) -> Tensor:
+        """Return the objective (N, H - 1) of REINFORCE, or its mix with the one that flows through the dynamics."""
+        baseline = torch.cat([start_value[:, None], value[:, :-2]], 1)  # of the belief before each action
+        score = log_prob[:, :-1] * ((target - baseline) / scale).detach()
+        return score if self.actor_gradient == "reinforce" else torch.lerp(objective, score, REINFORCE_SHARE)
 
     def critic_loss(self, value: Tensor, target: Tensor, weight: Tensor) -> CriticLoss:
         """Return the weighted negative log-likelihood of the returns under N(value, 1).

@@ -10,11 +10,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from learner_proc.slopes import Evaluation, HeadEvaluator
+from shared.model.rssm import feat
 
 if TYPE_CHECKING:
     from learner_proc.behavior import ActorLoss, Behavior, CriticLoss
+    from learner_proc.heads import ScalarHead
     from learner_proc.imagination import Imagined
     from learner_proc.optimiser import Optimiser
+    from shared.model.rssm import Belief
 
 
 class BehaviorStep(NamedTuple):
@@ -43,37 +46,56 @@ class BehaviorGradients:
         self._actor_loss, self._critic_loss = compiled(behavior.actor_loss), compiled(behavior.critic_loss)
         self.heads = HeadEvaluator(dtype, compiled=compiled)
 
-    def __call__(self, imagined: Imagined, start_terminal: Tensor) -> BehaviorStep:
-        """Shapes: start_terminal (N,) bool."""
-        feat = imagined.feat.detach().flatten(0, 1)  # (N * H, F)
+    def __call__(self, imagined: Imagined, start_terminal: Tensor, start: Belief) -> BehaviorStep:
+        """Shapes: start_terminal (N,) bool; start (N, ...)."""
+        features = imagined.feat.detach().flatten(0, 1)  # (N * H, F)
         heads, shared = self._behavior.heads(), self._behavior.slow_critic is None
         # Without a slow critic, the evaluation of the critic for the actor's loss also serves the critic's own loss.
         evaluations = {
-            name: self.heads.evaluate(head.layers, feat, for_weights=shared and name == "value")
+            name: self.heads.evaluate(head.layers, features, for_weights=shared and name == "value")
             for name, head in heads.items()
         }
-        actor, actor_grads = self._learn_actor(imagined, start_terminal, evaluations)
+        score = self._score(imagined, start, heads["value"])
+        actor, actor_grads = self._learn_actor(imagined, start_terminal, evaluations, score)
         own = evaluations["value"]
         if not shared:
-            own = self.heads.evaluate(self._behavior.critic.layers, feat, for_weights=True)
+            own = self.heads.evaluate(self._behavior.critic.layers, features, for_weights=True)
         critic, critic_grads = self._learn_critic(own, actor, imagined.feat.shape[:2])
         return BehaviorStep(actor, critic, actor_grads, critic_grads)
 
+    def _score(self, imagined: Imagined, start: Belief, value: ScalarHead) -> dict[str, Tensor]:
+        """Return what the loss needs for the score function: nothing if the actor learns through the dynamics alone."""
+        if imagined.log_prob is None:
+            return {}
+        start_value = self.heads.evaluate(value.layers, feat(start), for_weights=False).value
+        return {"log_prob": imagined.log_prob, "start_value": start_value}
+
     def _learn_actor(
-        self, imagined: Imagined, start_terminal: Tensor, evaluations: dict[str, Evaluation]
+        self,
+        imagined: Imagined,
+        start_terminal: Tensor,
+        evaluations: dict[str, Evaluation],
+        score: dict[str, Tensor],
     ) -> tuple[ActorLoss, list[Tensor]]:
-        """Differentiate the loss to the heads' outputs, from there to the features, and from there to the actor."""
+        """Differentiate the loss to the heads' outputs, from there to the features, and from there to the actor.
+
+        With the score function, also to the log-densities of the actions, or to these alone.
+        """
         lead = imagined.feat.shape[:2]
         outputs = {name: one.value.view(lead).requires_grad_() for name, one in evaluations.items()}
-        actor = self._actor_loss(**outputs, start_terminal=start_terminal, entropy=imagined.entropy)
-        bonus = [imagined.entropy] if imagined.entropy.requires_grad else []
-        grads = torch.autograd.grad(self._actor.scaled(actor.total), [*outputs.values(), *bonus])
-        output_grads, entropy_grad = grads[: len(outputs)], grads[len(outputs) :]
-        feat_grad = self.heads.feat_gradient(list(evaluations.values()), [grad.reshape(-1) for grad in output_grads])
-        actor_grads = torch.autograd.grad(
-            [imagined.feat, *bonus], self._actor.params, [feat_grad.view_as(imagined.feat), *entropy_grad]
-        )
-        return actor, list(actor_grads)
+        actor = self._actor_loss(**outputs, start_terminal=start_terminal, entropy=imagined.entropy, **score)
+        direct = [imagined.entropy] if self._behavior.entropy_scale > 0 else []
+        direct += [score["log_prob"]] if score else []
+        through = list(outputs.values()) if self._behavior.actor_gradient != "reinforce" else []
+        grads = torch.autograd.grad(self._actor.scaled(actor.total), [*through, *direct])
+        output_grads, direct_grads = grads[: len(through)], grads[len(through) :]
+        ends, end_grads = direct, list(direct_grads)
+        if through:
+            feat_grad = self.heads.feat_gradient(
+                list(evaluations.values()), [grad.reshape(-1) for grad in output_grads]
+            )
+            ends, end_grads = [imagined.feat, *direct], [feat_grad.view_as(imagined.feat), *direct_grads]
+        return actor, list(torch.autograd.grad(ends, self._actor.params, end_grads))
 
     def _learn_critic(self, own: Evaluation, actor: ActorLoss, lead: torch.Size) -> tuple[CriticLoss, list[Tensor]]:
         """Shapes: lead is (N, H)."""

@@ -68,7 +68,12 @@ class GradientStep:
         self._normalise, self._summarise = compiled(self.policy.normaliser), compiled(entropy_and_std)
         self._embed, self._model_loss = compiled(self.world_model.embed), compiled(self.world_model.loss)
         frozen_rssm = frozen_view(self.policy.rssm)
-        self._imagination = Imagination(frozen_rssm, self.policy.actor, entropy_gradient=optimization.entropy_scale > 0)
+        self._imagination = Imagination(
+            frozen_rssm,
+            self.policy.actor,
+            entropy_gradient=optimization.entropy_scale > 0,
+            log_prob=optimization.actor_gradient != "dynamics",
+        )
         self._observe_scan = ObserveScan(self.policy.rssm, dtype=dtype, compiled=compiled)
         self._imagine_scan = ImagineScan(self._imagination, dtype=dtype, compiled=compiled)
         self._behavior = Behavior(self.world_model.reward, self.world_model.cont, self.critic, optimization)
@@ -85,7 +90,7 @@ class GradientStep:
             model, beliefs = self._learn_model(batch)
             start, terminal = self._choose_starts(beliefs, batch["is_terminal"].reshape(-1))
             imagined = self._imagine(start)
-            behavior = self._behavior_gradients(imagined, terminal)
+            behavior = self._behavior_gradients(imagined, terminal, start)
             # Take all gradients before any update, so that all of them are computed with the same parameters.
             optimiser = self._optimisers["model"]
             model_grads = list(torch.autograd.grad(optimiser.scaled(model.total), optimiser.params))

@@ -9,7 +9,7 @@ from typing import NamedTuple, TypeVar
 import torch
 from torch import Tensor, nn
 
-from shared.model.distributions import tanh_normal_entropy
+from shared.model.distributions import normal_log_prob, tanh_normal_entropy
 from shared.model.layers import Linear, plain
 from shared.model.policy import Actor
 from shared.model.rssm import RSSM, Belief, feat
@@ -21,12 +21,14 @@ class Imagined(NamedTuple):
     """The imagined steps, without the start.
 
     feat (N, H, F): the features; entropy (N, H): a one-sample estimate, in nats, of the entropy of the action that led
-    to each step; actor_std (): the mean standard deviation of all actions before the tanh, detached.
+    to each step; actor_std (): the mean standard deviation of all actions before the tanh, detached; log_prob (N, H):
+    the log-density of that action before the tanh, in which the action is a constant; None if nothing learns from it.
     """
 
     feat: Tensor
     entropy: Tensor
     actor_std: Tensor
+    log_prob: Tensor | None = None
 
 
 class ImaginedStep(NamedTuple):
@@ -62,10 +64,14 @@ def random_subset(num: int, count: int, device: torch.device) -> Tensor:
 class Imagination(nn.Module):
     """The actor acting in a frozen RSSM."""
 
-    def __init__(self, rssm: RSSM, actor: Actor, *, entropy_gradient: bool = False) -> None:
-        """rssm: a `frozen_view`. actor: the one that learns. entropy_gradient: whether the entropy has a gradient."""
+    def __init__(self, rssm: RSSM, actor: Actor, *, entropy_gradient: bool = False, log_prob: bool = False) -> None:
+        """rssm: a `frozen_view`. actor: the one that learns.
+
+        entropy_gradient: whether the entropy has a gradient. log_prob: whether `Imagined.log_prob` is computed.
+        """
         super().__init__()
-        self.rssm, self.actor, self.entropy_gradient = rssm, actor, entropy_gradient
+        self.rssm, self.actor, self.log_prob = rssm, actor, log_prob
+        self.entropy_gradient = entropy_gradient or log_prob
 
     def step(self, belief: Belief, action_noise: Tensor, noise: Tensor, *, linear: Linear = plain) -> ImaginedStep:
         """Sample one action and predict the belief after it. Shapes: action_noise (N, A), noise (N, S).
@@ -99,7 +105,13 @@ class Imagination(nn.Module):
         assert action_noise.shape[:2] == noise.shape[:2] == (noise.shape[0], num_starts), action_noise.shape
         imagined = scan(Belief(*(part.detach() for part in start)), (action_noise, noise))
         entropy, std = (summarise or entropy_and_std)(*imagined[1:], action_noise.transpose(0, 1))
-        return Imagined(feat(imagined.belief), entropy, std)
+        log_prob = action_log_prob(*imagined[1:], action_noise.transpose(0, 1)) if self.log_prob else None
+        return Imagined(feat(imagined.belief), entropy, std, log_prob)
+
+
+def action_log_prob(mean: Tensor, std: Tensor, noise: Tensor) -> Tensor:
+    """Return the log-density before the tanh of the actions that were taken, (...). Shapes: (..., A) each."""
+    return normal_log_prob((mean + std * noise).detach(), mean, std)
 
 
 def entropy_and_std(mean: Tensor, std: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:

@@ -30,7 +30,13 @@ from learner_proc.returns import ReturnScale
 from learner_proc.world_model import WorldModel
 from shared import metrics
 from shared.metrics import Metric
-from shared.model.distributions import bernoulli_nll, gaussian_kl, tanh_normal_entropy, unit_gaussian_nll
+from shared.model.distributions import (
+    bernoulli_nll,
+    gaussian_kl,
+    normal_log_prob,
+    tanh_normal_entropy,
+    unit_gaussian_nll,
+)
 from shared.model.policy import Policy
 from shared.model.rssm import Belief, feat
 
@@ -46,7 +52,10 @@ CLIPPED = (metrics.CLIPPED_MODEL, metrics.CLIPPED_ACTOR, metrics.CLIPPED_VALUE)
 
 
 class PlainStep:
-    """The networks and their optimisers; each call updates all of them once."""
+    """The networks and their optimisers; each call updates all of them once.
+
+    It is one class because a reader should find the whole algorithm in one place.
+    """
 
     def __init__(self, spec: StreamSpec, settings: Settings, *, device: torch.device) -> None:
         """Create the networks from torch's global generator, in the same order as `GradientStep` does."""
@@ -65,8 +74,8 @@ class PlainStep:
         self.measured = {}
         model_loss, beliefs = self.model_loss(batch)
         start, terminal = self.choose_starts(beliefs, batch["is_terminal"])
-        features, entropy = self.imagine(start)
-        actor_loss, target, weight = self.actor_loss(features, entropy, terminal)
+        features, entropy, log_prob = self.imagine(start)
+        actor_loss, target, weight = self.actor_loss(start, features, entropy, log_prob, terminal)
         losses = (model_loss, actor_loss, self.critic_loss(features, target, weight))
         # Take all gradients before any update, so that all of them are computed with the same parameters.
         grads = [torch.autograd.grad(loss, adam.params) for loss, adam in zip(losses, self.optimisers, strict=True)]
@@ -145,8 +154,8 @@ class PlainStep:
         deter, stoch = (part.detach().flatten(0, 1)[chosen] for part in beliefs)
         return Belief(deter, stoch), is_terminal.flatten()[chosen]
 
-    def imagine(self, belief: Belief) -> tuple[Tensor, Tensor]:
-        """Let the actor act in the RSSM for H steps; return the features (N, H, F) and the entropies (N, H)."""
+    def imagine(self, belief: Belief) -> tuple[Tensor, Tensor, Tensor]:
+        """Let the actor act for H steps; return features (N, H, F), and entropy and log-density of actions (N, H)."""
         rssm, actor, horizon = self.world_model.rssm, self.policy.actor, self.options.imagination_horizon
         num_starts, device = belief.deter.shape[0], belief.deter.device
         action_noise = torch.randn(horizon, num_starts, actor.action_dim, device=device)
@@ -154,20 +163,25 @@ class PlainStep:
         for t in range(horizon):
             # The actor's input has no gradient: the actor learns through its actions and the states they lead to.
             action_mean, action_std = actor(feat(belief).detach())
-            action = torch.tanh(action_mean + action_std * action_noise[t])
+            raw = action_mean + action_std * action_noise[t]
+            action, log_prob = torch.tanh(raw), normal_log_prob(raw.detach(), action_mean, action_std)
             deter = rssm.transition(belief, action)
             mean, std = rssm.prior(deter)  # there is no observation, so the prior takes the posterior's place
             belief = Belief(deter, mean + std * noise[t])
-            steps.append((feat(belief), tanh_normal_entropy(action_mean, action_std, action_noise[t]), action_std))
-        features, entropy, action_stds = (torch.stack(part, 1) for part in zip(*steps, strict=True))
+            entropy = tanh_normal_entropy(action_mean, action_std, action_noise[t])
+            steps.append((feat(belief), entropy, action_std, log_prob))
+        features, entropy, action_stds, log_prob = (torch.stack(part, 1) for part in zip(*steps, strict=True))
         self.measured |= {metrics.ACTOR_STD: action_stds.mean(), metrics.ACTOR_ENTROPY: entropy.mean()}
-        return features, entropy
+        return features, entropy, log_prob
 
-    def actor_loss(self, features: Tensor, entropy: Tensor, terminal: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def actor_loss(
+        self, start: Belief, features: Tensor, entropy: Tensor, log_prob: Tensor, terminal: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """Return minus the mean imagined return (eq. 7), and the targets and weights (N, H - 1) for the critic."""
         options, cont = self.options, self.world_model.cont
         reward = self.world_model.reward(features)  # (N, H)
-        value = (self.critic if options.slow_critic_decay is None else self.slow_critic)(features)
+        critic = self.critic if options.slow_critic_decay is None else self.slow_critic
+        value = critic(features)
         discount = torch.full_like(reward, options.gamma) if cont is None else torch.sigmoid(cont(features))
         # The lambda-return (eq. 6), from the last value backwards. A value includes the reward of its own state.
         returns = [value[:, -1]]
@@ -179,7 +193,13 @@ class PlainStep:
         alive = torch.ones_like(reward[:, :1]) if cont is None else (~terminal).float()[:, None]
         weight = torch.cat([alive, discount[:, :-2].detach()], 1).cumprod(1)
         scale = self.return_scale(target) if options.return_norm == "percentile" else torch.ones_like(target[0, 0])
-        loss = -(weight * (target / scale + options.entropy_scale * entropy[:, :-1])).mean()
+        gain = target / scale  # its gradient flows through the imagined steps
+        if options.actor_gradient != "dynamics":
+            # REINFORCE: an action becomes more likely if its return exceeds the value of the belief before it.
+            before = torch.cat([critic(feat(start))[:, None], value[:, :-2]], 1)
+            score = log_prob[:, :-1] * ((target - before) / scale).detach()
+            gain = score if options.actor_gradient == "reinforce" else 0.9 * score + 0.1 * gain
+        loss = -(weight * (gain + options.entropy_scale * entropy[:, :-1])).mean()
         self.measured |= {metrics.LOSS_ACTOR: loss, metrics.RETURN_SCALE: scale, metrics.IMAGINED_RETURN: target.mean()}
         self.measured |= {metrics.IMAGINED_REWARD: reward.mean(), metrics.VALUE_MEAN: value.mean()}
         return loss, target.detach(), weight

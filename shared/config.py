@@ -272,6 +272,11 @@ class OptimizationSettings:
         minimum=1,
         maximum=MAX_COUNT,
     )
+    actor_gradient: str = setting(
+        "dynamics",
+        "How the actor learns: dynamics (through the model, as V1), reinforce (score function), mix (0.9 reinforce).",
+        choices=("dynamics", "reinforce", "mix"),
+    )
     entropy_scale: float = setting(
         0.0, "Weight of the actor's entropy in its objective; 0: no entropy bonus.", minimum=0.0
     )

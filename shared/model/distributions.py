@@ -51,6 +51,14 @@ def tanh_normal_log_prob(raw: Tensor, mean: Tensor, std: Tensor) -> Tensor:
     return (normal - log_tanh_slope(raw)).sum(-1)
 
 
+def normal_log_prob(raw: Tensor, mean: Tensor, std: Tensor) -> Tensor:
+    """Return the log-density of N(mean, std) at `raw`, summed over the last dimension. Shapes: (..., A) to (...).
+
+    The log-density of tanh(raw) differs from it by a number that does not depend on mean and std.
+    """
+    return (-0.5 * ((raw - mean) / std).square() - std.log() - HALF_LOG_TAU).sum(-1)
+
+
 def log_tanh_slope(raw: Tensor) -> Tensor:
     """Return the logarithm of the derivative of tanh at `raw`. It is exact for every `raw`, also far from 0."""
     return 2 * (math.log(2) - raw - F.softplus(-2 * raw))

@@ -177,3 +177,21 @@ def test_value_bias_is_the_weighted_mean_of_value_minus_return():
     bias = critic_loss(behavior, features, actor).bias
     assert bias.item() == pytest.approx((10 - 23.05 + 0.9 * (20 - 29)) / 1.9, rel=1e-5)
     assert not bias.requires_grad
+
+
+@pytest.mark.parametrize(("actor_gradient", "share"), [("reinforce", 1.0), ("mix", 0.9)])
+def test_the_score_function_weighs_each_log_density_with_return_minus_the_value_before_it(actor_gradient, share):
+    """The golden returns are 23.05 and 29; the values before the actions are 7 (of the start) and 10."""
+    behavior, features = golden()
+    behavior.actor_gradient = actor_gradient
+    log_prob = torch.tensor([[0.5, -2.0, 9.0]], requires_grad=True)
+    outputs = {name: head(features) for name, head in behavior.heads().items()}
+    score = {"log_prob": log_prob, "start_value": torch.tensor([7.0])}
+    actor = behavior.actor_loss(**outputs, start_terminal=NO_END[:1], entropy=NO_BONUS[:1], **score)
+    advantage, weight = (23.05 - 7, 29.0 - 10), (1.0, 0.9)
+    expected = -sum(w * a * p for w, a, p in zip(weight, advantage, (0.5, -2.0), strict=True)) / 2
+    total = share * expected + (1 - share) * -24.575
+    torch.testing.assert_close(actor.total, torch.tensor(total), rtol=1e-5, atol=0.0)
+    (grad,) = torch.autograd.grad(actor.total, log_prob)
+    slopes = [-share * w * a / 2 for w, a in zip(weight, advantage, strict=True)]
+    assert grad[0].tolist() == pytest.approx([*slopes, 0.0], rel=1e-5), "the last action has no return"

@@ -202,6 +202,7 @@ ALGORITHM = {
         "lmbda": 0.1,
         "imagination_horizon": 5,
         "imagination_starts": 4,
+        "actor_gradient": "reinforce",
         "entropy_scale": 0.1,
         "slow_critic_decay": 0.9,
         "return_norm": "percentile",

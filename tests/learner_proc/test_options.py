@@ -78,6 +78,22 @@ def test_an_entropy_bonus_increases_the_entropy_of_the_actor():
     assert gain > 0.05, gain
 
 
+@pytest.mark.parametrize("actor_gradient", ["reinforce", "mix"])
+def test_the_kind_of_gradient_changes_what_the_actor_learns_and_nothing_else(actor_gradient):
+    found = []
+    for kind in ("dynamics", actor_gradient):
+        step = make(actor_gradient=kind)
+        numbers = run(step, 1)[0]
+        found.append((numbers, step.state_dict()))
+    (plain, before), (other, after) = found
+    for group in ("world_model", "critic", "normaliser", "adam_model", "adam_value"):
+        assert all(torch.equal(before[group][name], tensor) for name, tensor in after[group].items()), group
+    assert not torch.equal(before["actor"]["layers.0.weight"], after["actor"]["layers.0.weight"])
+    for metric in (metrics.LOSS_MODEL, metrics.LOSS_VALUE, metrics.IMAGINED_RETURN, metrics.ACTOR_ENTROPY):
+        assert plain[metric] == other[metric], metric
+    assert plain[metrics.GRAD_NORM_ACTOR] != other[metrics.GRAD_NORM_ACTOR]
+
+
 def test_the_slow_critic_follows_the_critic_inside_the_step():
     step = make(slow_critic_decay=0.75, value_lr=1e-2)
     before = step.state_dict()
