@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from dataclasses import dataclass
 
 import torch
@@ -40,6 +41,7 @@ class DeviceSums:
         self._requested_steps: int | None = None  # None while no window is requested
         self._event: torch.cuda.Event | None = None
         self.num_steps = 0  # in the present window
+        self._marks, self._marked_steps = _Marks(device), 0  # steps of the present window up to the last mark
 
     def add(self, numbers: Numbers) -> None:
         """Add what one gradient step measured. Every step measures the same metrics."""
@@ -55,6 +57,27 @@ class DeviceSums:
     def last(self, metric: Metric) -> Tensor | None:
         """Return what the newest step measured, () on the device, or None before the first step. Does not wait."""
         return None if self._last is None else self._last[self._metrics.index(metric)]
+
+    @property
+    def skipped_in_a_row(self) -> int:
+        """The newest steps that were all skipped, in whole spans between two marks, as of the last `poll_marks`."""
+        return self._marks.skipped_in_a_row
+
+    def mark(self) -> None:
+        """Start to copy to the host how many of the steps since the last mark were skipped."""
+        if self.num_steps > self._marked_steps:
+            skipped = self._sums[0, self._metrics.index(SKIPPED)]
+            if self._marks.add(skipped, self.num_steps - self._marked_steps, first=self._marked_steps == 0):
+                self._marked_steps = self.num_steps
+
+    def poll_marks(self) -> int:
+        """Return `skipped_in_a_row` as far as the copies have arrived. Never waits."""
+        return self._marks.poll()
+
+    def forget_marks(self) -> None:
+        """Count `skipped_in_a_row` from the next step on."""
+        self.mark()
+        self._marks.forget()
 
     def request(self, measured: Numbers | None) -> None:
         """End the present window. Call `result(wait=True)` first if a window is still requested.
@@ -75,8 +98,9 @@ class DeviceSums:
             self._event = torch.cuda.Event(blocking=True)
             self._event.record()
         self._requested_steps = self.num_steps
+        self.mark()
         self._sums.zero_()
-        self.num_steps = 0
+        self.num_steps = self._marked_steps = 0
 
     def result(self, *, wait: bool = False) -> Window | None:
         """Return the requested window, or None if none is requested or its numbers are still on their way.
@@ -104,3 +128,48 @@ class DeviceSums:
         """
         sums = torch.zeros(2, len(self._metrics), device=self._device)
         return sums, torch.zeros(sums.numel() + len(self._once), pin_memory=self._device.type == "cuda")
+
+
+class _Marks:
+    """Copies of the number of skipped steps that are on their way to the host, and what the earlier ones showed."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._is_cuda = device.type == "cuda"
+        # The training loop is at most two steps ahead of the GPU, so copies never wait for a place.
+        self._free = deque(torch.zeros(1, pin_memory=self._is_cuda) for _ in range(8))
+        self._sent: deque[tuple[Tensor, torch.cuda.Event | None, int, bool]] = deque()
+        self._before = 0.0  # skipped steps of the window up to the mark that arrived last
+        self._num_forgotten = 0  # marks on their way that no longer count
+        self.skipped_in_a_row = 0
+
+    def add(self, skipped: Tensor, num_steps: int, *, first: bool) -> bool:
+        """Start a copy; return whether there was a place for it.
+
+        skipped: () of the window so far. num_steps: since the last mark. first: it is the first mark of its window.
+        """
+        if not self._free:
+            return False
+        place, event = self._free.popleft(), None
+        place.copy_(skipped, non_blocking=True)
+        if self._is_cuda:
+            event = torch.cuda.Event()
+            event.record()
+        self._sent.append((place, event, num_steps, first))
+        return True
+
+    def poll(self) -> int:
+        """Read the copies that have arrived, and return `skipped_in_a_row`."""
+        while self._sent and (self._sent[0][1] is None or self._sent[0][1].query()):
+            place, _, num_steps, first = self._sent.popleft()
+            (value,) = place.tolist()
+            self._free.append(place)
+            skipped, self._before = value - (0.0 if first else self._before), value
+            if self._num_forgotten:
+                self._num_forgotten -= 1
+            else:
+                self.skipped_in_a_row = self.skipped_in_a_row + num_steps if skipped >= num_steps else 0
+        return self.skipped_in_a_row
+
+    def forget(self) -> None:
+        """Begin to count again after the marks that are on their way."""
+        self._num_forgotten, self.skipped_in_a_row = len(self._sent), 0

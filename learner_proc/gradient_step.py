@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from shared.stream import StreamSpec
 
 AUTOCAST_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "false": None}
+NORMALISER = "normaliser"  # the group of the running statistics in a snapshot
 SCALE_GROUP = "loss_scale_"  # groups of a snapshot that only float16 has, so a run may resume in another precision
 
 
@@ -132,7 +133,7 @@ class GradientStep:
     def tensors(self) -> Groups:
         """Return every tensor of the learner's state, in named groups: the live tensors, not copies."""
         modules: dict[str, nn.Module] = {
-            "normaliser": self.policy.normaliser,
+            NORMALISER: self.policy.normaliser,
             "world_model": self.world_model,
             "actor": self.policy.actor,
             "critic": self.critic,

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
+from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -19,18 +20,19 @@ from learner_proc.metrics_writer import MetricsWriter
 from learner_proc.numbers import Numbers
 from learner_proc.pacing import Pacing, make_pacing
 from learner_proc.publisher import Publisher
+from learner_proc.recovery import Recovery
 from learner_proc.replay import Replay
 from learner_proc.saver import Saver
 from learner_proc.streaming import Chunk
 from learner_proc.totals import Counters
 from shared import metrics
 from shared.geometry import Geometry
+from shared.metrics import Metric, Value
 from shared.process import Process
 
 IDLE_S = 0.01  # longest sleep while the learner waits for a message
 STATUS_S = 0.5  # time between two live statuses
 STEPS_AHEAD = 2
-MAX_SKIPPED = 100  # steps in a row without a finite gradient; float16 needs a dozen until its loss scale settles
 
 
 class StepQueue:
@@ -74,6 +76,7 @@ class Learner:
         writer: MetricsWriter,
         saver: Saver,
         publisher: Publisher,
+        recovery: Recovery,
     ) -> None:
         self.link, self.pacing, self.counters, self.publisher = link, pacing, counters, publisher
         self.replay, self._device = replay, device
@@ -81,9 +84,7 @@ class Learner:
         self._options = process.settings.optimization
         self._step, self._update, self.measurements, self._writer = step, update, measurements, writer
         self._saver, self._queue, self._status_at = saver, StepQueue(device), time.monotonic()
-        pretrained = make_pacing(process.settings, Geometry.of(process.settings, replay.layout.num_envs)).pretrained
-        ratio = partial(counters.replay_ratio, pacing.step_frames, pretrained=pretrained)
-        self._replay_ratio = partial(ratio, eval_in_replay=replay.columns is None)
+        self._recovery, self._replay_ratio = recovery, ratio_so_far(process, replay, pacing, counters)
 
     def run(self) -> None:
         """Train. Raises: TransportError, FloatingPointError, CheckpointError."""
@@ -111,6 +112,9 @@ class Learner:
         while self.link.streaming is not None and self.pacing.may_grant(self.replay.num_granted):
             self.link.streaming.grant(self._version_for_grant())
         self.publisher.flush()
+        if self.publisher.take_fault():
+            self._recovery.check(self.counters.gradient_steps, not_finite=True)
+            self.publish()
         if self.link.streaming is not None:
             self.publisher.collector_streams(self.link.num_welcomed)
 
@@ -133,7 +137,7 @@ class Learner:
     def train(self) -> None:
         """Make one gradient step; then publish, log and save if that is due.
 
-        Raises: FloatingPointError if no recent gradient was finite.
+        Raises: FloatingPointError if no recent gradient was finite, and earlier states did not help.
         """
         self._queue.wait()
         self._writer.add_step(self._update())
@@ -141,12 +145,12 @@ class Learner:
         steps = self.counters.count_gradient_step()
         self.pacing.replayed += self.pacing.step_frames
         self._progress.advance()
+        self._recovery.check(steps)
         if steps % self._options.publish_every == 0 and not self.pacing.lockstep:
             self.publish()
         if steps % self._options.log_every == 0:
             self.request_row()
         self._writer.poll()
-        check_gradients(self._writer.skipped_in_a_row, steps)
         self._saver.save_if_due()
 
     def publish(self) -> None:
@@ -157,14 +161,8 @@ class Learner:
 
     def request_row(self) -> None:
         """Ask for a row of metrics.jsonl. It is written once its numbers have left the GPU."""
-        self._writer.request_row(
-            measured(self.measurements, self.replay, step=self.counters.gradient_steps),
-            {
-                metrics.REPLAY_RATIO: self._replay_ratio(),
-                metrics.MESSAGES_DROPPED: self.link.num_dropped,
-                metrics.PUBLICATIONS_SKIPPED: self.publisher.num_skipped,
-            },
-        )
+        known = counts(self.link, self.publisher, self._recovery) | {metrics.REPLAY_RATIO: self._replay_ratio()}
+        self._writer.request_row(measured(self.measurements, self.replay, step=self.counters.gradient_steps), known)
 
     def show_status(self) -> None:
         """Update the live status if STATUS_S have passed."""
@@ -213,10 +211,17 @@ def measured(measurements: Measurements, replay: Replay, *, step: int) -> Number
     return arrived if windows is None else Numbers.join([windows, arrived])
 
 
-def check_gradients(skipped_in_a_row: int, step: int) -> None:
-    """Raise FloatingPointError after MAX_SKIPPED gradient steps in a row, up to `step`, without a finite gradient."""
-    if skipped_in_a_row >= MAX_SKIPPED:
-        raise FloatingPointError(
-            f"the gradients of the last {skipped_in_a_row} steps up to step {step} were not finite; expected finite "
-            "losses; resume from a checkpoint with a lower learning rate or optimization.autocast=bfloat16"
-        )
+def counts(link: CollectorLink, publisher: Publisher, recovery: Recovery) -> dict[Metric, Value]:
+    """Return what the parts of the learner have counted on the host, for a row of metrics."""
+    return {
+        metrics.MESSAGES_DROPPED: link.num_dropped,
+        metrics.PUBLICATIONS_SKIPPED: publisher.num_skipped,
+        metrics.ROLLBACKS: recovery.num_rollbacks,
+    }
+
+
+def ratio_so_far(process: Process, replay: Replay, pacing: Pacing, counters: Counters) -> Callable[[], float]:
+    """Return a function that gives the replay ratio of the run so far."""
+    pretrained = make_pacing(process.settings, Geometry.of(process.settings, replay.layout.num_envs)).pretrained
+    ratio = partial(counters.replay_ratio, pacing.step_frames, pretrained=pretrained)
+    return partial(ratio, eval_in_replay=replay.columns is None)

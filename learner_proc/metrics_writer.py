@@ -61,7 +61,6 @@ class MetricsWriter:
         self._began = time.monotonic() - counters.wall_s
         self._meter, self._collector_memory = MemoryMeter(str(device), whole_device=False), Memory(0)
         self._diverged_before = 0
-        self.skipped_in_a_row = 0  # steps in the newest windows in which no step had a finite gradient
 
     def add_commit(self, commit: Commit, *, newest_version: int, collector: int) -> None:
         """Count a commit.
@@ -107,8 +106,6 @@ class MetricsWriter:
         if window is None:
             return
         self._counters.nan_skips += window.num_skipped
-        all_skipped = window.num_skipped == window.num_steps
-        self.skipped_in_a_row = self.skipped_in_a_row + window.num_steps if all_skipped else 0
         row = {**self._constants, **self._requested, **window.values, metrics.NAN_SKIPS: self._counters.nan_skips}
         if window.num_steps == 0:  # the run was stopped before its first step, so no step has named its metrics
             row = dict.fromkeys(METRICS.values()) | row

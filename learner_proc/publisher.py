@@ -67,6 +67,7 @@ class Publisher:
         self._sent_at = 0.0  # when a version was last published or sent again, time.monotonic() seconds
         self._collector = 0  # number of the collector that streams now
         self._adopted = 0  # version that this collector acts with
+        self._fault = False  # weights that are not finite were not sent
         self.version = version
         self.published_step = -1  # gradient step at which this process last published
         self.num_skipped = 0
@@ -118,6 +119,11 @@ class Publisher:
             self._sent_at = time.monotonic()
             self.republish()
 
+    def take_fault(self) -> bool:
+        """Return whether weights since the last call were not sent, because a number in them was not finite."""
+        fault, self._fault = self._fault, False
+        return fault
+
     def bind_again(self) -> None:
         """Bind the endpoint once more, because its file is gone. Collectors that are connected stay connected."""
         self._socket.bind(self._endpoint)
@@ -156,6 +162,7 @@ class Publisher:
         if content[-1] == GOOD:
             self._good = content[:-1].tobytes()
         if content[-1] == NOT_FINITE:
+            self._fault = True
             self._limited.warning("weights that are not finite are not sent", version=version)
         if not self._good:
             return

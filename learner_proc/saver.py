@@ -156,8 +156,10 @@ class Saver:
 
         A checkpoint of such a state would replace a good one.
         """
-        last = self._writer.sums.last(metrics.SKIPPED)
-        in_a_row = max(self._writer.skipped_in_a_row, 1) if last is not None and last.item() > 0 else 0
+        sums = self._writer.sums
+        sums.mark()
+        last = sums.last(metrics.SKIPPED)
+        in_a_row = max(sums.poll_marks(), 1) if last is not None and last.item() > 0 else 0
         name, problem = not_finite(self._step.tensors()), None
         if name is not None:
             problem = f"{name} holds numbers that are not finite; expected finite ones"

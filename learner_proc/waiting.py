@@ -10,6 +10,7 @@ import torch
 
 from learner_proc import checkpoint
 from learner_proc.evaluation import EvaluationLog
+from learner_proc.gradient_step import GradientStep
 from learner_proc.handshake import Handshake, SharedReplay
 from learner_proc.learn import IDLE_S, Learner
 from learner_proc.link import CollectorLink
@@ -17,6 +18,7 @@ from learner_proc.measurements import Measurements
 from learner_proc.metrics_writer import MetricsWriter, cut_after
 from learner_proc.pacing import Pacing, make_pacing
 from learner_proc.publisher import Publisher
+from learner_proc.recovery import Recovery
 from learner_proc.replay import Replay
 from learner_proc.replay_files import load_replay
 from learner_proc.row_bounds import RowBounds
@@ -136,7 +138,7 @@ class WaitingLearner:
         startup_s = time.monotonic() - began
         process.log.info("networks ready", seconds=round(startup_s, 2), parameters=step.parameter_counts())
         writer = self._open_writer(shared, measurements, streaming_since=began, startup_s=startup_s)
-        writer.on_row = make_signs(process, shared, writer).check
+        warnings = warn_of_rows(process, shared, writer)
         learner = Learner(
             process,
             device=self._device,
@@ -149,12 +151,8 @@ class WaitingLearner:
             measurements=measurements,
             writer=writer,
             saver=Saver(process, shared, step, self.counters, writer, device=self._device, saved=self._checkpoint),
-            publisher=Publisher(
-                step.policy,
-                socket_dir=process.run.socket_dir,
-                run_id=process.run.run_id,
-                version=self.counters.policy_version,
-            ),
+            publisher=open_publisher(process, step, self.counters),
+            recovery=make_recovery(process, step, writer, warnings, self.counters),
         )
         self.link.listener.watch.add(WEIGHTS_SOCKET, learner.publisher.bind_again)
         for chunk in self._early:
@@ -200,10 +198,26 @@ def load_saved(process: Process) -> tuple[Checkpoint, dict[str, Any]]:
     return checkpoint.load_newest(root, on_block=process.progress.advance)
 
 
-def make_signs(process: Process, shared: SharedReplay, writer: MetricsWriter) -> Signs:
-    """Return what warns of a run that goes wrong, from each row of metrics."""
+def warn_of_rows(process: Process, shared: SharedReplay, writer: MetricsWriter) -> WarningLines:
+    """Check each row of metrics for signs of a run that goes wrong. Return what gives the warnings."""
     lines = WarningLines(RunFolder(process.run_dir).warnings("learner"), process.log)
-    return Signs(process.settings, shared.spec, lines, writer.episodes, shared.replay.row_bounds.names)
+    signs = Signs(process.settings, shared.spec, lines, writer.episodes, shared.replay.row_bounds.names)
+    writer.on_row = signs.check
+    return lines
+
+
+def open_publisher(process: Process, step: GradientStep, counters: Counters) -> Publisher:
+    """Return what sends the acting weights; its versions go on from those of the checkpoint."""
+    socket_dir, run_id = process.run.socket_dir, process.run.run_id
+    return Publisher(step.policy, socket_dir=socket_dir, run_id=run_id, version=counters.policy_version)
+
+
+def make_recovery(
+    process: Process, step: GradientStep, writer: MetricsWriter, warnings: WarningLines, counters: Counters
+) -> Recovery:
+    """Return what goes back to an earlier state when gradients are no longer finite."""
+    options = process.settings.optimization
+    return Recovery(step, options, writer.sums, warnings, first_step=counters.gradient_steps)
 
 
 def allocate_and_restore(

@@ -291,6 +291,19 @@ class OptimizationSettings:
         "percentile: divide the actor's returns by the running range of their 5th to 95th percentile (at least 1).",
         choices=("none", "percentile"),
     )
+    max_skipped: int = setting(
+        100,
+        "After so many steps in a row without a finite gradient, the learner goes back to an earlier state.",
+        unit="gradient steps",
+        minimum=1,
+        maximum=MAX_COUNT,
+    )
+    max_rollbacks: int = setting(
+        3,
+        "How often the learner may go back to an earlier state within 10,000 steps before the run ends.",
+        minimum=0,
+        maximum=MAX_COUNT,
+    )
     autocast: str = setting(
         "bfloat16",
         "Precision of matrix products; false: float32; true is accepted and means bfloat16.",

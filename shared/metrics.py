@@ -217,6 +217,12 @@ NAN_SKIPS = declare("nan_skips", "gradient/nan_skips", "updates", "Skipped updat
 NUM_DIVERGED = declare(
     "num_diverged", "health/num_diverged", "episodes", "Environments that were reset because a number was not finite."
 )
+ROLLBACKS = declare(
+    "rollbacks",
+    "health/rollbacks",
+    "roll-backs",
+    "How often the learner went back to an earlier state since it started; see optimization.max_skipped.",
+)
 CLIPPED_VALUES = declare(
     "clipped_values",
     "health/clipped_values",

@@ -32,7 +32,12 @@ STEP_METRICS = tuple(
 )
 CONSTANTS = (metrics.REPLAY_RATIO_TARGET, metrics.TRANSPORT, metrics.TRANSPORT_BYTES_PER_S, metrics.STARTUP_S)
 RETURNS = (metrics.EPISODE_RETURN_MEAN, metrics.EVAL_RETURN_MEAN, metrics.RANDOM_RETURN_MEAN)
-FURTHER = {metrics.REPLAY_RATIO: 2.0, metrics.MESSAGES_DROPPED: 0, metrics.PUBLICATIONS_SKIPPED: 0}
+FURTHER = {
+    metrics.REPLAY_RATIO: 2.0,
+    metrics.MESSAGES_DROPPED: 0,
+    metrics.PUBLICATIONS_SKIPPED: 0,
+    metrics.ROLLBACKS: 0,
+}
 
 
 def measured(loss: float, skipped: float = 0.0) -> Numbers:
@@ -164,7 +169,7 @@ def test_a_step_without_a_finite_gradient_does_not_spoil_the_mean_of_its_window(
     writer.add_step(measured(float("nan"), skipped=1.0))
     request_row(writer)
     assert column(tmp_path, LOSS_MODEL) == [1.0] and column(tmp_path, SKIPPED) == [0.5]
-    assert writer.skipped_in_a_row == 0 and counters.nan_skips == 1
+    assert writer.sums.poll_marks() == 0 and counters.nan_skips == 1
 
 
 def test_windows_without_a_finite_gradient_are_counted_in_a_row(tmp_path):
@@ -172,10 +177,10 @@ def test_windows_without_a_finite_gradient_are_counted_in_a_row(tmp_path):
     for _ in range(2):
         writer.add_step(measured(1.0, skipped=1.0))
         request_row(writer)
-    assert writer.skipped_in_a_row == 2 and counters.nan_skips == 2
+    assert writer.sums.poll_marks() == 2 and counters.nan_skips == 2
     writer.add_step(measured(1.0))
     request_row(writer)
-    assert writer.skipped_in_a_row == 0 and counters.nan_skips == 2
+    assert writer.sums.poll_marks() == 0 and counters.nan_skips == 2
 
 
 def test_a_window_without_a_finite_value_has_null(tmp_path):

@@ -145,10 +145,10 @@ def test_nothing_is_saved_while_steps_are_skipped(process, waiting, join):
     assert not list(saves.glob("0*")) and "step was skipped, 1 in a row" in warnings(process)[0]
     learner._saver.save()
     assert len(list(saves.glob("0*"))) == 1, "one skipped step is no reason to end without the last checkpoint"
-    learner._writer.skipped_in_a_row = 50
+    for _ in range(49):
+        learner._writer.add_step(numbers(skipped=1.0))
     with pytest.raises(BadStateError, match="50 in a row"):
         learner._saver.save()
-    learner._writer.skipped_in_a_row = 0
     learner._writer.add_step(numbers(skipped=0.0))
     learner._saver.save_if_due()
     learner._saver.wait()
