@@ -12,7 +12,7 @@ import pytest
 # Set before anything imports torch: several tests run at once, each with processes of its own.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-OPTIONAL = ("gpu", "fake_gpu", "isaac", "slow")
+OPTIONAL = ("gpu", "fake_gpu", "isaac", "isaaclab3", "slow")
 _left_out: Counter[str] = Counter()
 
 
@@ -40,4 +40,5 @@ def pytest_testnodedown(node: Any) -> None:
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     """Print how many tests the markers left out, and how to run them."""
     counts = ", ".join(f"{_left_out[marker]} {marker}" for marker in OPTIONAL)
-    terminalreporter.write_line(f"not run: {counts} (run them with -m gpu, -m fake_gpu, -m isaac, -m slow)")
+    options = ", ".join(f"-m {marker}" for marker in OPTIONAL)
+    terminalreporter.write_line(f"not run: {counts} (run them with {options})")

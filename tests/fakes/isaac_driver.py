@@ -1,8 +1,9 @@
 """Run one Isaac Lab simulator in a process of its own, where torch must not be imported before the simulator is built.
 
-Call: `isaac_driver.py JOB.json RESULT.pt`. The job holds config, overrides and ticks. The result holds the exception,
+Call: `isaac_driver.py JOB.json RESULT.pt`. The job holds config, overrides and ticks. It may hold `nan` and
+`native_from`, which `drive` describes, and `close_s`, the time that closing may take. The result holds the exception,
 the arrivals as they were returned and as they are after the last tick, the true state before every reset, and facts
-about the process.
+about the process and the task.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ def main() -> int:
     try:
         check_env(settings)
         simulator: Any = build_simulator(settings, seed=settings.env.seed, device="cpu", crash_dir=result.parent)
-        outcome = drive(simulator, job["ticks"], job.get("nan"))
+        outcome = drive(simulator, job["ticks"], job.get("nan"), job.get("native_from"))
     except Exception as caught:
         error, simulator = f"{type(caught).__name__}: {caught}", None
     import torch
@@ -46,30 +47,35 @@ def main() -> int:
     }
     torch.save({"error": error, "facts": facts, **outcome}, result)
     if simulator is not None:
-        with ending.closing_deadline(1.0, 3):
+        with ending.closing_deadline(job.get("close_s", 1.0), 3):
             simulator.close()
     return 7  # the process must end with this code, although Kit's exit hooks would change it
 
 
-def drive(simulator: Any, num_ticks: int, nan: list[int] | None) -> dict[str, Any]:
+def drive(simulator: Any, num_ticks: int, nan: list[int] | None, native_from: int | None) -> dict[str, Any]:
     """Run `num_ticks` ticks.
 
-    `nan` is (tick, environment): before that tick, NaN is written into that environment's physics.
+    nan: (tick, environment): before that tick, NaN is written into that environment's physics.
+    native_from: from that tick on, Isaac Lab 3 also reports final observations in its own way, which are recorded.
     """
     import torch
 
-    truth = record_truth(simulator)
+    truth, native = record_truth(simulator), {}
     generator = torch.Generator().manual_seed(11)
     arrivals = [simulator.reset()]
     copies, truths = [copy(arrivals[0])], [{}]
     for tick in range(1, num_ticks + 1):
         if nan is not None and tick == nan[0]:
             break_physics(simulator._env, nan[1])
+        if tick == native_from:
+            simulator._env.cfg.compute_final_obs = True
         action = torch.rand(simulator.spec.num_envs, simulator.spec.action_dim, generator=generator) * 2 - 1
         truth.clear()
         arrivals.append(simulator.step(action.to(simulator.device)))
         copies.append(copy(arrivals[-1]))
         truths.append(dict(truth))
+        if native_from is not None and tick >= native_from and truth:
+            native[tick] = simulator._env.extras["final_obs"]["policy"].clone()
     kept = [copy(arrival) for arrival in arrivals]
     again = copy(simulator.reset())
     return {
@@ -77,6 +83,8 @@ def drive(simulator: Any, num_ticks: int, nan: list[int] | None) -> dict[str, An
         "rows": stack(copies),
         "kept": stack(kept),
         "truth": truths,
+        "native": native,
+        "task": {name: getattr(simulator._env, name) for name in ("step_dt", "max_episode_length")},
         "again": again,
         "num_diverged": simulator.num_diverged,
     }
@@ -89,7 +97,8 @@ def record_truth(simulator: Any) -> dict[int, Any]:
 
     def reset_idx(env_ids: Any) -> Any:
         state = raw_state(env)
-        for index in env_ids.tolist():
+        # Isaac Lab 3 names all environments by a slice.
+        for index in range(env.num_envs)[env_ids] if isinstance(env_ids, slice) else env_ids.tolist():
             truth.setdefault(index, state[index].clone())
         return inner(env_ids)
 
@@ -98,19 +107,27 @@ def record_truth(simulator: Any) -> dict[int, Any]:
 
 
 def raw_state(env: Any) -> Any:
+    """Return what the simulator holds: joint positions and speeds; with Isaac Lab 3 also the height, or the images."""
     import torch
 
     if hasattr(env, "state"):
         return env.state
+    sensors = getattr(env.scene, "sensors", {})
+    if "tiled_camera" in sensors:
+        return sensors["tiled_camera"].data.output["rgb"].torch
     data = next(iter(env.scene.articulations.values())).data
+    if hasattr(data.joint_pos, "torch"):
+        return torch.cat([data.joint_pos.torch, data.joint_vel.torch, data.root_pos_w.torch[:, 2:]], -1)
     return torch.cat([data.joint_pos, data.joint_vel], -1)
 
 
 def break_physics(env: Any, index: int) -> None:
+    """Write NaN into the physics of one environment."""
     if hasattr(env, "state"):
         env.state[index, 2] = float("nan")
-    else:
-        next(iter(env.scene.articulations.values())).data.joint_pos[index] = float("nan")
+        return
+    positions = next(iter(env.scene.articulations.values())).data.joint_pos
+    getattr(positions, "torch", positions)[index] = float("nan")
 
 
 def copy(arrival: Any) -> dict[str, Any]:

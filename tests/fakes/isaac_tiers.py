@@ -52,15 +52,22 @@ def drive(
     nan: tuple[int, int] | None = None,
     **switches: str,
 ) -> dict[str, Any]:
-    """Run tests/fakes/isaac_driver.py and return its result. Fails if the process ends with an unexpected code."""
-    job, result = tmp_path / "job.json", tmp_path / "result.pt"
+    """Run the driver with the fakes of a tier, and return its result."""
     given = [f"env.name={task}", f"env.num_envs={num_envs}", "collector.eval_envs=2", *overrides]
-    job.write_text(json.dumps({"config": "isaaclab", "overrides": given, "ticks": ticks, "nan": nan}))
-    command = [sys.executable, str(FAKES / "isaac_driver.py"), str(job), str(result)]
-    done = subprocess.run(
-        command, env=environment(tier, **switches), cwd=REPO, capture_output=True, text=True, timeout=DEADLINE_S
-    )
-    assert result.exists(), done.stdout[-3000:] + done.stderr[-6000:]
+    job = {"config": "isaaclab", "overrides": given, "ticks": ticks, "nan": nan}
     expected = 3 if "FAKE_HANG_CLOSE" in switches else 7
+    return run_driver(tmp_path, job, environment(tier, **switches), expected=expected)
+
+
+def run_driver(folder: Path, job: dict[str, Any], env: dict[str, str], *, expected: int = 7, cwd: Path = REPO) -> dict:
+    """Run tests/fakes/isaac_driver.py and return its result.
+
+    env: the environment variables. Raises: AssertionError if the process ends with another code than `expected`.
+    """
+    (folder / "job.json").write_text(json.dumps(job))
+    result = folder / "result.pt"
+    command = [sys.executable, str(FAKES / "isaac_driver.py"), str(folder / "job.json"), str(result)]
+    done = subprocess.run(command, env=env, cwd=cwd, capture_output=True, text=True, timeout=DEADLINE_S)
+    assert result.exists(), done.stdout[-3000:] + done.stderr[-6000:]
     assert done.returncode == expected, (done.returncode, done.stdout[-3000:], done.stderr[-6000:])
     return torch.load(result, weights_only=False) | {"stderr": done.stderr}

@@ -130,21 +130,15 @@ class IsaacLabSimulator:
     def _make(self, settings: Settings, *, seed: int) -> Any:
         """Return the unwrapped environment. Raises: SettingError, SimulatorError."""
         import gymnasium
-        import isaaclab_tasks  # noqa: F401  # pyright: ignore[reportMissingImports] # registers the tasks
         import torch
 
         from collector_proc.simulators.batched.warp_order import warp_order
-        from collector_proc.simulators.isaaclab import task
+        from collector_proc.simulators.isaaclab.task import find_and_configure
 
-        env = settings.env
-        name = task.find_task(env.name, gymnasium.registry)
-        own_resets = task.check_class(gymnasium.registry[name])
-        cfg = task.task_cfg(settings, name, device=self.device, seed=seed, generation=self._generation)
+        name, cfg = find_and_configure(settings, device=self.device, seed=seed, generation=self._generation)
         if self._generation == 3:
-            cfg.compute_final_obs = own_resets
-            if task.needs_kit(cfg, env):
-                self.device = cfg.sim.device = simulator_device(self.device, cameras=env.from_pixels)
-            start_for_task(cfg, device=self.device, cameras=env.from_pixels)
+            self.device = cfg.sim.device
+            start_for_task(cfg, device=self.device, cameras=settings.env.from_pixels)
         self._in_order = functools.partial(warp_order, torch.device(self.device))
         # Unwrapped, because gymnasium's wrappers hide the attributes that are used here.
         with self._in_order():

@@ -5,18 +5,17 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import re
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import structlog
 
 from collector_proc.simulators.batched.step import episode_length_s
-from collector_proc.simulators.isaaclab.kit import reasons_for_kit
+from collector_proc.simulators.isaaclab.kit import reasons_for_kit, simulator_device
 from collector_proc.simulators.setting_checks import unknown
 from shared.errors import SettingError
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-
     from shared.config import EnvSettings, Settings
 
 # Tasks that have another name in the other generation, as `_plain` writes names.
@@ -24,7 +23,28 @@ RENAMED = {
     "isaaccartpolergb": "isaaccartpolecamera",
     "isaaccartpolergbcameradirect": "isaaccartpolecameradirect",
 }
+SELECTORS = ("physics", "renderer", "presets")  # what env.isaac_overrides may set beside fields, in Isaac Lab 3
 IMAGE_TERMS = ("image", "image_rgb")  # the terms of Isaac Lab 2.3 and 3 that observe a camera's image
+
+
+def find_and_configure(settings: Settings, *, device: str, seed: int, generation: int) -> tuple[str, Any]:
+    """Return the registered id that env.name means, and its configuration with the values of this run.
+
+    generation: 2 or 3, the version of Isaac Lab. With 3, `cfg.sim.device` may differ from `device`.
+    Raises: SettingError if there is no such task, or the settings do not fit it.
+    """
+    import gymnasium
+    import isaaclab_tasks  # noqa: F401  # pyright: ignore[reportMissingImports] # registers the tasks
+
+    env = settings.env
+    name = find_task(env.name, gymnasium.registry)
+    own_resets = check_class(gymnasium.registry[name])
+    cfg = task_cfg(settings, name, device=device, seed=seed, generation=generation)
+    if generation == 3:
+        cfg.compute_final_obs = own_resets
+        if needs_kit(cfg, env):
+            cfg.sim.device = simulator_device(device, cameras=env.from_pixels)
+    return name, cfg
 
 
 def find_task(name: str, registry: Mapping[str, Any]) -> str:
@@ -71,6 +91,7 @@ def task_cfg(settings: Settings, task: str, *, device: str, seed: int, generatio
     env = settings.env
     presets = {"overrides": list(env.isaac_overrides or ())} if generation == 3 else {}
     try:
+        _check_fields(task, env.isaac_overrides or ())
         cfg = parse_env_cfg(task, device=device, num_envs=env.num_envs, **presets)
     except Exception as error:
         if not env.isaac_overrides:
@@ -95,6 +116,36 @@ def task_cfg(settings: Settings, task: str, *, device: str, seed: int, generatio
     if env.from_pixels:
         _prepare_cameras(cfg)
     return cfg
+
+
+def _check_fields(task: str, overrides: Sequence[str]) -> None:
+    """Check that every override selects a preset or names a field of the task.
+
+    Isaac Lab 3 sets a field that does not exist without a word, and it gives other names to Hydra's command line, which
+    writes a folder and may end the process.
+    Raises: ValueError if there is no such field.
+    """
+    from isaaclab_tasks.utils import parse_env_cfg  # pyright: ignore[reportMissingImports]
+
+    names = [override.partition("=")[0] for override in overrides]
+    fields = [name for name in names if name not in SELECTORS]
+    if not fields:
+        return
+    selected = [override for override, name in zip(overrides, names, strict=True) if name in SELECTORS]
+    cfg = parse_env_cfg(task, overrides=selected)
+    for field in fields:
+        section, *path = field.split(".")
+        if section != "env" or not path or not _has(cfg, path):
+            raise ValueError(f"{field} is neither {', '.join(SELECTORS)} nor a field of the task that begins with env.")
+
+
+def _has(cfg: Any, path: Sequence[str]) -> bool:
+    """Return whether there is such a field: each part is the name of an attribute, or the key of a mapping."""
+    for name in path:
+        if not (name in cfg if isinstance(cfg, Mapping) else hasattr(cfg, name)):
+            return False
+        cfg = cfg[name] if isinstance(cfg, Mapping) else getattr(cfg, name)
+    return True
 
 
 def check_class(spec: Any) -> bool:

@@ -35,29 +35,21 @@ class TerminalObservations:
         self._env, self._entries, self._reset_idx = env, entries, env._reset_idx
         self._stepping = False
         self._caught: list[tuple[Any, dict[str, Tensor]]] = []
-        # Set only for tasks with resets of their own (`task.check_class`). They are made to call _reset_idx.
-        self._check_ends = bool(getattr(env.cfg, "compute_final_obs", False))
         env._reset_idx = self._hook
+        # Set only for tasks with resets of their own (`task.check_class`). They are made to call _reset_idx.
+        if getattr(env.cfg, "compute_final_obs", False):
+            self._reset_ended, env._reset_envs_from_buffer = env._reset_envs_from_buffer, self._checked_reset
 
     def step(self, action: Tensor) -> tuple[Any, ...]:
         """Make one step of the environment and collect the last observations of the episodes that end in it.
 
-        Raises: SimulatorError if an episode ended and the environment was reset in a way that shows no last
-        observation. This is looked at only for tasks that have their own way of resetting, and then it waits for the
-        device, as Isaac Lab itself does in each step.
+        Raises: SimulatorError from `_checked_reset`.
         """
         self._caught, self._stepping = [], True
         try:
-            result = self._env.step(action)
+            return self._env.step(action)
         finally:
             self._stepping = False
-        if self._check_ends and not self._caught and bool((result[2] | result[3]).any()):
-            raise SimulatorError(
-                f"{type(self._env).__name__} reset ended episodes without calling _reset_idx, so their last "
-                "observations are lost; expected its _reset_envs_from_buffer to call the method of DirectRLEnv if "
-                "cfg.compute_final_obs is set; correct it there"
-            )
-        return result
 
     def reset(self, indices: Tensor) -> None:
         """Reset these environments outside a step."""
@@ -84,6 +76,21 @@ class TerminalObservations:
             rows = {name: entry.clone() for name, entry in self._entries(self._observe(), indices).items()}
             self._caught.append((indices, rows))
         return self._reset_idx(env_ids)
+
+    def _checked_reset(self) -> Any:
+        """Reset the environments that ended, in the way that the task has of its own.
+
+        This waits for the device, as Isaac Lab itself does in each step of a task without such a way.
+        Raises: SimulatorError if the task did not call _reset_idx, so that there are no last observations.
+        """
+        result = self._reset_ended()
+        if not self._caught and bool(self._env.reset_buf.any()):
+            raise SimulatorError(
+                f"{type(self._env).__name__} reset ended episodes without calling _reset_idx, so their last "
+                "observations are lost; expected its _reset_envs_from_buffer to call the method of DirectRLEnv if "
+                "cfg.compute_final_obs is set; correct it there"
+            )
+        return result
 
     def _observe(self) -> dict[str, Any]:
         """Return the observation groups of the current state."""
