@@ -8,7 +8,7 @@ from __future__ import annotations
 
 _DEVICE = "choose the devices of the processes with --sim-gpu and --train-gpu"
 _WINDOWS = "remove it: windows are sampled on the train GPU as a part of the gradient step, so nothing is prefetched"
-_EVALUATION = "use collector.eval_envs: some of the environments evaluate all the time"
+_EVALUATION = "use collector.eval_envs and collector.eval_episodes: some environments evaluate all the time"
 _GRAPHS = "use optimization.compile.enabled, which compiles the whole gradient step"
 _VIDEO = "remove it: a run records no videos, and `python launch.py play RUN` films its policy at any time"
 _ROLLOUT = "use optimization.compile.enabled: the RSSM's steps are a part of the compiled gradient step"
