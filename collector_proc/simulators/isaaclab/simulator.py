@@ -42,9 +42,9 @@ class IsaacLabSimulator:
         """
         self.device = device
         self._generation = 3 if is_isaac_lab_3() else 2
-        assert "torch" not in sys.modules, "torch was imported before the simulator started"
         try:
             if self._generation == 2:
+                assert "torch" not in sys.modules, "torch was imported before the simulator started"
                 cameras = settings.env.from_pixels
                 self.device = simulator_device(device, cameras=cameras)
                 start_kit(device=self.device, cameras=cameras)
