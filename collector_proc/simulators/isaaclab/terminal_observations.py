@@ -78,19 +78,19 @@ class TerminalObservations:
         return self._reset_idx(env_ids)
 
     def _checked_reset(self) -> Any:
-        """Reset the environments that ended, in the way that the task has of its own.
+        """Reset the environments that ended, in the way that the task has of its own, and return their indices.
 
-        This waits for the device, as Isaac Lab itself does in each step of a task without such a way.
-        Raises: SimulatorError if the task did not call _reset_idx, so that there are no last observations.
+        Raises: SimulatorError if the task returned no indices, or did not call _reset_idx, so that there are no last
+        observations.
         """
-        result = self._reset_ended()
-        if not self._caught and bool(self._env.reset_buf.any()):
+        indices = self._reset_ended()
+        if indices is None or (len(indices) and not self._caught):
             raise SimulatorError(
-                f"{type(self._env).__name__} reset ended episodes without calling _reset_idx, so their last "
-                "observations are lost; expected its _reset_envs_from_buffer to call the method of DirectRLEnv if "
+                f"{type(self._env).__name__} resets ended episodes by a mask or without calling _reset_idx, so their "
+                "last observations are lost; expected its _reset_envs_from_buffer to call the method of DirectRLEnv if "
                 "cfg.compute_final_obs is set; correct it there"
             )
-        return result
+        return indices
 
     def _observe(self) -> dict[str, Any]:
         """Return the observation groups of the current state."""
