@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 
 import torch
 
@@ -25,7 +26,7 @@ RETURNS = {5: 30.0, 10: 90.0, 20: 50.0}  # gradient steps -> the run's own evalu
 
 
 def save_run(folder: RunFolder, settings: Settings, spec: StreamSpec, steps: tuple[int, ...] = STEPS) -> None:
-    """Write config.yaml, metrics.jsonl and, for each of `steps`, a checkpoint with other weights."""
+    """Write config.yaml, metrics.jsonl, status.json and, for each of `steps`, a checkpoint with other weights."""
     folder.path.mkdir(parents=True)
     save_settings(settings, folder.config)
     generator = torch.Generator().manual_seed(0)
@@ -43,3 +44,4 @@ def save_run(folder: RunFolder, settings: Settings, spec: StreamSpec, steps: tup
         checkpoint.save(folder.checkpoints, Content(step, state, {}, spec.digest(), RETURNS.get(step)), None, options)
     rows = [{"gradient_steps": step, "eval_return_mean": value} for step, value in RETURNS.items()]
     folder.metrics.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    folder.status.write_text(json.dumps({"state": "finished", "updated": time.time()}))
