@@ -22,6 +22,12 @@ def test_every_default_is_one_of_its_choices_and_within_its_bounds() -> None:
             assert (low is None or low <= default) and (high is None or default <= high), key
 
 
+def test_every_whole_number_has_a_maximum() -> None:
+    for key, entry in setting_keys():
+        kind = str(entry.type).removeprefix("Optional[").removesuffix("]")
+        assert kind != "int" or entry.metadata["maximum"] is not None, key
+
+
 def test_a_time_or_a_memory_size_has_its_unit() -> None:
     units = {"_s": "s", "_gb": "GB"}
     for key, entry in setting_keys():
