@@ -12,15 +12,19 @@ import torch
 
 from learner_proc import recovery
 from learner_proc.device_sums import DeviceSums
+from learner_proc.gradient_step import GradientStep
 from learner_proc.learn import Learner
 from learner_proc.numbers import Numbers
 from learner_proc.publisher import Publisher
 from learner_proc.recovery import Recovery
 from learner_proc.waiting import WaitingLearner
 from learner_proc.warning_lines import WarningLines
+from shared.compose import compose
 from shared.config import OptimizationSettings
 from shared.metrics import SKIPPED
 from shared.weights import acting_tensors
+from tests.fakes.scripted_collector import SPEC
+from tests.learner_proc.conftest import OVERRIDES
 
 CPU = torch.device("cpu")
 
@@ -188,3 +192,25 @@ def test_a_learner_whose_losses_are_never_finite_ends_by_name_within_its_budget(
             learner.train()
     assert not learner._saver._process.run_dir.joinpath("checkpoints", "latest").exists()
     waiting.link.close()
+
+
+@pytest.mark.gpu
+def test_copies_marks_and_a_roll_back_never_synchronise_a_gpu(tmp_path):
+    device = torch.device("cuda")
+    settings = compose("quickstart", [*OVERRIDES, "optimization.max_skipped=20"])
+    step, sums = GradientStep(SPEC, settings, device=device), DeviceSums(device, once_per_window=())
+    lines = WarningLines(tmp_path / "warnings.jsonl", structlog.get_logger())
+    made = Recovery(step, settings.optimization, sums, lines)
+    weight, numbers = next(step.policy.actor.parameters()), torch.tensor([[0.0], [1.0]], device=device)
+    good, healthy, skipped = weight.tolist(), *numbers.unbind()
+    for n in range(1, 200):
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            if n == 110:
+                weight.data.fill_(math.nan)
+            sums.add(Numbers((SKIPPED,), skipped if n >= 110 and made.num_rollbacks == 0 else healthy))
+            made.check(n)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        torch.cuda.synchronize()
+    assert made.num_rollbacks == 1 and weight.tolist() == good
