@@ -14,8 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from collector_proc.rounds import RoundBegins, seed_of
 from collector_proc.simulators import ending
-from collector_proc.simulators.registry import build_simulator
+from collector_proc.simulators.registry import BACKENDS, build_simulator
 from shared.errors import HandoverError, SettingError, SimulatorError, TransportError
 from shared.geometry import Geometry
 from shared.gpu import check_gpu, describe_gpu
@@ -27,6 +28,7 @@ from shared.socket_folder import read_secret
 
 if TYPE_CHECKING:
     from collector_proc.collect import Collector
+    from collector_proc.connect import Connection
     from collector_proc.simulators.base import Simulator
 
 
@@ -54,12 +56,11 @@ def main() -> int:
 def run_collector(process: Process, arguments: argparse.Namespace) -> int:
     """Start the simulator, collect until the end, close the simulator, and return the exit code of `main`."""
     die_first_when_memory_ends()  # so that the learner survives, which owns the networks and the replay
-    seed = process.settings.env.seed + 1000 * arguments.incarnation + 1_000_000 * process.run.num_resumes
     attempt, code = Attempt(arguments.incarnation), ExitCode.FAILED
     try:
-        process.progress.phase("simulator")
-        attempt.simulator = start_simulator(process, seed=seed, device=arguments.device)
-        code = _collect(process, attempt, device=arguments.device, seed=seed)
+        while (ended := _collect_round(process, attempt, device=arguments.device)) is None:
+            process.log.info("another round begins", number=attempt.round_number)
+        code = ended
     except StopRequested:
         process.log.info("asked to stop before the first tick")
         code = ExitCode.FINISHED
@@ -83,6 +84,7 @@ class Attempt:
     incarnation: int
     simulator: Simulator | None = None
     collector: Collector | None = None
+    round_number: int = 0  # of lockstep; 0 in async mode
 
     def failed(self, process: Process, error: BaseException) -> ExitCode:
         """Report an error that ends this collector, and return its exit code."""
@@ -98,6 +100,13 @@ class Attempt:
             simulator_started=self.simulator is not None,
             is_first_chunk=self.incarnation == 0 and not has_committed,
         )
+
+    def check_round(self, process: Process, connection: Connection) -> None:
+        """Disconnect if another round of lockstep is due than that of this collector. Raises: RoundBegins."""
+        due = connection.welcome.round_number
+        if process.settings.collector.mode == "lockstep" and due != self.round_number:
+            connection.channel.close()
+            raise RoundBegins(due)
 
 
 def describe_error(error: BaseException) -> str:
@@ -132,8 +141,24 @@ def _parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
+def _collect_round(process: Process, attempt: Attempt, *, device: str) -> ExitCode | None:
+    """Collect until the end, and return the exit code; or until another round of lockstep begins, and return None."""
+    seed = seed_of(process, incarnation=attempt.incarnation, round_number=attempt.round_number)
+    if attempt.simulator is None:
+        process.progress.phase("simulator")
+        attempt.simulator = start_simulator(process, seed=seed, device=device)
+    try:
+        return _collect(process, attempt, device=device, seed=seed)
+    except RoundBegins as begins:
+        attempt.round_number = begins.number
+    if not BACKENDS[process.settings.env.backend].starts_once:
+        simulator, attempt.simulator = attempt.simulator, None
+        simulator.close()
+    return None
+
+
 def _collect(process: Process, attempt: Attempt, *, device: str, seed: int) -> ExitCode:
-    """Connect to the learner and stream chunks until the end. This imports torch."""
+    """Connect to the learner and stream chunks until the end. This imports torch. Raises: RoundBegins."""
     settings, run, simulator, incarnation = process.settings, process.run, attempt.simulator, attempt.incarnation
     assert simulator is not None
     process.progress.phase("hello")
@@ -153,6 +178,7 @@ def _collect(process: Process, attempt: Attempt, *, device: str, seed: int) -> E
         run_id=run.run_id, secret=read_secret(run.socket_dir), incarnation=incarnation, device=acting_device,
         alive=process.alive,
     )  # fmt: skip
+    attempt.check_round(process, connection)
     ticks = Geometry.of(settings).ticks_per_chunk
     collector = attempt.collector = Collector(
         process, simulator, connection, ticks=ticks, incarnation=incarnation,

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import copy
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from collector_proc.evaluation import Evaluations
-from collector_proc.graphed_policy import GraphedPolicy
+from collector_proc.graphed_policy import GraphedPolicy, captured
 from collector_proc.simulators.base import Arrival
 from shared.config import CollectorSettings, NetworkSettings
 from shared.evaluation import EvaluationPlan
@@ -48,8 +49,11 @@ class ActingPolicy:
         self._noise_std, self._eval_action = networks.exploration_noise, collector.eval_action
         self.belief = self.policy.initial_belief(spec.num_envs)
         use_graph = device.type == "cuda" and collector.cudagraphs
-        self._graphed = GraphedPolicy(self._act, spec, self.belief) if use_graph else None
-        self._generator = torch.Generator(device).manual_seed(seed)
+        # Its own, because a simulator in this process may seed torch's global one at every reset.
+        self._generator = torch.Generator(device)
+        capture = partial(captured, generators=(self._generator,))
+        self._graphed = GraphedPolicy(self._act, spec, self.belief, capture=capture) if use_graph else None
+        self._generator.manual_seed(seed)
         torch.manual_seed(seed)
 
     @property
@@ -92,7 +96,9 @@ class ActingPolicy:
 
     def _act(self, obs: dict[str, Tensor], belief: Belief, prev_action: Tensor, reset: Tensor) -> tuple[Tensor, Belief]:
         """Return actions (E, A) and beliefs: those of the policy, and in the evaluation columns those of its copy."""
-        action, new = self.policy.explore(obs, belief, prev_action, reset, noise_std=self._noise_std)
+        action, new = self.policy.explore(
+            obs, belief, prev_action, reset, noise_std=self._noise_std, generator=self._generator
+        )
         columns = self.evaluations.columns
         if not len(columns):
             return action, new
@@ -102,6 +108,7 @@ class ActingPolicy:
             prev_action[columns],
             reset[columns],
             eval_action=self._eval_action,
+            generator=self._generator,
         )
         parts = (part.index_copy(0, columns, replaced) for part, replaced in zip(new, own, strict=True))
         return action.index_copy(0, columns, own_action), Belief(*parts)

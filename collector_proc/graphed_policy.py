@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -17,9 +17,14 @@ if TYPE_CHECKING:
 Act = Callable[[dict[str, Tensor], Belief, Tensor, Tensor], tuple[Tensor, Belief]]
 
 
-def captured(step: Callable[[], None], device: torch.device) -> Callable[[], object]:
-    """Return a function that launches the step as one CUDA graph. Runs the step several times first."""
-    launch, _ = capture(step, device, shared_process=True)
+def captured(
+    step: Callable[[], None], device: torch.device, generators: Sequence[torch.Generator] = ()
+) -> Callable[[], object]:
+    """Return a function that launches the step as one CUDA graph. Runs the step several times first.
+
+    generators: those that the step draws from.
+    """
+    launch, _ = capture(step, device, shared_process=True, generators=generators)
     return launch
 
 

@@ -6,11 +6,12 @@ import time
 from collections import deque
 from collections.abc import Iterable
 
+from collector_proc.rounds import RoundBegins
 from collector_proc.status import StatusReporter
 from collector_proc.weights_receiver import WeightsReceiver
 from shared.errors import HandoverError, TransportError
 from shared.handover import Channel, close_descriptors
-from shared.messages import Grant, Refusal
+from shared.messages import Grant, NextRound, Refusal
 from shared.process import Process
 
 
@@ -33,13 +34,16 @@ class LearnerInput:
     def read_grants(self) -> None:
         """Receive every waiting message.
 
-        Raises: Disconnected if the learner has ended; HandoverError if it refuses this collector.
+        Raises: Disconnected if the learner has ended; HandoverError if it refuses this collector; RoundBegins if it
+        begins another round of lockstep.
         """
         while (received := self._channel.receive()) is not None:
             message, descriptors = received
             close_descriptors(descriptors)
             if isinstance(message, Refusal):
                 raise HandoverError(f"the learner refused this collector: {message.reason}")
+            if isinstance(message, NextRound):
+                raise RoundBegins(message.number)
             if isinstance(message, Grant):
                 self._grants.append(message)
 

@@ -82,6 +82,7 @@ class Handshake:
         allocate: Callable[[StreamSpec, bool], tuple[Replay, int | None]],
         random_frames: Callable[[], int],
         agent_steps: Callable[[], int],
+        round_number: Callable[[], int] = lambda: 0,
         gpu_storage: bool | None,
         log: FilteringBoundLogger,
         self_test_s: float = SELF_TEST_S,
@@ -92,12 +93,13 @@ class Handshake:
         allocate: make the replay for a stream, on the learner's GPU if it has one and the second argument is true;
         return it and its memfd, or None for one on a GPU.
         random_frames, agent_steps: return the numbers for the welcome: how many more agent steps a collector acts at
-        random, and how many agent steps were collected so far.
+        random, and how many agent steps were collected so far. round_number: returns the round of lockstep.
         gpu_storage: the setting `replay_buffer.gpu_storage`.
         self_test_s: how long a collector that was sent the slab may take until its self-test arrives.
         """
         self._run_id, self._secret, self._num_envs, self._allocate = run_id, secret, num_envs, allocate
         self._random_frames, self._agent_steps, self._log = random_frames, agent_steps, log
+        self._round_number = round_number
         self._gpu_storage, self._is_in_use, self._self_test_s = gpu_storage, False, self_test_s
         self.shared: SharedReplay | None = None  # None until the first valid hello
 
@@ -176,6 +178,7 @@ class Handshake:
             random_frames=self._random_frames(),
             agent_steps=self._agent_steps(),
             nonce=secrets.randbits(32),
+            round_number=self._round_number(),
         )
         # At most one other Welcome precedes this message on the channel, so the socket has room for it.
         channel.send(message, () if shared.fd is None else (shared.fd,), deadline_s=1.0)

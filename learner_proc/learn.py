@@ -22,6 +22,7 @@ from learner_proc.pacing import Pacing, make_pacing
 from learner_proc.publisher import Publisher
 from learner_proc.recovery import Recovery
 from learner_proc.replay import Replay
+from learner_proc.rounds import Rounds
 from learner_proc.saver import Saver
 from learner_proc.streaming import Chunk
 from learner_proc.totals import Counters
@@ -58,7 +59,8 @@ class Learner:
     """Owns the replay, the networks and everything else that must survive the collector.
 
     `WaitingLearner` makes it once a collector streams. `run` waits for the prefill, trains to the last gradient step or
-    until it is asked to stop, and saves. It waits for a new collector without limit; launch decides when to end.
+    until it is asked to stop, and saves. It waits for a new collector without limit; launch decides when to end. It is
+    one class because it is the order in which the parts of the learner are called.
     """
 
     def __init__(
@@ -79,11 +81,11 @@ class Learner:
         recovery: Recovery,
     ) -> None:
         self.link, self.pacing, self.counters, self.publisher = link, pacing, counters, publisher
-        self.replay, self._device = replay, device
-        self._process, self._progress = process, process.progress
+        self.replay, self._device, self._process, self._progress = replay, device, process, process.progress
         self._options = process.settings.optimization
         self._step, self._update, self.measurements, self._writer = step, update, measurements, writer
-        self._saver, self._queue, self._status_at = saver, StepQueue(device), time.monotonic()
+        self._saver, self._rounds = saver, Rounds(process, link, pacing, counters, writer, saver)
+        self._queue, self._status_at = StepQueue(device), time.monotonic()
         self._recovery, self._replay_ratio = recovery, ratio_so_far(process, replay, pacing, counters)
 
     def run(self) -> None:
@@ -99,7 +101,7 @@ class Learner:
                 self.train()
             else:
                 self.idle()
-                self._saver.save_if_due()
+                self._rounds.save_if_due(self.request_row, self.publish)
             self.show_status()
         self._end()
 
@@ -109,7 +111,7 @@ class Learner:
             self.pacing.collected += self.pacing.chunk_frames
             self.take(chunk)
         self.link.flush()
-        while self.link.streaming is not None and self.pacing.may_grant(self.replay.num_granted):
+        while self.link.streaming is not None and self._may_grant():
             self.link.streaming.grant(self._version_for_grant())
         self.publisher.flush()
         if self.publisher.take_fault():
@@ -126,7 +128,10 @@ class Learner:
 
     def may_step(self) -> bool:
         """Return whether the collected rows allow a gradient step now."""
-        return self.pacing.may_step(self.replay.num_granted)
+        return not self._rounds.waiting and self.pacing.may_step(self.replay.num_granted)
+
+    def _may_grant(self) -> bool:
+        return not self._rounds.waiting and self.pacing.may_grant(self.replay.num_granted)
 
     def idle(self) -> None:
         """Wait a moment for the next message. Meanwhile, send weights again that the collector has missed."""
@@ -151,7 +156,7 @@ class Learner:
         if steps % self._options.log_every == 0:
             self.request_row()
         self._writer.poll()
-        self._saver.save_if_due()
+        self._rounds.save_if_due(self.request_row, self.publish)
 
     def publish(self) -> None:
         """Send the present weights to the collector as a new version."""
@@ -192,7 +197,7 @@ class Learner:
         self.request_row()
         self._writer.poll(wait=True)
         try:
-            self._saver.save()
+            self._rounds.save_at_end()
         finally:
             self._progress.phase("stopping")
             for part in (self._writer, self.publisher, self.link):

@@ -22,7 +22,7 @@ from learner_proc.streaming import REPAIR_S, Chunk, Streaming
 from shared.errors import HandoverError, TransportError
 from shared.handover import Channel, Disconnected, close_descriptors
 from shared.logs import LimitedLog
-from shared.messages import MAX_REASON_CHARS, Commit, Hello, MappingFailed, Message, Refusal, SelfTest
+from shared.messages import MAX_REASON_CHARS, Commit, Hello, MappingFailed, Message, NextRound, Refusal, SelfTest
 from shared.weights import MAX_VERSION
 
 if TYPE_CHECKING:
@@ -65,6 +65,7 @@ class CollectorLink:
         self.num_dropped = 0  # messages that were malformed or not expected
         self.bandwidth = 0.0  # bytes/s of the last self-test
         self._reminder = _Reminder(log)
+        self._is_planned = False  # the collector was asked to disconnect
 
     @property
     def streaming(self) -> Streaming | None:
@@ -105,6 +106,11 @@ class CollectorLink:
         """Send the grants that are ready, if a collector streams. Never waits."""
         if self.streaming is not None:
             self.streaming.flush()
+
+    def begin_round(self, number: int) -> None:
+        """Ask the collector, which has no open grant, to disconnect and to begin again. See `learner_proc.rounds`."""
+        if self.streaming is not None:
+            self._is_planned = self.streaming.channel.try_send(NextRound(number))
 
     def wait(self, timeout_s: float) -> None:
         """Sleep until a message from the collector arrives, at most `timeout_s` seconds."""
@@ -210,7 +216,11 @@ class CollectorLink:
         if self.shared is not None:
             self.shared.replay.revoke()
         known = {} if isinstance(self._collector, Greeting) else {"incarnation": self.incarnation}
-        self._limited.warning("collector lost", state=type(self._collector).__name__, **known)
+        if self._is_planned:
+            self._log.info("collector begins again", **known)
+        else:
+            self._limited.warning("collector lost", state=type(self._collector).__name__, **known)
+        self._is_planned = False
         self._collector = None
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,6 +12,9 @@ from shared.socket_folder import REPLAY_SOCKET, FolderWatch, obtain_secret
 
 if TYPE_CHECKING:
     from structlog.typing import FilteringBoundLogger
+
+# No descriptor or memory is left, or the other process has gone already: the next try may succeed.
+NOT_NOW = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM, errno.ECONNABORTED, errno.EINTR)
 
 
 class Listener:
@@ -31,7 +35,9 @@ class Listener:
             sock, _ = self._socket.accept()
         except BlockingIOError:
             return None
-        except OSError as error:  # no descriptor or memory is left: try again later
+        except OSError as error:
+            if error.errno not in NOT_NOW:
+                raise
             self._limited.warning("a connection cannot be accepted now", reason=str(error))
             return None
         return Channel(sock)

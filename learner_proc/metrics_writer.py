@@ -29,6 +29,7 @@ class MetricsWriter:
     It waits for the GPU only at the end, or if a row is requested before the numbers of the previous one have arrived.
     `request_row` ends a window and starts the copy of its numbers from the device; `poll` writes the row once they have
     arrived. A row has every metric that is declared in `shared.metrics`, and no other column.
+    It is one class because everything in it ends up in the same rows.
     """
 
     def __init__(
@@ -80,6 +81,10 @@ class MetricsWriter:
         self._collector_memory = Memory(commit.rss_bytes, commit.gpu_bytes, commit.device_bytes)
         if commit.policy_version > 0:
             self._lags.append(newest_version - commit.policy_version)
+
+    def begin_round(self) -> None:
+        """Forget what a resumed process would not know either (`learner_proc.rounds`). A row must just be written."""
+        self._lags, self._diverged_before, self.skipped_in_a_row = deque(maxlen=TRAIN_WINDOW), 0, 0
 
     def add_step(self, numbers: Numbers) -> None:
         """Add what one gradient step measured. Call it before the step is counted."""

@@ -16,9 +16,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from learner_proc.totals import Counters
 from shared.config import Settings
 from shared.geometry import Geometry
 
+LEDGER = ("collected", "replayed", "prefill", "pretrained", "ratio")  # the fields that a checkpoint of lockstep has
 MAX_GRANTED = 2  # chunks: the collector fills one while the other is on its way
 
 
@@ -70,6 +72,17 @@ class Pacing:
     def _allowed(self, ratio: float, collected: int) -> float:
         """Return the rows that may be replayed once this many are collected."""
         return self.pretrained + ratio * (collected - self.prefill)
+
+    def save_to(self, counters: Counters) -> None:
+        """Note the ledger in the counters, which are saved in checkpoints."""
+        ledger = (self.collected, self.replayed, self.prefill, self.pretrained, self.ratio)
+        counters.paced = dict(zip(LEDGER, ledger, strict=True))
+
+    def resume_from(self, counters: Counters) -> None:
+        """Continue the ledger of a run in lockstep, unless its replay ratio was changed."""
+        if self.lockstep and counters.paced.get("ratio") == self.ratio:
+            for name, value in counters.paced.items():
+                setattr(self, name, value)
 
 
 def rows_on_prefill(steps: int, *, step_frames: int, ratio: float | None, prefill: int) -> float:

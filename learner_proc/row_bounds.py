@@ -31,6 +31,8 @@ from shared import metrics
 from shared.model.layers import LARGEST, RunningNorm
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from tensordict import TensorDict
 
     from shared.stream import Layout
@@ -95,8 +97,23 @@ class RowBounds:
         for key, norm in self._norms.items():
             norm.update(rows.get(key)[-num_newest:].reshape(-1, norm.mean.shape[0]))
 
+    def tensors(self) -> dict[str, Tensor]:
+        """Return every statistic and count by name, for a checkpoint. They are the live tensors."""
+        named = {"counts": self._counts, "reward_max": self._reward_max, "split": self._split}
+        for key, norm in self._norms.items():
+            own = dict(norm.named_buffers()) | {"clipped": self._clipped[key], "largest": self._largest[key]}
+            named |= {f"{'.'.join(key)}.{name}": tensor for name, tensor in own.items()}
+        return named
+
+    @torch.no_grad()
+    def restore(self, saved: Mapping[str, Tensor]) -> None:
+        """Continue with what `tensors` returned in an earlier process. What has another name or shape is left out."""
+        for name, tensor in self.tensors().items():
+            if name in saved and saved[name].shape == tensor.shape:
+                tensor.copy_(saved[name])
+
     def numbers(self) -> Numbers:
-        """Return the counts since this process began; the share of saturated actions is that since the last call.
+        """Return the counts since the run began; the share of saturated actions is that since the last call.
 
         Does not synchronise.
         """
@@ -135,7 +152,7 @@ class RowBounds:
         floats = [*vectors, rows.get("action"), rows.get("reward")[..., None]]
         bad = ~torch.stack([entry.isfinite().all(-1) for entry in floats]).all(0)  # (K, E)
         after = torch.cat([self._split[None], bad[:-1]])
-        self._split = bad[-1].clone()
+        self._split.copy_(bad[-1])
         for entry in vectors:
             entry.masked_fill_(bad[..., None], 0.0)
         begins = bad | after

@@ -68,6 +68,7 @@ class Saver:
             self._replay.continue_from(saved)
         self._saved_at = time.monotonic()
         self._pending: _Pending | None = None
+        self.saved_step = -1  # the gradient step of the newest checkpoint of this process
 
     def save_if_due(self) -> None:
         """Begin a checkpoint if it is due or asked for. If it fails, log a warning: training must go on.
@@ -105,6 +106,7 @@ class Saver:
         self._begin(most_skipped=MOST_SKIPPED)
         self._process.progress.phase("saving")
         self._take_finished(wait=True)
+        self.saved_step = self._counters.gradient_steps
         self._process.progress.phase("training")
 
     def _begin(self, *, most_skipped: int = 0) -> None:
@@ -180,6 +182,7 @@ class Saver:
                 "gradient_step": groups,
                 "counters": asdict(self._counters),
                 "episodes": episodes.state(),
+                "row_bounds": {name: x.cpu().clone() for name, x in self._shared.replay.row_bounds.tensors().items()},
                 "random_state": checkpoint.random_state(self._shared.replay, self._device),
             },
             weights=weights_of(groups),

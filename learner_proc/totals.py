@@ -7,7 +7,7 @@ import struct
 import time
 from collections import deque
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from shared.messages import EPISODE_KINDS, Commit
 from shared.metrics import (
@@ -42,6 +42,8 @@ class Counters:
     policy_version: int = 0
     num_diverged: int = 0
     wall_s: float = 0.0
+    rounds: int = 0  # of lockstep, see `learner_proc.rounds`
+    paced: dict[str, float | None] = field(default_factory=dict)  # the ledger of `Pacing` at the end of a round
 
     def count_gradient_step(self) -> int:
         """Count one gradient step, and return the number of all so far."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
@@ -58,28 +59,17 @@ class WaitingLearner:
         self._checkpoint, self._saved = load_saved(process) if resume else (None, {})
         self.counters = Counters(**self._saved.get("counters", {}))
         self.pacing = make_pacing(settings, self._geometry, gradient_steps=self.counters.gradient_steps)
-        # No callback refers to `self`: the link exists until the process ends, and `self` holds the loaded checkpoint.
-        geometry, counters, pacing = self._geometry, self.counters, self.pacing
-        handshake = Handshake(
-            run_id=process.run.run_id,
-            secret=obtain_secret(process.run.socket_dir),
-            num_envs=geometry.num_envs,
-            allocate=partial(
-                allocate_and_restore, process, geometry, device=device, pacing=pacing, saved=self._checkpoint
-            ),
-            random_frames=partial(remaining_random_frames, geometry.frames_per_chunk, counters=counters, pacing=pacing),
-            agent_steps=lambda: counters.agent_steps,
-            gpu_storage=settings.replay_buffer.gpu_storage,
-            log=process.log,
-            self_test_s=SELF_TEST_STARTS * settings.deadlines.start_s,
+        allocate = partial(
+            allocate_and_restore,
+            process,
+            self._geometry,
+            device=device,
+            pacing=self.pacing,
+            counters=self.counters,
+            saved=self._checkpoint,
+            row_bounds=self._saved.get("row_bounds", {}),
         )
-        self.link = CollectorLink(
-            process.run.socket_dir,
-            handshake,
-            check_sums=settings.replay_buffer.checksum,
-            log=process.log,
-            newest_version=lambda: counters.policy_version,
-        )
+        self.link = open_link(process, self._geometry, self.counters, self.pacing, allocate)
         self._early: list[Chunk] = []  # chunks that were committed before the networks existed
 
     def run(self) -> Learner | None:
@@ -182,10 +172,43 @@ class WaitingLearner:
         return writer
 
 
+def open_link(
+    process: Process,
+    geometry: Geometry,
+    counters: Counters,
+    pacing: Pacing,
+    allocate: Callable[[StreamSpec, bool], tuple[Replay, int | None]],
+) -> CollectorLink:
+    """Open the socket for collectors. allocate: see `Handshake`.
+
+    It exists until the process ends, so no callback may refer to the `WaitingLearner`, which has the whole checkpoint.
+    """
+    handshake = Handshake(
+        run_id=process.run.run_id,
+        secret=obtain_secret(process.run.socket_dir),
+        num_envs=geometry.num_envs,
+        allocate=allocate,
+        random_frames=partial(remaining_random_frames, geometry.frames_per_chunk, counters=counters, pacing=pacing),
+        agent_steps=lambda: counters.agent_steps,
+        round_number=lambda: counters.rounds,
+        gpu_storage=process.settings.replay_buffer.gpu_storage,
+        log=process.log,
+        self_test_s=SELF_TEST_STARTS * process.settings.deadlines.start_s,
+    )
+    return CollectorLink(
+        process.run.socket_dir,
+        handshake,
+        check_sums=process.settings.replay_buffer.checksum,
+        log=process.log,
+        newest_version=lambda: counters.policy_version,
+    )
+
+
 def open_evaluations(process: Process, counters: Counters, *, num_envs: int) -> EvaluationLog:
     """Open evaluations.jsonl; in a resumed run, without the evaluations of what the resume has undone."""
     path, collector = RunFolder(process.run_dir).evaluations, process.settings.collector
-    cut_after(path, counters.gradient_steps, column=metrics.EVALUATION_GRADIENT_STEPS)
+    # Later versions are published again, so an evaluation of one of them is undone even if it began at the checkpoint.
+    cut_after(path, counters.policy_version, column=metrics.EVALUATION_VERSION)
     plan = EvaluationPlan.of(collector, num_envs)
     return EvaluationLog(path, num_episodes=plan.num_episodes, eval_in_replay=collector.eval_in_replay)
 
@@ -228,7 +251,9 @@ def allocate_and_restore(
     *,
     device: torch.device,
     pacing: Pacing,
+    counters: Counters,
     saved: Checkpoint | None,
+    row_bounds: Mapping[str, torch.Tensor],
 ) -> tuple[Replay, int | None]:
     """Allocate the replay and fill it from the checkpoint `saved`, if there is one. Return it and its memfd.
 
@@ -241,6 +266,9 @@ def allocate_and_restore(
         rows = load_replay(saved, replay, spec_digest=spec.digest(), on_block=advance)
         process.progress.phase("hello")
         pacing.prefill = max(0, geometry.replayed_prefill - rows * geometry.num_replayed)
+        if rows:
+            pacing.resume_from(counters)
+            replay.row_bounds.restore(row_bounds)
         process.log.info("replay restored", rows=rows, checkpoint=str(saved.folder))
     memory = describe_gpu(str(replay.slab.device))
     process.log.info(

@@ -99,6 +99,9 @@ class EnvSettings:
     )
     image_low: float = setting(0.0, "isaaclab, mjlab, torchrl: value of a float image that becomes byte 0.")
     image_high: float = setting(1.0, "isaaclab, mjlab, torchrl: value of a float image that becomes byte 255.")
+    drop_alpha: bool = setting(
+        False, "isaaclab, mjlab, torchrl: a fourth channel of an image is transparency: leave it out."
+    )
     randomize_start: bool = setting(
         True, "isaaclab, mjlab: start the first training episodes at random ages, so that they do not all end together."
     )
@@ -403,6 +406,13 @@ class CheckpointSettings:
 
     every_s: float = setting(
         1800.0, "Time between two checkpoints; one more is written at the end.", unit="s", minimum=1.0, maximum=MAX_S
+    )
+    every_steps: int = setting(
+        5000,
+        "lockstep: gradient steps between two checkpoints, instead of every_s; all episodes begin again there.",
+        unit="gradient steps",
+        minimum=1,
+        maximum=MAX_COUNT,
     )
     keep: int = setting(2, "Number of newest checkpoints that are kept.", minimum=1, maximum=MAX_COUNT)
     keep_best: bool = setting(

@@ -1,7 +1,7 @@
 """The messages between collector and learner: small msgpack maps, every field typed and bounded.
 
     collector -> learner     Hello, MappingFailed, SelfTest, Commit
-    learner -> collector     Welcome, Grant, Refusal
+    learner -> collector     Welcome, Grant, NextRound, Refusal
 
 Bytes that are not exactly one of these messages, with every value within its bounds, raise MalformedMessage. The
 channel (`shared.handover.Channel`) counts and drops them.
@@ -76,6 +76,7 @@ class Welcome:
     random_frames: int = _int()  # agent steps with random actions that the prefill still needs
     agent_steps: int = _int()  # of the whole run so far
     nonce: int = _int(1 << 32, default=0)  # selects the pattern of the self-test
+    round_number: int = _int(default=0)  # of the round of lockstep that is due, see `learner_proc.rounds`
 
 
 @dataclass(frozen=True)
@@ -107,6 +108,13 @@ class Grant:
     seq: int = _int()
     row: int = _int()
     version: int = _int()
+
+
+@dataclass(frozen=True)
+class NextRound:
+    """Another round of lockstep begins. The collector answers by connecting again, as a new one would."""
+
+    number: int = _int()
 
 
 @dataclass(frozen=True)
@@ -146,9 +154,9 @@ class Refusal:
 # random: at least one action was chosen before weights arrived; waiting: of an evaluation environment, but of no
 # evaluation
 EPISODE_KINDS = ("train", "eval", "random", "waiting")
-Message = Hello | Welcome | MappingFailed | SelfTest | Grant | Commit | Refusal
+Message = Hello | Welcome | MappingFailed | SelfTest | Grant | NextRound | Commit | Refusal
 _TYPES: dict[str, type] = {
-    cls.__name__: cls for cls in (Hello, Welcome, MappingFailed, SelfTest, Grant, Commit, Refusal)
+    cls.__name__: cls for cls in (Hello, Welcome, MappingFailed, SelfTest, Grant, NextRound, Commit, Refusal)
 }
 
 

@@ -227,26 +227,26 @@ CLIPPED_VALUES = declare(
     "clipped_values",
     "health/clipped_values",
     "numbers",
-    "Observed numbers and rewards that were clipped since the learner started, because they lay absurdly far from the "
+    "Observed numbers and rewards that were clipped since the run began, because they lay absurdly far from the "
     "others; a warning names them.",
 )
 MASKED_ROWS = declare(
     "masked_rows",
     "health/masked_rows",
     "environment rows",
-    "Rows that arrived with a number that is not finite since the learner started, and were replaced by zeros.",
+    "Rows that arrived with a number that is not finite since the run began, and were replaced by zeros.",
 )
 TERMINAL_ROWS = declare(
     "terminal_rows",
     "health/terminal_rows",
     "environment rows",
-    "Rows that end the task since the learner started. Time-outs do not count.",
+    "Rows that end the task since the run began. Time-outs do not count.",
 )
 REWARD_MAX = declare(
     "reward_max",
     "health/reward_max",
     "reward",
-    "The largest reward without its sign since the learner started, after clipping.",
+    "The largest reward without its sign since the run began, after clipping.",
 )
 SATURATED_ACTIONS = declare(
     "saturated_actions",

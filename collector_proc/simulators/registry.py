@@ -50,12 +50,14 @@ class Backend:
     ignores: the keys of settings that it does not read; any value but the default is then refused. They include
     ENV_COUNTS if env.num_envs is the number of environments, and TASK_CHOICES if its tasks leave nothing to choose.
     horizon_may_be_refused: some tasks of this backend cannot end at env.horizon, so the probe does not set one.
+    starts_once: a process can start it only once, so a new round of lockstep resets it but does not seed it again.
     """
 
     package: str
     simulator: str
     ignores: tuple[str, ...] = ()
     horizon_may_be_refused: bool = False
+    starts_once: bool = False
 
     @property
     def one_batch(self) -> bool:
@@ -76,7 +78,11 @@ BACKENDS = {
         "collector_proc.simulators.mjlab", "MjlabSimulator", (*ENV_COUNTS, *ISAAC_LAB), horizon_may_be_refused=True
     ),
     "isaaclab": Backend(
-        "collector_proc.simulators.isaaclab", "IsaacLabSimulator", ENV_COUNTS, horizon_may_be_refused=True
+        "collector_proc.simulators.isaaclab",
+        "IsaacLabSimulator",
+        ENV_COUNTS,
+        horizon_may_be_refused=True,
+        starts_once=True,
     ),
 }
 

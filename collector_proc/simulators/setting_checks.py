@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
 
 MAX_LISTED = 8
-IMAGE_RANGE = ("env.image_low", "env.image_high")
+IMAGE_RANGE = ("env.image_low", "env.image_high", "env.drop_alpha")
 ENV_COUNTS = ("env.n_parallel_envs", "collector.num_collectors")
 # A child that only lists tasks needs no renderer, no GPU and no banner.
 LISTING = {"MUJOCO_GL": "disabled", "CUDA_VISIBLE_DEVICES": "", "MJLAB_WARP_QUIET": "1"}

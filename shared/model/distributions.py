@@ -77,12 +77,14 @@ def tanh_normal_entropy(mean: Tensor, std: Tensor, noise: Tensor) -> Tensor:
     return (normal + log_tanh_slope(mean + std * noise)).sum(-1)
 
 
-def tanh_normal_mode(mean: Tensor, std: Tensor, *, num_samples: int = 100) -> Tensor:
+def tanh_normal_mode(
+    mean: Tensor, std: Tensor, *, num_samples: int = 100, generator: torch.Generator | None = None
+) -> Tensor:
     """Return for each row the sampled action, out of `num_samples`, with the highest density.
 
     tanh(mean) is not the mode: the density of a wide tanh-Normal is highest near -1 and 1.
     Shapes: (E, A) to (E, A).
     """
-    raw = mean + std * torch.randn(num_samples, *mean.shape, device=mean.device)  # (100, E, A)
+    raw = mean + std * torch.randn(num_samples, *mean.shape, device=mean.device, generator=generator)  # (100, E, A)
     best = tanh_normal_log_prob(raw, mean, std).argmax(0)  # (E,)
     return torch.tanh(raw.gather(0, best[None, :, None].expand(1, *mean.shape)).squeeze(0))

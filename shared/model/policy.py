@@ -68,38 +68,64 @@ class Policy(nn.Module):
 
     @torch.no_grad()
     def explore(
-        self, obs: dict[str, Tensor], belief: Belief, prev_action: Tensor, reset: Tensor, *, noise_std: float
+        self,
+        obs: dict[str, Tensor],
+        belief: Belief,
+        prev_action: Tensor,
+        reset: Tensor,
+        *,
+        noise_std: float,
+        generator: torch.Generator | None = None,
     ) -> tuple[Tensor, Belief]:
         """Return the actions to execute, (E, A) float32 in [-1, 1], and the beliefs in which they were chosen.
 
         An action is a sample plus N(0, noise_std), clipped. Where `reset` is true, belief and previous action are set
         to zero before the step. Pass the returned action as `prev_action` in the next call, because it is the one that
-        is executed.
+        is executed. generator: of all random numbers; None takes torch's global one.
         Shapes: obs entries (E, *shape), not normalised; prev_action (E, A); reset (E,) bool.
         """
-        mean, std, belief = self._observe(obs, belief, prev_action, reset)
-        sample = torch.tanh(mean + std * torch.randn_like(mean))
-        return (sample + noise_std * torch.randn_like(mean)).clamp(-1.0, 1.0), belief
+        mean, std, belief = self._observe(obs, belief, prev_action, reset, generator)
+        sample = torch.tanh(mean + std * normal_like(mean, generator))
+        return (sample + noise_std * normal_like(mean, generator)).clamp(-1.0, 1.0), belief
 
     @torch.no_grad()
     def evaluate(
-        self, obs: dict[str, Tensor], belief: Belief, prev_action: Tensor, reset: Tensor, *, eval_action: str
+        self,
+        obs: dict[str, Tensor],
+        belief: Belief,
+        prev_action: Tensor,
+        reset: Tensor,
+        *,
+        eval_action: str,
+        generator: torch.Generator | None = None,
     ) -> tuple[Tensor, Belief]:
         """Return actions without noise, and the beliefs in which they were chosen.
 
         An action is the most likely of 100 samples if `eval_action` is "mode", tanh of the mean if it is "mean".
         Shapes: as for `explore`.
         """
-        mean, std, belief = self._observe(obs, belief, prev_action, reset)
-        return tanh_normal_mode(mean, std) if eval_action == "mode" else torch.tanh(mean), belief
+        mean, std, belief = self._observe(obs, belief, prev_action, reset, generator)
+        if eval_action == "mode":
+            return tanh_normal_mode(mean, std, generator=generator), belief
+        return torch.tanh(mean), belief
 
     def _observe(
-        self, obs: dict[str, Tensor], belief: Belief, prev_action: Tensor, reset: Tensor
+        self,
+        obs: dict[str, Tensor],
+        belief: Belief,
+        prev_action: Tensor,
+        reset: Tensor,
+        generator: torch.Generator | None,
     ) -> tuple[Tensor, Tensor, Belief]:
         """Return the mean and std of the actions before the tanh, and the beliefs."""
         num_envs = reset.shape[0]
         assert prev_action.shape[0] == belief.deter.shape[0] == num_envs, (prev_action.shape, belief.deter.shape)
         embed_share = self.rssm.embed_share(self.encoder(self.normaliser(obs)))
-        noise = torch.randn_like(belief.stoch)
+        noise = normal_like(belief.stoch, generator)
         belief = self.rssm.posterior_step(belief, prev_action, embed_share, reset[:, None], noise).belief
         return *self.actor(feat(belief)), belief
+
+
+def normal_like(x: Tensor, generator: torch.Generator | None) -> Tensor:
+    """Return N(0, 1) numbers of the shape of a tensor. `torch.randn_like` takes no generator in older versions."""
+    return torch.randn(x.shape, generator=generator, device=x.device, dtype=x.dtype)

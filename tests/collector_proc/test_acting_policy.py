@@ -60,7 +60,7 @@ def scan(acting: ActingPolicy, rows: list[Arrival], actions: list[torch.Tensor],
 
 def play(acting: ActingPolicy, rows: list[Arrival], monkeypatch) -> tuple[list[torch.Tensor], list[Belief]]:
     """Act on arrivals without noise. Return the recorded actions (0 at `is_first`) and the beliefs acted with."""
-    monkeypatch.setattr(torch, "randn_like", torch.zeros_like)
+    monkeypatch.setattr("shared.model.policy.normal_like", lambda x, generator: torch.zeros_like(x))
     action, recorded, beliefs = torch.zeros(E, A), [], []
     for row in rows:
         action = torch.where(row.is_first[:, None], 0.0, action)
@@ -137,3 +137,16 @@ def test_after_a_reset_inside_the_step_the_policy_acts_with_a_fresh_belief(monke
     _, (fresh,) = play(make_acting(), [start], monkeypatch)
     torch.testing.assert_close(beliefs[-1].deter[0], fresh.deter[0], rtol=1e-5, atol=1e-6)
     assert not torch.allclose(beliefs[-1].deter[1], fresh.deter[1], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("eval_action", ["mode", "mean"])
+def test_a_simulator_that_seeds_torch_at_every_reset_does_not_repeat_the_noise(eval_action):
+    acting = make_acting(eval_envs=1, eval_action=eval_action)
+    row, taken = arrivals(0, 1, ends={}, resets_inside=False)[0], []
+    for _ in range(3):
+        torch.manual_seed(0)  # as an environment does in its reset
+        taken.append(acting.act(row, torch.zeros(E, A), version=1).clone())
+        unseen = torch.rand(1)
+        torch.manual_seed(0)
+        assert torch.rand(1) == unseen, "acting takes nothing from the simulator's generator"
+    assert not torch.equal(taken[0], taken[1]) and not torch.equal(taken[1], taken[2])

@@ -105,7 +105,7 @@ def acting() -> ActingPolicy:
 
 
 def test_evaluation_columns_act_with_the_weights_of_the_version_that_is_evaluated(monkeypatch):
-    monkeypatch.setattr(torch, "randn_like", torch.zeros_like)
+    monkeypatch.setattr("shared.model.policy.normal_like", lambda x, generator: torch.zeros_like(x))
     one, two, actions = acting(), acting(), []
     rows = arrivals(7, lengths=[3, 3, 3])
     for tick, row in enumerate(rows):

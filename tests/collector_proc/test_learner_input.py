@@ -8,13 +8,14 @@ from typing import cast
 import pytest
 
 from collector_proc.learner_input import LearnerInput
+from collector_proc.rounds import RoundBegins
 from collector_proc.status import StatusReporter
 from collector_proc.weights_receiver import WeightsReceiver
 from shared.config import DeadlineSettings, Settings
 from shared.errors import TransportError
 from shared.handover import Channel, Disconnected
 from shared.lifetime import StopFlag, StopRequested
-from shared.messages import Grant, Refusal
+from shared.messages import Grant, NextRound, Refusal
 from tests.fakes.fake_process import FakeProgress, fake_process
 
 
@@ -132,3 +133,11 @@ def test_a_refusal_is_an_error_with_its_reason():
     scene.learner.send(Refusal("the self-test found a wrong byte"))
     with pytest.raises(TransportError, match="refused this collector: the self-test found a wrong byte"):
         scene.input.wait_for_grant()
+
+
+def test_a_round_that_begins_ends_the_wait_for_a_grant():
+    scene = Scene()
+    scene.learner.send(NextRound(4))
+    with pytest.raises(RoundBegins) as begins:
+        scene.input.wait_for_grant()
+    assert begins.value.number == 4

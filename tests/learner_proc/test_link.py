@@ -8,6 +8,7 @@ import os
 import socket
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -30,7 +31,7 @@ from tests.fakes.scripted_collector import SPEC, ScriptedCollector
 HUGE = {f"entry {number}": ObsSpec((1 << 24,), "float32") for number in range(100)}  # a replay of 1.7 TB
 
 
-def make_link(process: Process, folder: Path, **options: float) -> CollectorLink:
+def make_link(process: Process, folder: Path, **options: Any) -> CollectorLink:
     settings, cpu = process.settings, torch.device("cpu")
     handshake = Handshake(
         run_id="run",

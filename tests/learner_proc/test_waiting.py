@@ -62,7 +62,9 @@ def test_a_replay_that_is_allocated_twice_shortens_the_prefill_once(process, tmp
     save(tmp_path, 1, replay, digest=SPEC.digest())
     saved = newest_checkpoint(tmp_path)
     for on_gpu in (True, False):
-        restored, _ = allocate_and_restore(process, geometry, SPEC, on_gpu, device=cpu, pacing=pacing, saved=saved)
+        restored, _ = allocate_and_restore(
+            process, geometry, SPEC, on_gpu, device=cpu, pacing=pacing, counters=Counters(), saved=saved, row_bounds={}
+        )
         assert (restored.num_rows, pacing.prefill) == (8, 16)
 
 

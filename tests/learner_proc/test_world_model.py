@@ -97,7 +97,10 @@ def test_observing_recorded_rows_gives_the_beliefs_of_acting_if_the_executed_act
     w = window()
     w["is_first"][:, 0], w["is_first"][1, 3] = True, True
     w["noise"].zero_()  # acting draws other noise, so both sides are compared without any
-    monkeypatch.setattr(torch, "randn_like", lambda x: torch.full_like(x, 0.5 if x.shape[-1] == A else 0.0))
+    noise = {A: 0.5}
+    monkeypatch.setattr(
+        "shared.model.policy.normal_like", lambda x, generator: torch.full_like(x, noise.get(x.shape[-1], 0.0))
+    )
     belief, action, acted = policy.initial_belief(B), torch.zeros(B, A), []
     for t in range(L):
         w["action"][:, t] = action.masked_fill(w["is_first"][:, t, None], 0.0)

@@ -14,6 +14,7 @@ from shared.messages import (
     Hello,
     MalformedMessage,
     MappingFailed,
+    NextRound,
     Refusal,
     SelfTest,
     Welcome,
@@ -41,6 +42,7 @@ EVERY = [
     MappingFailed("because"),
     SelfTest(-(1 << 40), 1 << 21, 0.25),
     Grant(1, 20, 3),
+    NextRound(4),
     COMMIT,
     Refusal("because"),
 ]

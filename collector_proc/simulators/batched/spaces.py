@@ -269,6 +269,13 @@ def _check_image(name: str, image: Tensor, env: EnvSettings) -> None:
             f"observation {name!r} has shape {tuple(image.shape)}; expected images (E, H, W, C) or (E, C, H, W) with "
             "1, 3 or 4 channels; choose other env.obs_groups"
         )
+    channels = image.shape[1 if _channels_first(image) else 3]
+    if channels == 4 and not env.drop_alpha:
+        raise SettingError(
+            f"image {name!r} has 4 channels, which may be RGB with transparency or 4 stacked pictures; expected "
+            "1 or 3 channels; set env.drop_alpha=true to leave out the fourth, or stream stacked pictures as separate "
+            "observations"
+        )
     if image.dtype == torch.uint8:
         return
     low, high = (float(value) for value in image.float().aminmax())

@@ -81,9 +81,9 @@ class EnvRows:
         self._ended = self._next.get("done").reshape(self.num_rows)  # whether the row ended in the last tick
 
     def bounds(self) -> tuple[Tensor, Tensor]:
-        """Return the lowest and the highest action of one row, infinite where there is no limit. Shapes: (A,) each."""
+        """Return each row's lowest and highest action, infinite where there is no limit. Shapes: (n, A) each."""
         _, spec = self._action
-        low, high = (bound.reshape(self.num_rows, -1)[0].double() for bound in (spec.space.low, spec.space.high))
+        low, high = (bound.reshape(self.num_rows, -1).double() for bound in (spec.space.low, spec.space.high))
         return (
             torch.where(low <= -UNLIMITED, -math.inf, low),
             torch.where(high >= UNLIMITED, math.inf, high),
@@ -151,6 +151,19 @@ class EnvRows:
         }
 
 
+def common_bounds(rows: list[EnvRows]) -> tuple[Tensor, Tensor]:
+    """Return the lowest and the highest action of all rows, (A,) each. Raises: SettingError if two rows differ."""
+    low, high = (torch.cat(bounds).cpu() for bounds in zip(*(each.bounds() for each in rows), strict=True))
+    for row in range(1, len(low)):
+        if not (torch.equal(low[row], low[0]) and torch.equal(high[row], high[0])):
+            raise SettingError(
+                f"the actions of environment 0 lie in {low[0].tolist()} .. {high[0].tolist()}, those of environment "
+                f"{row} in {low[row].tolist()} .. {high[row].tolist()}; expected the same bounds in all environments; "
+                "scale the actions inside the environment"
+            )
+    return low[0], high[0]
+
+
 class TorchrlSimulator:
     """Steps env.num_envs environments; single environments are copied, each with its own random seed from `seed`.
 
@@ -171,7 +184,7 @@ class TorchrlSimulator:
         first = next(iter(sample.values()))
         self.device = str(first.device)
         self._observe = ObservationMap(sample, env)
-        self._act = ActionMap(*self._rows[0].bounds(), scale=env.action_scale, device=first.device)
+        self._act = ActionMap(*common_bounds(self._rows), scale=env.action_scale, device=first.device)
         self.action_range = self._act.range
         self._tick = BatchedStep(env.num_envs, device=first.device, crash_dir=crash_dir, images=self._observe)
         # the number of agent steps of each current episode

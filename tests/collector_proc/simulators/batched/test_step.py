@@ -271,12 +271,11 @@ def test_images_become_64x64_bytes_with_channels_first_or_last(first: bool) -> N
 
 def test_grey_images_and_alpha_and_ranges() -> None:
     rgba = torch.tensor([255, 0, 0, 77], dtype=torch.uint8).view(1, 1, 1, 4).repeat(1, 64, 64, 1)
-    assert ObservationMap({"c": rgba}, settings(from_pixels=True))({"c": rgba})["pixels"][0, 5, 5].tolist() == [
-        255,
-        0,
-        0,
+    rgb = ObservationMap({"c": rgba}, settings(from_pixels=True, drop_alpha=True))({"c": rgba})["pixels"]
+    assert rgb[0, 5, 5].tolist() == [255, 0, 0]
+    grey = ObservationMap({"c": rgba}, settings(from_pixels=True, grayscale=True, drop_alpha=True))({"c": rgba})[
+        "pixels"
     ]
-    grey = ObservationMap({"c": rgba}, settings(from_pixels=True, grayscale=True))({"c": rgba})["pixels"]
     assert grey.shape == (1, 64, 64, 1) and grey[0, 5, 5].tolist() == [76], "0.299 * 255"
     centred = torch.full((1, 64, 64, 1), -1.0)
     centred[0, 0, 0], centred[0, 0, 1] = 0.0, 1.0
@@ -284,6 +283,13 @@ def test_grey_images_and_alpha_and_ranges() -> None:
     assert shifted[0, 0, :3, 0].tolist() == [128, 255, 0]
     with pytest.raises(SettingError, match=r"lie in -1 \.\. 1.*-1 and 1"):
         ObservationMap({"c": centred}, settings(from_pixels=True))
+
+
+@pytest.mark.parametrize("shape", [(1, 84, 84, 4), (1, 4, 84, 84)])
+def test_a_fourth_channel_is_left_out_only_if_the_user_calls_it_transparency(shape: tuple[int, ...]) -> None:
+    stacked = {"c": torch.randint(0, 256, shape, dtype=torch.uint8)}
+    with pytest.raises(SettingError, match=r"'c' has 4 channels.*4 stacked pictures.*env\.drop_alpha=true"):
+        ObservationMap(stacked, settings(from_pixels=True))
 
 
 def test_several_images_keep_their_names_and_other_shapes_are_refused() -> None:

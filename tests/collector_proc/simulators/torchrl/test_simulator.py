@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import itertools
 from pathlib import Path
+from types import SimpleNamespace
+from typing import cast
 
 import gymnasium
 import pytest
@@ -14,7 +16,7 @@ from torch import Tensor
 from collector_proc.simulators.base import Arrival
 from collector_proc.simulators.dm_control.environment import environment_seed
 from collector_proc.simulators.registry import build_simulator, check_env
-from collector_proc.simulators.torchrl.simulator import TorchrlSimulator
+from collector_proc.simulators.torchrl.simulator import EnvRows, TorchrlSimulator, common_bounds
 from shared.config import Settings
 from shared.errors import SettingError, SimulatorError
 
@@ -349,3 +351,16 @@ def test_closing_twice_is_no_error() -> None:
     simulator.reset()
     simulator.close()
     simulator.close()
+
+
+def rows_with(*lows: torch.Tensor) -> list[EnvRows]:
+    """Return environments, each with a batch of rows, whose actions lie between these numbers and their negatives."""
+    return [cast(EnvRows, SimpleNamespace(bounds=lambda low=low: (low, -low))) for low in lows]
+
+
+@pytest.mark.parametrize("split", [1, 3], ids=["copies", "one batch"])
+def test_environments_with_different_action_bounds_are_refused_by_name(split: int) -> None:
+    low = torch.tensor([[-1.0, -1.0], [-1.0, -1.0], [-1.0, -2.0]])
+    with pytest.raises(SettingError, match=r"environment 0 lie in \[-1.0, -1.0\] .*environment 2 in \[-1.0, -2.0\]"):
+        common_bounds(rows_with(*low.split(split)))
+    assert [bound.tolist() for bound in common_bounds(rows_with(*low[:2].split(split)))] == [[-1, -1], [1, 1]]
