@@ -24,7 +24,7 @@ ACCEPTED = {
 REFUSED = {
     "a near name": (["env.name=Isaac-Cartpol"], ["env.name=Isaac-Cartpol is not a task", "env.name=Isaac-Cartpole"]),
     "experimental": ([f"env.name={TASKS}:Warp-Cartpole-Direct"], ["experimental", "DirectRLEnvWarp", "stable task"]),
-    "experimental, with managers": ([f"env.name={TASKS}:Warp-Cartpole"], ["experimental", "ManagerBasedEnvWarp"]),
+    "experimental, with managers": ([f"env.name={TASKS}:Warp-Cartpole"], ["experimental", "ManagerBasedRLEnvWarp"]),
     "needs Isaac Sim": (
         ["env.name=IsaacContrib-Velocity-Flat-AnymalC"],
         ["needs Isaac Sim, which is not installed, for", "PhysX", "[physics=newton_mjwarp]"],
