@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import secrets
 import time
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -12,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from shared.config import Settings
 from shared.errors import SettingError
+from shared.files import write_atomic
 from shared.metrics import (
     AGENT_STEPS,
     COLLECT_FPS,
@@ -246,7 +248,7 @@ class TensorBoardForwarder:
 
 
 class WandbForwarder:
-    """Logs rows to one wandb run. It has the name of the run folder, so a resumed run continues it."""
+    """Logs rows to one wandb run, which a resumed run continues. It has the name of the run folder."""
 
     def __init__(self, folder: RunFolder, settings: Settings) -> None:
         wandb = importlib.import_module("wandb")
@@ -257,7 +259,7 @@ class WandbForwarder:
                 mode=settings.logger.mode,
                 dir=str(folder.path),
                 name=name,
-                id=name,
+                id=wandb_id(folder),
                 resume="allow",
                 config=asdict(settings),
             )
@@ -274,6 +276,20 @@ class WandbForwarder:
     def close(self) -> None:
         """Upload what is left and end the wandb run; a later launch can resume it."""
         self._run.finish()
+
+
+def wandb_id(folder: RunFolder) -> str:
+    """Return the identity of the run in wandb, and keep it in the run folder for a resume.
+
+    It is not the name of the folder alone: expA/seed0 and expB/seed0 are two runs. A run that an older version began,
+    which has rows and no file with the identity, goes on under its name.
+    """
+    path, name = folder.path / "wandb_id", folder.path.name
+    if path.is_file():
+        return path.read_text().strip()
+    own = name if last_row(folder.metrics) else f"{name}-{secrets.token_hex(4)}"
+    write_atomic(path, own)
+    return own
 
 
 def check_logger(settings: Settings) -> None:

@@ -25,6 +25,7 @@ from launcher.forwarding import (
     open_forwarder,
     scalars,
     summarize,
+    wandb_id,
     warning_texts,
 )
 from shared.config import Settings
@@ -163,13 +164,25 @@ def _wandb_settings() -> Settings:
 def test_wandb_gets_rows_in_a_run_named_after_the_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     wandb = _FakeWandb()
     monkeypatch.setitem(sys.modules, "wandb", wandb)
+    (tmp_path / "run7").mkdir()
     forwarder = open_forwarder(_wandb_settings(), RunFolder(tmp_path / "run7"))
     forwarder.add({"time": 1.0, "gradient_steps": 40, "loss_model": 3.5})
     forwarder.close()
     options, row, last = wandb.calls
-    assert (options["project"], options["mode"], options["id"], options["name"]) == ("legs", "offline", "run7", "run7")
+    assert (options["project"], options["mode"], options["name"]) == ("legs", "offline", "run7")
     assert options["dir"] == str(tmp_path / "run7") and options["config"]["env"]["name"] == "cheetah"
     assert (row, last) == ((40, {"loss/model": 3.5}), "finished")
+
+
+def test_runs_in_folders_of_one_name_are_two_runs_in_wandb_and_a_resume_continues_its_own(tmp_path: Path) -> None:
+    folders = [RunFolder(tmp_path / name / "seed0") for name in ("expA", "expB", "older")]
+    for folder in folders:
+        folder.path.mkdir(parents=True)
+    folders[2].metrics.write_text('{"gradient_steps": 5}\n')
+    ids = [wandb_id(folder) for folder in folders]
+    assert len(set(ids)) == 3 and ids[2] == "seed0", "a run of an older version keeps its id"
+    folders[0].metrics.write_text('{"gradient_steps": 5}\n')
+    assert [wandb_id(folder) for folder in folders] == ids
 
 
 def test_a_wandb_that_cannot_start_is_a_setting_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
