@@ -20,7 +20,7 @@ from shared.metrics import (
     LearnerStatus,
     read_status,
 )
-from shared.output import lost_output_ignored
+from shared.output import BLOCKED_S, lost_output_ignored
 from shared.progress import Snapshot
 
 PLAIN_EVERY_S = 10.0
@@ -82,7 +82,7 @@ class Display:
 
     @contextmanager
     def _lost_output_ignored(self) -> Iterator[None]:
-        with lost_output_ignored(self._console.file):
+        with lost_output_ignored(self._console.file, limit_s=BLOCKED_S):
             yield
 
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import pty
 import signal
 import subprocess
 import sys
+import termios
 from pathlib import Path
 
 import pytest
@@ -18,7 +20,7 @@ REPO = FAKES.parents[1]
 QUICK = ["--config", "quickstart", "logger.backend=none", "optimization.total_optim_steps=100000"]
 
 
-def start(folder: Path, learner: str, *settings: str) -> subprocess.Popen[str]:
+def start(folder: Path, learner: str, *settings: str, stdout: int = subprocess.PIPE) -> subprocess.Popen[str]:
     """Start launch with fake children in the run folder `folder`/run."""
     command = [sys.executable, str(FAKES / "launch_with.py"), learner, "serve", *QUICK]
     env = os.environ | {"PYTHONPATH": f"{REPO}:{folder}", "TMPDIR": str(folder), "CUDA_VISIBLE_DEVICES": ""}
@@ -26,7 +28,7 @@ def start(folder: Path, learner: str, *settings: str) -> subprocess.Popen[str]:
         [*command, "--run-dir", str(folder / "run"), *settings],
         env=env,
         cwd=folder,
-        stdout=subprocess.PIPE,
+        stdout=stdout,
         stderr=subprocess.STDOUT,
         text=True,
         preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL),  # the tests may run under nohup
@@ -81,6 +83,23 @@ def test_sigusr1_saves_and_ends_and_the_schedulers_sigterm_does_not_end_the_savi
     code, output = end(process)
     assert code == 138, output
     assert summary(tmp_path)["exit_reason"] == "interrupted by SIGUSR1"
+    assert (tmp_path / "run" / "checkpoints" / "latest").read_text() == "00000060"
+
+
+def test_a_terminal_that_takes_no_output_blocks_neither_the_run_nor_its_end(tmp_path: Path) -> None:
+    outside, inside = pty.openpty()
+    termios.tcflow(inside, termios.TCOOFF)  # as Ctrl-S does
+    process = start(tmp_path, "save", stdout=inside)
+    try:
+        for name in ("learner-serves", "collector-serves"):
+            wait_for_file(tmp_path / "run" / name)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(DEADLINE_S) == 143
+    finally:
+        process.kill()
+        os.close(inside)
+        os.close(outside)
+    assert summary(tmp_path)["exit_reason"] == "interrupted by SIGTERM"
     assert (tmp_path / "run" / "checkpoints" / "latest").read_text() == "00000060"
 
 

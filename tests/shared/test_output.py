@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from shared.output import write_error
+from shared.output import lost_output_ignored, write_error
 
 REPO = Path(__file__).parents[2]
 # Writes until the reader has gone, and then ends with its own exit code.
@@ -58,3 +60,22 @@ def test_a_closed_stream_does_not_prevent_the_work_aside() -> None:
         command = f'exec "$0" -c "$1" {redirection}'
         done = subprocess.run(["bash", "-c", command, sys.executable, script], cwd=REPO, timeout=60)
         assert done.returncode == 0, redirection
+
+
+def test_a_pipe_that_no_process_reads_stops_the_output_and_not_the_process() -> None:
+    reading, writing = os.pipe()
+    os.set_blocking(writing, False)
+    with contextlib.suppress(BlockingIOError):
+        while True:
+            os.write(writing, bytes(65536))
+    os.set_blocking(writing, True)
+    before = signal.getsignal(signal.SIGALRM)
+    with os.fdopen(writing, "w") as stream:
+        with lost_output_ignored(stream, limit_s=0.1):
+            stream.write("text")
+            stream.flush()
+        with lost_output_ignored(stream, limit_s=0.1):
+            stream.write("more")
+            stream.flush()
+    assert signal.getsignal(signal.SIGALRM) is before and signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0)
+    os.close(reading)
