@@ -162,8 +162,7 @@ def _collect(process: Process, attempt: Attempt, *, device: str, seed: int) -> E
     settings, run, simulator, incarnation = process.settings, process.run, attempt.simulator, attempt.incarnation
     assert simulator is not None
     process.progress.phase("hello")
-    channel = connect(run.socket_dir, deadline_s=settings.deadlines.start_s, alive=process.alive)
-
+    # The learner waits only a short time for the hello of a connection, so connecting comes after the slow imports.
     import torch
 
     from collector_proc.collect import Collector
@@ -173,6 +172,7 @@ def _collect(process: Process, attempt: Attempt, *, device: str, seed: int) -> E
     acting_device = torch.device(simulator.device if simulator.device.startswith("cuda") else device)
     check_gpu(str(acting_device))
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
+    channel = connect(run.socket_dir, deadline_s=settings.deadlines.start_s, alive=process.alive)
     connection = open_replay(
         channel, simulator.spec, settings.deadlines,
         run_id=run.run_id, secret=read_secret(run.socket_dir), incarnation=incarnation, device=acting_device,
