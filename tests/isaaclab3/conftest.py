@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import sys
 from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -28,7 +29,9 @@ def pytest_report_header() -> str:
         versions = f"Isaac Lab {version('isaaclab')} with Newton {version('newton')}"
     except PackageNotFoundError:
         return HOW_TO_INSTALL
-    return f"real {versions} physics on the CPU, on Python {platform.python_version()}, off-label versions"
+    is_pinned = sys.version_info >= (3, 12) and version("torch").startswith("2.11.")
+    label = "versions that it pins" if is_pinned else "off-label versions"
+    return f"real {versions} physics on the CPU, on Python {platform.python_version()}, {label}"
 
 
 @pytest.fixture(scope="session")

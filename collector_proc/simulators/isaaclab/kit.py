@@ -39,7 +39,7 @@ def start_kit(*, device: str, cameras: bool) -> None:
     hang.
     Raises: SimulatorError outside the main thread, or if Kit tries to end the process.
     """
-    with _starting():
+    with _starting(kit=True):
         from isaaclab.app import AppLauncher  # pyright: ignore[reportMissingImports]
 
         # With multi_gpu=True the renderer would use the learner's GPU as well.
@@ -52,7 +52,7 @@ def start_for_task(cfg: Any, *, device: str, cameras: bool) -> None:
     cfg: the resolved configuration of the task.
     Raises: SimulatorError outside the main thread, or if Kit tries to end the process.
     """
-    with _starting():
+    with _starting(kit=bool(reasons_for_kit(cfg))):
         from isaaclab.app import launch_simulation  # pyright: ignore[reportMissingImports]
 
         launch = launch_simulation(
@@ -70,8 +70,8 @@ def reasons_for_kit(cfg: Any) -> list[str]:
 
 
 @contextmanager
-def _starting() -> Iterator[None]:
-    """Let the code inside start a simulator that changes the process.
+def _starting(*, kit: bool) -> Iterator[None]:
+    """Let the code inside start a simulator that changes the process. kit: whether it starts Kit.
 
     Raises: SimulatorError outside the main thread, or if the code inside tries to end the process.
     """
@@ -80,7 +80,7 @@ def _starting() -> Iterator[None]:
             "Isaac Lab was started outside the main thread; expected the main thread, because it installs signal "
             "handlers; build the simulator there"
         )
-    for name, value in ACCEPTED.items():
+    for name, value in ACCEPTED.items() if kit else ():
         os.environ.setdefault(name, value)
     end_hard()
     try:
@@ -94,7 +94,7 @@ def _starting() -> Iterator[None]:
 
 
 def simulator_device(device: str, *, cameras: bool) -> str:
-    """Return the device to give to Isaac. Without cameras it is `device`, counted among the visible GPUs.
+    """Return the device to give to Isaac Lab 2.3. Without cameras it is `device`, counted among the visible GPUs.
 
     Isaac Sim 5.1 ignores CUDA_VISIBLE_DEVICES when it chooses the rendering GPU, but follows it for the physics GPU. If
     there are cameras and the simulator's GPU is not the first of the machine, this function removes

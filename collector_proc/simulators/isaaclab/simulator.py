@@ -137,8 +137,8 @@ class IsaacLabSimulator:
 
         name, cfg = find_and_configure(settings, device=self.device, seed=seed, generation=self._generation)
         if self._generation == 3:
-            self.device = cfg.sim.device
             start_for_task(cfg, device=self.device, cameras=settings.env.from_pixels)
+            self.device = cfg.sim.device  # Kit may have chosen another name for it
         self._in_order = functools.partial(warp_order, torch.device(self.device))
         # Unwrapped, because gymnasium's wrappers hide the attributes that are used here.
         with self._in_order():

@@ -5,17 +5,19 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import re
-from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import structlog
 
 from collector_proc.simulators.batched.step import episode_length_s
-from collector_proc.simulators.isaaclab.kit import reasons_for_kit, simulator_device
+from collector_proc.simulators.isaaclab.kit import reasons_for_kit
+from collector_proc.simulators.isaaclab.overrides import parse_with_overrides
 from collector_proc.simulators.setting_checks import unknown
 from shared.errors import SettingError
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from shared.config import EnvSettings, Settings
 
 # Tasks that have another name in the other generation, as `_plain` writes names.
@@ -23,14 +25,13 @@ RENAMED = {
     "isaaccartpolergb": "isaaccartpolecamera",
     "isaaccartpolergbcameradirect": "isaaccartpolecameradirect",
 }
-SELECTORS = ("physics", "renderer", "presets")  # what env.isaac_overrides may set beside fields, in Isaac Lab 3
 IMAGE_TERMS = ("image", "image_rgb")  # the terms of Isaac Lab 2.3 and 3 that observe a camera's image
 
 
 def find_and_configure(settings: Settings, *, device: str, seed: int, generation: int) -> tuple[str, Any]:
     """Return the registered id that env.name means, and its configuration with the values of this run.
 
-    generation: 2 or 3, the version of Isaac Lab. With 3, `cfg.sim.device` may differ from `device`.
+    generation: 2 or 3, the version of Isaac Lab.
     Raises: SettingError if there is no such task, or the settings do not fit it.
     """
     import gymnasium
@@ -42,8 +43,7 @@ def find_and_configure(settings: Settings, *, device: str, seed: int, generation
     cfg = task_cfg(settings, name, device=device, seed=seed, generation=generation)
     if generation == 3:
         cfg.compute_final_obs = own_resets
-        if needs_kit(cfg, env):
-            cfg.sim.device = simulator_device(device, cameras=env.from_pixels)
+        check_runtime(cfg, env)
     return name, cfg
 
 
@@ -89,26 +89,20 @@ def task_cfg(settings: Settings, task: str, *, device: str, seed: int, generatio
     from isaaclab_tasks.utils import parse_env_cfg  # pyright: ignore[reportMissingImports]
 
     env = settings.env
-    presets = {"overrides": list(env.isaac_overrides or ())} if generation == 3 else {}
-    try:
-        _check_fields(task, env.isaac_overrides or ())
-        cfg = parse_env_cfg(task, device=device, num_envs=env.num_envs, **presets)
-    except Exception as error:
-        if not env.isaac_overrides:
-            raise
-        raise SettingError(
-            f"env.isaac_overrides={env.isaac_overrides} does not fit {task}: {error}; expected presets and fields that "
-            "the task has; correct them or set env.isaac_overrides=null"
-        ) from error
+    if generation == 3:
+        cfg = parse_with_overrides(task, env, device=device)
+    else:
+        cfg = parse_env_cfg(task, device=device, num_envs=env.num_envs)
     if hasattr(cfg, "possible_agents"):
         raise SettingError(
             f"env.name={env.name} is a task of several agents, {cfg.possible_agents}; expected a task of one agent; "
             "choose another env.name"
         )
-    if env.reward_per_second and is_direct(cfg) and generation == 2:
+    if env.reward_per_second and is_direct(cfg):
         raise SettingError(
-            f"env.reward_per_second=true with the direct task {env.name}, whose rewards are not multiplied by seconds; "
-            "expected false; set env.reward_per_second=false and optimization.reward_scale instead"
+            f"env.reward_per_second=true with the direct task {env.name}, whose own code decides whether rewards are "
+            "multiplied by seconds; expected false; set env.reward_per_second=false and optimization.reward_scale "
+            "instead"
         )
     cfg.seed = seed
     if env.horizon is not None:
@@ -116,36 +110,6 @@ def task_cfg(settings: Settings, task: str, *, device: str, seed: int, generatio
     if env.from_pixels:
         _prepare_cameras(cfg)
     return cfg
-
-
-def _check_fields(task: str, overrides: Sequence[str]) -> None:
-    """Check that every override selects a preset or names a field of the task.
-
-    Isaac Lab 3 sets a field that does not exist without a word, and it gives other names to Hydra's command line, which
-    writes a folder and may end the process.
-    Raises: ValueError if there is no such field.
-    """
-    from isaaclab_tasks.utils import parse_env_cfg  # pyright: ignore[reportMissingImports]
-
-    names = [override.partition("=")[0] for override in overrides]
-    fields = [name for name in names if name not in SELECTORS]
-    if not fields:
-        return
-    selected = [override for override, name in zip(overrides, names, strict=True) if name in SELECTORS]
-    cfg = parse_env_cfg(task, overrides=selected)
-    for field in fields:
-        section, *path = field.split(".")
-        if section != "env" or not path or not _has(cfg, path):
-            raise ValueError(f"{field} is neither {', '.join(SELECTORS)} nor a field of the task that begins with env.")
-
-
-def _has(cfg: Any, path: Sequence[str]) -> bool:
-    """Return whether there is such a field: each part is the name of an attribute, or the key of a mapping."""
-    for name in path:
-        if not (name in cfg if isinstance(cfg, Mapping) else hasattr(cfg, name)):
-            return False
-        cfg = cfg[name] if isinstance(cfg, Mapping) else getattr(cfg, name)
-    return True
 
 
 def check_class(spec: Any) -> bool:
@@ -174,8 +138,10 @@ def is_direct(cfg: Any) -> bool:
     return not hasattr(cfg, "terminations")
 
 
-def needs_kit(cfg: Any, env: EnvSettings) -> bool:
-    """Return whether this task of Isaac Lab 3 needs Kit. Raises: SettingError if it does and Isaac Sim is missing."""
+def check_runtime(cfg: Any, env: EnvSettings) -> None:
+    """Raises: SettingError if this task of Isaac Lab 3 needs Isaac Sim, or another package, that is not installed."""
+    from isaaclab.app import validate_launch  # pyright: ignore[reportMissingImports]
+
     reasons = reasons_for_kit(cfg)
     if reasons and importlib.util.find_spec("isaacsim") is None:
         raise SettingError(
@@ -183,7 +149,14 @@ def needs_kit(cfg: Any, env: EnvSettings) -> bool:
             "Isaac Sim, or a task that runs without it; if the task has such a preset, set "
             "env.isaac_overrides=[physics=newton_mjwarp], otherwise choose another env.name or install Isaac Sim"
         )
-    return bool(reasons)
+    scan = validate_launch(cfg, {"headless": True})[0]
+    for module, is_needed in (("ovphysx", scan.has_ovphysx_physics), ("ovrtx", scan.has_ovrtx)):
+        if is_needed and importlib.util.find_spec(module) is None:
+            raise SettingError(
+                f"env.name={env.name} with env.isaac_overrides={env.isaac_overrides} needs the module {module}, which "
+                f"is not installed; expected it; run pip install 'isaaclab[{module}]==3.0.0', or choose another "
+                "physics or renderer"
+            )
 
 
 def correct_horizon(env: Any, horizon: int) -> None:

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from shared.errors import SimulatorError
 
 if TYPE_CHECKING:
@@ -104,10 +106,20 @@ class TerminalObservations:
 
 
 def _as_index(env_ids: Any) -> Any:
-    """Return environment indices as something that indexes a tensor. Isaac Lab 2.3 gives int64, Isaac Lab 3 int32."""
+    """Return environment indices as something that indexes a tensor. Isaac Lab 2.3 gives int64, Isaac Lab 3 int32.
+
+    Raises: SimulatorError if they are neither indices, nor a mask, nor a slice.
+    """
     if env_ids is None:
         return slice(None)
-    return env_ids.long() if hasattr(env_ids, "long") else env_ids
+    if isinstance(env_ids, slice | list):
+        return env_ids
+    if not hasattr(env_ids, "nonzero"):
+        raise SimulatorError(
+            f"_reset_idx was called with {type(env_ids).__name__}; expected indices or a mask as a tensor, a list or a "
+            "slice; correct it in the task"
+        )
+    return env_ids.long() if env_ids.dtype != torch.bool else env_ids.nonzero().squeeze(-1)
 
 
 def _compute_with_history(manager: Any) -> dict[str, Any]:
