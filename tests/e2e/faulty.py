@@ -3,7 +3,7 @@
     TARGET   self or launch: which process the fault is for
     FAULT    the name of a signal, "exception", or "exit-0" (the process ends at once with exit code 0)
     PLACE    a phase of the process (`shared.progress`), or
-             saved      the learner goes on after its first checkpoint
+             saved      the learner goes on after its first checkpoint is complete
              sending    the collector has started to copy its first chunk
              adopting   the collector takes new weights
 
@@ -15,7 +15,6 @@ from __future__ import annotations
 import os
 import signal
 import sys
-from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -28,7 +27,7 @@ class Fault:
 
     def __init__(self, target: str, kind: str, place: str, run_dir: Path) -> None:
         self._target, self._kind, self._place, self._struck = target, kind, place, run_dir.parent / "struck"
-        self._entered: Counter[str] = Counter()
+        self._checkpoints = run_dir / "checkpoints"
 
     def at(self, place: str) -> None:
         """Fail if this is the place and no process has failed before."""
@@ -41,12 +40,13 @@ class Fault:
             os._exit(0)
         os.kill(os.getpid() if self._target == "self" else os.getppid(), signal.Signals[self._kind])
 
+    def has_checkpoint(self) -> bool:
+        """Return whether a checkpoint is complete. Its files are checked and flushed while training goes on."""
+        return any(self._checkpoints.glob("[0-9]*/manifest.json"))
+
     def at_phase(self, name: str) -> None:
         """Fail if the process has entered the phase of the place."""
-        self._entered[name] += 1
         self.at(name)
-        if name == "training" and self._entered["saving"] == 1:
-            self.at("saved")
         if name == "self-test":  # by now the simulator has started, so torch may be imported
             from collector_proc.chunk_sender import ChunkSender
             from collector_proc.weights_receiver import WeightsReceiver
@@ -79,6 +79,8 @@ def main() -> int:
         fault.at_phase(name)
 
     setattr(Progress, "phase", phase)  # noqa: B010 - the type checker compares the names of the arguments
+    if place == "saved":
+        after(Progress, "advance", lambda _: fault.at("saved") if fault.has_checkpoint() else None)
     fault.at("starting")
     if role == "learner":
         from learner_proc.__main__ import main as run

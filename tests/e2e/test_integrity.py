@@ -173,7 +173,7 @@ class Checker:
         return None
 
     def tensors(self) -> dict:
-        return {}
+        return {"actor": {"weight": torch.zeros(1)}}
 
     def parameter_counts(self) -> dict:
         return {}
@@ -194,14 +194,17 @@ def check_dynamics(batch: TensorDict) -> None:
 
 
 class NoDiagnostics:
-    """Takes the place of `Diagnostics` and `ReturnCheck`: there is no model to measure."""
+    """Takes the place of the parts of `Measurements`: there is no model to measure."""
 
     metrics = ()
 
     def __init__(self, *args, **kwargs) -> None:
         pass
 
-    def __call__(self, batch: TensorDict) -> Numbers:
+    def features(self, batch: TensorDict) -> torch.Tensor:
+        return torch.zeros(0)
+
+    def __call__(self, *args: object) -> Numbers:
         return Numbers((), torch.zeros(0))
 
 
@@ -257,8 +260,8 @@ def test_no_sampled_window_is_torn_stale_or_unwritten_while_collectors_are_kille
         return checkers[-1]
 
     monkeypatch.setattr(startup, "GradientStep", make_checker)
-    monkeypatch.setattr(measurements, "Diagnostics", NoDiagnostics)
-    monkeypatch.setattr(measurements, "ReturnCheck", NoDiagnostics)
+    for part in ("Diagnostics", "ReturnCheck", "SaturationCheck"):
+        monkeypatch.setattr(measurements, part, NoDiagnostics)
     poll = waiting.link.poll
 
     def recording_poll():

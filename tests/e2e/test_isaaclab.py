@@ -22,6 +22,7 @@ SMALL = [
     "collector.eval_envs=2", "collector.frames_per_batch=160", "collector.init_random_frames=320",
     "networks.state_dim=4", "networks.rssm_hidden_dim=16", "networks.hidden_dim=16",
     "replay_buffer.buffer_size=16000", "replay_buffer.batch_size=64", "replay_buffer.batch_length=8",
+    "optimization.imagination_starts=null",
     "optimization.log_every=5", "optimization.autocast=false", "optimization.compile.enabled=false",
     "optimization.replay_ratio=4", "deadlines.stop_s=8",
 ]  # fmt: skip

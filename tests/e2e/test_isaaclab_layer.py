@@ -29,6 +29,7 @@ SMALL = [
     f"collector.init_random_frames={2 * TICKS * ENVS}",
     "networks.state_dim=4", "networks.rssm_hidden_dim=16", "networks.hidden_dim=16",
     f"replay_buffer.buffer_size={40 * TICKS * ENVS}", "replay_buffer.batch_size=640", "replay_buffer.batch_length=8",
+    "optimization.imagination_starts=null",
     "replay_buffer.checksum=true", "optimization.log_every=4", "optimization.autocast=false",
     "optimization.compile.enabled=false",
     # Step 32 (of 640 frames) may run once 20 chunks (of 20,480 frames) are collected: 31 * 640 = 0.05 * 396,800.

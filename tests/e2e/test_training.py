@@ -107,7 +107,7 @@ def test_a_run_ends_and_leaves_a_complete_folder(tmp_path):
     assert [row["gradient_steps"] for row in rows(run_dir)] == list(range(5, 41, 5))
     assert all(row["loss_model"] is not None and row["kl"] >= 0 for row in rows(run_dir))
     open_loop = [family.member("policy", horizon).name for family in FAMILIES for horizon in HORIZONS]
-    assert all(list(row) == [*METRICS, *open_loop] for row in rows(run_dir))
+    assert all(list(row) == [*METRICS, *open_loop, "saturated_action_0"] for row in rows(run_dir))
     assert (run_dir / "checkpoints" / "latest").read_text() == "00000040"
     assert any((run_dir / "tb").iterdir())
     for line in (run_dir / "logs" / "learner.jsonl").read_text().splitlines():

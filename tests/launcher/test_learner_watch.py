@@ -8,6 +8,8 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -107,13 +109,20 @@ def test_collectors_that_fail_in_the_same_way_without_a_chunk_between_end_the_ru
     assert (tmp_path / "run" / "checkpoints" / "latest").read_text() == "00000060", "the learner has saved"
 
 
+@pytest.fixture
+def short_folder() -> Iterator[Path]:
+    """A folder whose path is short enough for sockets; that of `tmp_path` may not be."""
+    with tempfile.TemporaryDirectory(prefix="t-", dir="/tmp") as folder:
+        yield Path(folder)
+
+
 def test_a_learner_that_is_killed_by_any_signal_is_replaced_and_a_deleted_socket_folder_is_made_again(
-    tmp_path: Path,
+    tmp_path: Path, short_folder: Path
 ) -> None:
-    run = tmp_path / "run"
+    run, folder = tmp_path / "run", short_folder
     command = [sys.executable, str(FAKES / "launch_with.py"), "save", "serve", *QUICK, "--run-dir", str(run)]
     command.append("optimization.total_optim_steps=100000")
-    env = os.environ | {"PYTHONPATH": str(REPO), "TMPDIR": str(tmp_path)}
+    env = os.environ | {"PYTHONPATH": str(REPO), "TMPDIR": str(folder)}
     process = subprocess.Popen(command, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
         for number, signum in enumerate((signal.SIGKILL, signal.SIGTERM)):
@@ -122,10 +131,10 @@ def test_a_learner_that_is_killed_by_any_signal_is_replaced_and_a_deleted_socket
             (run / "learner-serves").unlink()
             (run / "collector-serves").unlink()
             learner = [event for event in started(run) if event["role"] == "learner"][number]
-            shutil.rmtree(next(tmp_path.glob("tandem-*")))
+            shutil.rmtree(next(folder.glob("tandem-*")))
             os.kill(learner["pid"], signum)
         wait_for_file(run / "learner-serves")
-        assert [folder.is_dir() for folder in tmp_path.glob("tandem-*")] == [True]
+        assert [made.is_dir() for made in folder.glob("tandem-*")] == [True]
         process.send_signal(signal.SIGTERM)
         assert process.wait(DEADLINE_S) == 143
     finally:

@@ -222,7 +222,10 @@ ALGORITHM = {
 }
 # settings of the loop, the processes or the collector; encoder_channels is counted with images, the rest in their tests
 NOT_THE_STEPS = {
-    "optimization": {"total_optim_steps", "log_every", "replay_ratio", "pretrain_steps", "publish_every", "compile"},
+    "optimization": {
+        *("total_optim_steps", "log_every", "replay_ratio", "pretrain_steps", "publish_every", "compile"),
+        *("max_skipped", "max_rollbacks"),
+    },
     "networks": {"encoder_channels", "exploration_noise"},
 }
 CASES = [(section, key) for section, values in ALGORITHM.items() for key in values]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 import subprocess
 import sys
@@ -62,7 +63,7 @@ def test_a_reader_beside_a_busy_writer_sees_only_whole_snapshots_in_order(tmp_pa
         "from shared.metrics import CollectorStatus\n"
         "p = Progress.create(Path(sys.argv[1])); p.phase('training'); n = 0\n"
         "while True:\n"
-        "    n += 1; p.status(CollectorStatus(n, n, n, n, n)); p.refuse(str(n) * (n % 200)); p.advance()\n"
+        "    n += 1; p.status(CollectorStatus(n, n, n, n, n, n)); p.refuse(str(n) * (n % 200)); p.advance()\n"
     )
     writer = subprocess.Popen([sys.executable, "-c", script, str(tmp_path / "p")])
     try:
@@ -96,12 +97,11 @@ def test_an_unknown_phase_is_refused(tmp_path: Path) -> None:
 
 def test_a_status_that_does_not_fit_its_slot_is_refused(tmp_path: Path) -> None:
     progress = Progress.create(tmp_path / "p")
-    longest = 10 ** (
-        MAX_STATUS_BYTES - len('{"agent_steps": , "fps": 0, "policy_version": 0, "weights_refused": 0, "rss_gb": 0}')
-    )
-    progress.status(CollectorStatus(longest // 10, 0, 0, 0, 0))
-    with pytest.raises(ValueError, match=f"takes {MAX_STATUS_BYTES + 1} bytes with 5 fields; expected at most"):
-        progress.status(CollectorStatus(longest, 0, 0, 0, 0))
+    empty = json.dumps(dataclasses.asdict(CollectorStatus(0, 0, 0, 0, 0, 0)))
+    longest = 10 ** (MAX_STATUS_BYTES - len(empty) + 1)
+    progress.status(CollectorStatus(longest // 10, 0, 0, 0, 0, 0))
+    with pytest.raises(ValueError, match=f"takes {MAX_STATUS_BYTES + 1} bytes with 6 fields; expected at most"):
+        progress.status(CollectorStatus(longest, 0, 0, 0, 0, 0))
     assert read(tmp_path / "p").status["agent_steps"] == longest // 10
 
 
