@@ -11,7 +11,8 @@ from tests.isaaclab3.conftest import Run
 from tests.isaaclab3.truth import cartpole_reward, shrink
 
 pytestmark = pytest.mark.isaaclab3
-SETTINGS = ["env.horizon=12", "env.reward_per_second=true"]
+SETTINGS = ["env.horizon=12"]
+STEP_S = 2 / 120  # by which the task multiplies its rewards
 SMALL: dict[str, Any] = {"config": "isaaclab_camera", "num_envs": 4, "ticks": 30}
 
 
@@ -70,7 +71,7 @@ def test_the_row_that_ends_an_episode_holds_the_image_just_before_the_reset(seen
 def test_the_privileged_state_and_the_reward_belong_to_the_same_row(seen: dict[str, Any]) -> None:
     rows = seen["rows"]
     expected = cartpole_reward(rows["obs.critic"][1:], rows["is_terminal"][1:])
-    torch.testing.assert_close(rows["reward"][1:], expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(rows["reward"][1:], expected * STEP_S, rtol=1e-4, atol=1e-5)
 
 
 def test_a_camera_task_streams_its_privileged_group_alone(run_isaac: Run) -> None:
@@ -79,4 +80,4 @@ def test_a_camera_task_streams_its_privileged_group_alone(run_isaac: Run) -> Non
     assert not seen["error"] and seen["spec"]["obs"] == {"critic": {"shape": [4], "dtype": "float32"}}
     rows = seen["rows"]
     expected = cartpole_reward(rows["obs.critic"][1:], rows["is_terminal"][1:])
-    torch.testing.assert_close(rows["reward"][1:], expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(rows["reward"][1:], expected * STEP_S, rtol=1e-4, atol=1e-5)

@@ -81,7 +81,8 @@ def test_an_episode_times_out_after_exactly_the_horizon(seen: dict[str, Any]) ->
 def test_the_reward_is_that_of_the_rows_own_observation(seen: dict[str, Any]) -> None:
     rows = seen["rows"]
     expected = cartpole_reward(rows["obs.policy"][1:], rows["is_terminal"][1:])
-    torch.testing.assert_close(rows["reward"][1:], expected, rtol=1e-4, atol=1e-4)
+    # The task multiplies its rewards by the seconds of a step.
+    torch.testing.assert_close(rows["reward"][1:], expected * seen["task"]["step_dt"], rtol=1e-4, atol=1e-5)
 
 
 def test_arrivals_own_their_memory(seen: dict[str, Any]) -> None:
