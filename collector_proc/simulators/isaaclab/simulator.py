@@ -29,6 +29,15 @@ if TYPE_CHECKING:
     from collector_proc.simulators.batched.spaces import ActionMap
     from shared.config import EnvSettings, Settings
 
+NAMES = {2: "Isaac Lab 2.3", 3: "Isaac Lab 3"}
+# What the generations of Isaac Lab need to start a task, and how to provide it.
+EXPECTED = {
+    2: "expected Isaac Sim 5.1 beside it; install it, or put the folder of Isaac Lab 3 first on "
+    "PYTHONPATH if you have one",
+    3: "expected every package and robot that the task needs; if robots cannot be downloaded, set "
+    "ISAACSIM_ASSET_ROOT to a folder of them, as docs/isaaclab.md describes",
+}
+
 
 class IsaacLabSimulator:
     """Steps env.num_envs environments of one registered task. Isaac allows one simulator per process."""
@@ -54,9 +63,9 @@ class IsaacLabSimulator:
         except (Exception, SystemExit) as error:
             traceback.print_exc()
             raise SimulatorError(
-                f"Isaac Lab did not start {settings.env.name}: {error!r}; expected Isaac Lab 2.3 with Isaac Sim 5.1, "
-                "or Isaac Lab 3.0; read the traceback and the simulator's output above this message; to report it, run "
-                "python -m launcher.probe with the same --config and settings"
+                f"{NAMES[self._generation]} did not start {settings.env.name}: {error!r}; "
+                f"{EXPECTED[self._generation]}; if that is not it, read the traceback and the simulator's output above "
+                "this message; to report it, run python -m launcher.probe with the same --config and settings"
             ) from error
 
     def _build(self, settings: Settings, *, seed: int, crash_dir: Path | None) -> None:

@@ -50,6 +50,7 @@ def test_a_simulator_that_does_not_start_is_refused_with_the_option_that_does_wi
 def test_a_simulator_without_a_known_range_is_refused_with_the_same_option(
     run_dir: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    pytest.importorskip("onnx")  # looked for before the simulator starts
     monkeypatch.delattr(PendulumSimulator, "action_range")
     assert launch.main(["export", "runs/NAME"]) == 2
     assert "PendulumSimulator does not report the range of its actions" in capsys.readouterr().err
