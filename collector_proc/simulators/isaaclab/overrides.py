@@ -32,14 +32,12 @@ def parse_with_overrides(task: str, env: EnvSettings, *, device: str) -> Any:
     overrides = list(env.isaac_overrides or ())
     try:
         fields = _checked_fields(overrides, env)
-        if fields:
-            selected = [override for override in overrides if override.partition("=")[0] in SELECTORS]
-            before = parse_env_cfg(task, overrides=selected)
-            for field in fields:
-                _value(before, field)  # Isaac Lab sets a field that does not exist without a word
+        selected = [override for override in overrides if override.partition("=")[0] in SELECTORS]
+        before = parse_env_cfg(task, overrides=selected) if fields else None
+        values = {field: _value(before, field) for field in fields}  # Isaac Lab accepts a field that does not exist
         cfg = parse_env_cfg(task, device=device, num_envs=env.num_envs, overrides=overrides)
-        for field in fields:
-            _check_kind(field, _value(before, field), _value(cfg, field))
+        for field, value in values.items():
+            _check_kind(field, value, _value(cfg, field))
     except (Exception, SystemExit) as error:
         if not overrides:
             raise
