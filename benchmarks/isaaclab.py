@@ -5,9 +5,11 @@
 For each number of environments, three loops take turns, as in `benchmarks.collector`: the simulator under random
 actions, the simulator with the acting policy, and a real collector that streams. Then launch.py trains with the preset
 `isaaclab_cartpole`, and rsl_rl's PPO trains on the same task with Isaac Lab's own settings, each in its own process and
-one after the other. Both paces are agent steps per second. PPO and the collector have one torch thread each.
+one after the other. Both paces are agent steps per second. They do not compare like with like: our training has two
+processes with one torch thread each, and the preset's replay ratio limits its pace; PPO has one process and one thread.
 
-Isaac Lab 3, its assets and rsl_rl must be installed; docs/isaaclab.md describes how.
+Isaac Lab 3 and its assets must be installed, as docs/isaaclab.md describes; rsl_rl comes with the extras `isaaclab3` and
+`test`.
 """
 
 from __future__ import annotations
@@ -142,7 +144,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="write every figure to this file")
     parser.add_argument("--quick", action="store_true", help="tiny sizes, to check that it runs")
     parser.add_argument("--envs", type=int, nargs="+", default=list(ENVS), help="numbers of environments")
-    parser.add_argument("--task", default=TASK, help="a manager-based task with 4 observations or more")
+    parser.add_argument("--task", default=TASK, help="a task that has settings for rsl_rl")
     parser.add_argument("--job", help=argparse.SUPPRESS)
     options = parser.parse_args()
     torch.set_num_threads(1)
