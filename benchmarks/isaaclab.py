@@ -8,8 +8,8 @@ actions, the simulator with the acting policy, and a real collector that streams
 one after the other. Both paces are agent steps per second. They do not compare like with like: our training has two
 processes with one torch thread each, and the preset's replay ratio limits its pace; PPO has one process and one thread.
 
-Isaac Lab 3 and its assets must be installed, as docs/isaaclab.md describes; rsl_rl comes with the extras `isaaclab3` and
-`test`.
+Isaac Lab 3 and its assets must be installed, as docs/isaaclab.md describes. The extras `isaaclab3` and `test` bring
+rsl_rl.
 """
 
 from __future__ import annotations
